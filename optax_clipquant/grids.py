@@ -1,0 +1,198 @@
+"""The grid that weights stand on: encode weights to integer codes, decode codes to levels."""
+
+import dataclasses
+import functools
+import math
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("scale", "zero_point", "max_code"),
+    meta_fields=("offset", "bits", "lower", "upper", "group", "dtype"),
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Grid:
+    """Where the levels of a quantized array lie.
+
+    The level of code ``k`` is ``(k + offset - zero_point) * scale``.
+
+    Invariants:
+      * ``scale`` and ``zero_point`` have the array's rank, with extent 1 along a reduced axis and
+        ``ceil(n / size)`` along the grouped one.
+      * Every code lies in ``[lower, upper]``, and in ``[-max_code, max_code]`` where that is given.
+      * A scale has at most 8 significant bits (the precision of bfloat16), so that a level, and the
+        difference of two levels, is exact in float32. (The scale of a constant array under
+        ``ZScore`` is the one exception.)
+      * A scale of 0 means that all levels are 0; a scale that is not finite means that the array
+        held a value that is not finite, and decodes to values that are not finite.
+
+    Attributes:
+      scale: the step between neighbouring levels, a float array. It may be negative: then the
+        levels are mirrored.
+      zero_point: the code of the level 0, or None where it is 0.
+      max_code: a traced bound on ``abs(code)``, a scalar, or None.
+      offset: 0.5 for a mid-rise grid (no level at 0), else 0.
+      bits: the storage of a code; log2(3) for three levels.
+      lower: the least code.
+      upper: the largest code.
+      group: ``(axis, size)`` where runs of ``size`` neighbours along ``axis`` share a scale; the
+        axis is negative, so that ``jax.vmap`` does not shift it. The last run may be shorter.
+      dtype: the dtype of the decoded array.
+
+    A Grid is small. What must be exact later keeps the Grid and not a rule to fit it again: a fit in
+    another compilation sums in another order and may move a scale by one unit in the last place.
+
+    Examples:
+      >>> grid = Grid(scale=jnp.full((1, 1), 0.5), bits=4, lower=-8, upper=7)
+      >>> codes = grid.encode(jnp.array([[0.6, -9.0]]))
+      >>> codes, grid.decode(codes)
+      (Array([[ 1, -8]], dtype=int8), Array([[ 0.5, -4. ]], dtype=float32))
+    """
+
+    scale: jax.Array
+    zero_point: jax.Array | None = None
+    max_code: jax.Array | None = None
+    offset: float = 0.0
+    bits: float = 8
+    lower: int = -128
+    upper: int = 127
+    group: tuple[int, int] | None = None
+    dtype: np.dtype = np.dtype(np.float32)
+
+    @jax.jit
+    def encode(self, w: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """The codes of ``w``: of the nearest level, or with a key of one of the two levels around it.
+
+        Args:
+          w: a floating array of any shape that the grid's scale fits.
+          key: a PRNG key for stochastic rounding, which is right on the average: a value between
+            two levels goes to the upper one with the probability of its distance to the lower one.
+            A value on a level stays there.
+
+        Returns:
+          int8 codes of the shape of ``w``. The code of NaN is 0 (its scale is not finite, so it
+          decodes to NaN).
+        """
+        scale = self.scale.astype(jnp.float32)
+        position = w.astype(jnp.float32) / self._expand(jnp.where(scale == 0, 1, scale), w.shape)
+        if self.zero_point is not None:
+            position += self._expand(self.zero_point.astype(jnp.float32), w.shape)
+        if self.offset:
+            position -= self.offset
+        if key is None:
+            codes = jnp.round(position)
+        else:
+            # A compiler may divide by multiplying with the reciprocal, which leaves a level a few
+            # units in the last place beside its code. The margin keeps it from moving.
+            margin = 2.0**-14
+            below = jnp.floor(position)
+            codes = below + (
+                jax.random.uniform(key, w.shape, minval=margin, maxval=1 - margin)
+                < position - below
+            )
+        codes = jnp.clip(codes, self.lower, self.upper)
+        if self.max_code is not None:
+            bound = self.max_code.astype(jnp.float32)
+            codes = jnp.clip(codes, -bound, bound)
+        return jnp.where(jnp.isnan(codes), 0, codes).astype(jnp.int8)
+
+    @jax.jit
+    def decode(self, codes: jax.Array) -> jax.Array:
+        """The levels of ``codes``, ``(codes + offset - zero_point) * scale``, in the grid's dtype."""
+        scale = self._expand(self.scale.astype(jnp.float32), codes.shape)
+        levels = codes.astype(jnp.float32)
+        if self.offset:
+            levels += self.offset
+        if self.zero_point is None:
+            return self.round(levels * scale)
+        levels -= self._expand(self.zero_point.astype(jnp.float32), codes.shape)
+        values = levels * scale
+        # The outermost level may lie beyond the dtype's range where the weights reach its end.
+        largest = float(jnp.finfo(self.dtype).max)
+        return self.round(jnp.where(jnp.isfinite(scale), jnp.clip(values, -largest, largest), values))
+
+    def round(self, values: jax.Array) -> jax.Array:
+        """``values`` in the grid's dtype, really rounded: a compiler may drop a plain cast."""
+        if self.dtype.itemsize < 4:
+            info = jnp.finfo(self.dtype)
+            values = jax.lax.reduce_precision(values, info.nexp, info.nmant)
+        return values.astype(self.dtype)
+
+    def _expand(self, scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """``scale`` with each group's value repeated, so that it broadcasts against ``shape``."""
+        if self.group is None:
+            return scale
+        axis, size = self.group
+        axis += len(shape)
+        groups = scale.shape[axis]
+        repeated = jax.lax.broadcast_in_dim(
+            scale,
+            (*scale.shape[: axis + 1], size, *scale.shape[axis + 1 :]),
+            [i + (i > axis) for i in range(scale.ndim)],
+            out_sharding=_split_sharding(scale, axis, groups),
+        )
+        merged = jax.lax.reshape(
+            repeated,
+            (*scale.shape[:axis], groups * size, *scale.shape[axis + 1 :]),
+            out_sharding=explicit_sharding(scale),
+        )
+        return jax.lax.slice_in_dim(merged, 0, shape[axis], axis=axis)
+
+
+def explicit_sharding(x: jax.Array) -> jax.sharding.NamedSharding | None:
+    """The sharding of ``x`` where its mesh axes are Explicit, which operations must then be told."""
+    sharding = jax.typeof(x).sharding
+    return sharding if any(s is not None for s in sharding.spec) else None
+
+
+def _split_sharding(x: jax.Array, axis: int, groups: int) -> jax.sharding.NamedSharding | None:
+    """The sharding of ``x`` with ``axis`` split into ``(groups, size)``."""
+    sharding = explicit_sharding(x)
+    if sharding is None:
+        return None
+    spec = sharding.spec
+    names = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
+    shards = math.prod(sharding.mesh.shape[name] for name in names if name is not None)
+    kept = spec[axis] if groups % shards == 0 else None
+    return sharding.update(spec=jax.P(*spec[:axis], kept, None, *spec[axis + 1 :]))
+
+
+def split_groups(w: jax.Array, axis: int, size: int) -> jax.Array:
+    """``w`` with ``axis``, whose extent ``size`` divides, split into ``(groups, size)``."""
+    groups = w.shape[axis] // size
+    return jax.lax.reshape(
+        w,
+        (*w.shape[:axis], groups, size, *w.shape[axis + 1 :]),
+        out_sharding=_split_sharding(w, axis, groups),
+    )
+
+
+def round_scale(scale: jax.Array, largest: float, dtype: np.dtype) -> jax.Array:
+    """``scale`` to the precision of bfloat16, so that no level ``largest * scale`` overflows.
+
+    Scales below 2**-126 become 0 and those from 2**126 the number before that, since the reciprocals
+    of others are no normal numbers: 1 and 2 bits and ternary saturate at weights beyond that. With 8 significant bits in the scale, the product with a code, and the difference of two such
+    products, is exact in float32. Plain casts to bfloat16 and back may be dropped by a compiler.
+    """
+    limit = min(float(jnp.finfo(dtype).max), float(jnp.finfo(jnp.bfloat16).max)) / largest
+    mantissa, exponent = math.frexp(limit)
+    cap = min(math.ldexp(math.floor(mantissa * 256) / 256, exponent), 2.0**126 * (1 - 2.0**-8))
+    rounded = jnp.clip(jax.lax.reduce_precision(scale, 8, 7), -cap, cap)
+    rounded = jnp.where(jnp.abs(rounded) < 2.0**-126, 0, rounded)
+    return jnp.where(jnp.isinf(scale), scale, rounded)
+
+
+def _to_state_dict(grid: Grid) -> dict[str, jax.Array | None]:
+    return {name: getattr(grid, name) for name in ("scale", "zero_point", "max_code")}
+
+
+def _from_state_dict(grid: Grid, state: dict[str, jax.Array | None]) -> Grid:
+    return dataclasses.replace(grid, **state)
+
+
+flax.serialization.register_serialization_state(Grid, _to_state_dict, _from_state_dict)

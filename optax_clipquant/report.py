@@ -1,0 +1,145 @@
+"""Size and error of each quantized leaf, as data and as a table."""
+
+import dataclasses
+import io
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+import rich.table
+
+from optax_clipquant.params import PyTree, path_of
+from optax_clipquant.qarray import is_qarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One leaf of a ``Summary``.
+
+    Attributes:
+      path: its path in the tree.
+      shape: its shape.
+      bits: bits of a code, or of an element where it is not quantized.
+      bytes_before: its bytes in ``params``.
+      bytes_after: its bytes on disk, scales included.
+      max_error: the largest absolute error.
+      snr_db: signal-to-noise ratio, ``10 log10(sum(w**2) / sum((w - w')**2))``; inf without error.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    bits: float
+    bytes_before: int
+    bytes_after: int
+    max_error: float
+    snr_db: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What ``summarize`` found: ``rows`` is plain data, ``print`` gives a table."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(row.bytes_before for row in self.rows)
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(row.bytes_after for row in self.rows)
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller the tree has become."""
+        return self.bytes_before / max(self.bytes_after, 1)
+
+    def __rich__(self) -> rich.table.Table:
+        table = rich.table.Table(show_footer=True)
+        table.add_column("leaf", "total", no_wrap=True)
+        table.add_column("shape", justify="right")
+        table.add_column("bits", justify="right")
+        table.add_column("bytes before", f"{self.bytes_before:,}", justify="right")
+        table.add_column("bytes after", f"{self.bytes_after:,}", justify="right")
+        table.add_column("ratio", f"{self.ratio:.2f}", justify="right")
+        table.add_column("max error", justify="right")
+        table.add_column("SNR (dB)", justify="right")
+        for row in self.rows:
+            table.add_row(
+                row.path,
+                " x ".join(map(str, row.shape)),
+                f"{row.bits:.3g}",
+                f"{row.bytes_before:,}",
+                f"{row.bytes_after:,}",
+                f"{row.bytes_before / max(row.bytes_after, 1):.2f}",
+                f"{row.max_error:.2g}",
+                f"{row.snr_db:.1f}",
+            )
+        return table
+
+    def __str__(self) -> str:
+        buffer = io.StringIO()
+        rich.console.Console(file=buffer, width=120).print(self)
+        return buffer.getvalue().rstrip("\n")
+
+
+def summarize(params: PyTree, qparams: PyTree) -> Summary:
+    """Bytes, error and signal-to-noise ratio of each leaf of ``qparams`` against ``params``.
+
+    Args:
+      params: a tree of arrays.
+      qparams: the same tree, with ``QArray`` leaves.
+
+    Raises:
+      ValueError: the trees have other leaves, or leaves of other shapes.
+
+    Examples:
+      >>> from optax_clipquant import Uniform, quantize_params
+      >>> params = {"kernel": jnp.linspace(-1, 1, 64).reshape(8, 8), "bias": jnp.zeros(8)}
+      >>> summary = summarize(params, quantize_params(params, Uniform(bits=4)))
+      >>> summary.bytes_before, summary.bytes_after
+      (288, 80)
+      >>> print(summary)  # doctest: +SKIP
+    """
+    before = {path_of(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    after = {
+        path_of(path): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(qparams, is_leaf=is_qarray)[0]
+    }
+    if before.keys() != after.keys():
+        raise ValueError(
+            f"params and qparams have different leaves: {sorted(before.keys() ^ after.keys())[:8]}"
+        )
+    return Summary(tuple(_row(path, before[path], after[path]) for path in before))
+
+
+def _row(path: str, before: Any, after: Any) -> Row:
+    before = jnp.asarray(before)
+    if before.shape != after.shape:
+        raise ValueError(
+            f"leaf {path!r} has shape {before.shape} in params and {after.shape} in qparams"
+        )
+    itemsize = np.dtype(before.dtype).itemsize
+    if is_qarray(after):
+        max_error, noise, signal = map(float, _errors(before, after.dequantize()))
+        bits, bytes_after = after.bits, after.nbytes_packed
+    else:
+        max_error, noise, signal = map(float, _errors(before, jnp.asarray(after)))
+        bits, bytes_after = 8 * np.dtype(after.dtype).itemsize, after.nbytes
+    snr = math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+    return Row(path, before.shape, bits, before.size * itemsize, bytes_after, max_error, snr)
+
+
+@jax.jit
+def _errors(before: jax.Array, after: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Largest error, and energies of noise and signal in units of the largest element."""
+    if not jnp.issubdtype(before.dtype, jnp.inexact):
+        before, after = before.astype(jnp.float32), after.astype(jnp.float32)
+    error = jnp.abs(before - after.astype(before.dtype)).astype(jnp.float32)
+    magnitude = jnp.abs(before).astype(jnp.float32)
+    unit = jnp.max(magnitude, initial=0)
+    unit = jnp.where(unit == 0, 1, unit)
+    return jnp.max(error, initial=0), jnp.sum((error / unit) ** 2), jnp.sum((magnitude / unit) ** 2)
