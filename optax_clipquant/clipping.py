@@ -1,12 +1,12 @@
 """Gradients in, clamped gradients out."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 PyTree = Any
 Bound = Any  # a number, a 0-d array, an optax.Schedule, or a tree prefix with these at its leaves
@@ -21,7 +21,7 @@ class ClipByValueState(NamedTuple):
         None without telemetry.
     """
 
-    count: jax.Array | None
+    count: jax.typing.ArrayLike | None
     clip_fraction: jax.Array | None
 
 
@@ -66,7 +66,7 @@ def clip_by_value(c: Bound, *, telemetry: bool = True) -> optax.GradientTransfor
     jax.tree.map(_check_bound, c, is_leaf=lambda x: x is None)
     scheduled = any(callable(bound) for bound in jax.tree.leaves(c))
 
-    def init(params: PyTree) -> ClipByValueState:
+    def init(params: PyTree) -> PyTree:
         jax.tree.map(lambda bound, subtree: None, c, params)  # raises where c is no prefix
         return ClipByValueState(
             count=jnp.zeros((), jnp.int32) if telemetry or scheduled else None,
@@ -74,8 +74,8 @@ def clip_by_value(c: Bound, *, telemetry: bool = True) -> optax.GradientTransfor
         )
 
     def update(
-        updates: PyTree, state: ClipByValueState, params: PyTree | None = None
-    ) -> tuple[PyTree, ClipByValueState]:
+        updates: PyTree, state: PyTree, params: PyTree | None = None
+    ) -> tuple[PyTree, PyTree]:
         del params
         counts = []
         size = 0
@@ -121,7 +121,7 @@ def clip_fractions(opt_state: PyTree) -> list[jax.Array]:
 
 
 def _check_bound(c: Any) -> None:
-    if callable(c) or isinstance(c, jax.core.Tracer):
+    if callable(c) or isinstance(c, Tracer):
         return
     if not isinstance(c, (int, float, np.generic, np.ndarray, jax.Array)) or isinstance(c, bool):
         raise TypeError(
@@ -133,7 +133,7 @@ def _check_bound(c: Any) -> None:
             f"clip_by_value: c must be a scalar, got an array of shape {np.shape(c)}; "
             "for a bound a leaf give a tree of scalars"
         )
-    if not c > 0:
+    if not float(c) > 0:
         raise ValueError(f"clip_by_value: c must be positive, got {c}")
 
 

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+_FLOAT32 = np.dtype(np.float32)
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -62,7 +64,7 @@ class Grid:
     lower: int = -128
     upper: int = 127
     group: tuple[int, int] | None = None
-    dtype: np.dtype = np.dtype(np.float32)
+    dtype: np.dtype = _FLOAT32
 
     @jax.jit
     def encode(self, w: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
@@ -91,10 +93,8 @@ class Grid:
             # units in the last place beside its code. The margin keeps it from moving.
             margin = 2.0**-14
             below = jnp.floor(position)
-            codes = below + (
-                jax.random.uniform(key, w.shape, minval=margin, maxval=1 - margin)
-                < position - below
-            )
+            chance = jax.random.uniform(key, w.shape, minval=margin, maxval=1 - margin)
+            codes = below + (chance < position - below).astype(jnp.float32)
         codes = jnp.clip(codes, self.lower, self.upper)
         if self.max_code is not None:
             bound = self.max_code.astype(jnp.float32)
@@ -114,7 +114,9 @@ class Grid:
         values = levels * scale
         # The outermost level may lie beyond the dtype's range where the weights reach its end.
         largest = float(jnp.finfo(self.dtype).max)
-        return self.round(jnp.where(jnp.isfinite(scale), jnp.clip(values, -largest, largest), values))
+        return self.round(
+            jnp.where(jnp.isfinite(scale), jnp.clip(values, -largest, largest), values)
+        )
 
     def round(self, values: jax.Array) -> jax.Array:
         """``values`` in the grid's dtype, really rounded: a compiler may drop a plain cast."""
@@ -170,21 +172,6 @@ def split_groups(w: jax.Array, axis: int, size: int) -> jax.Array:
         (*w.shape[:axis], groups, size, *w.shape[axis + 1 :]),
         out_sharding=_split_sharding(w, axis, groups),
     )
-
-
-def round_scale(scale: jax.Array, largest: float, dtype: np.dtype) -> jax.Array:
-    """``scale`` to the precision of bfloat16, so that no level ``largest * scale`` overflows.
-
-    Scales below 2**-126 become 0 and those from 2**126 the number before that, since the reciprocals
-    of others are no normal numbers: 1 and 2 bits and ternary saturate at weights beyond that. With 8 significant bits in the scale, the product with a code, and the difference of two such
-    products, is exact in float32. Plain casts to bfloat16 and back may be dropped by a compiler.
-    """
-    limit = min(float(jnp.finfo(dtype).max), float(jnp.finfo(jnp.bfloat16).max)) / largest
-    mantissa, exponent = math.frexp(limit)
-    cap = min(math.ldexp(math.floor(mantissa * 256) / 256, exponent), 2.0**126 * (1 - 2.0**-8))
-    rounded = jnp.clip(jax.lax.reduce_precision(scale, 8, 7), -cap, cap)
-    rounded = jnp.where(jnp.abs(rounded) < 2.0**-126, 0, rounded)
-    return jnp.where(jnp.isinf(scale), scale, rounded)
 
 
 def _to_state_dict(grid: Grid) -> dict[str, jax.Array | None]:

@@ -13,9 +13,7 @@ import numpy as np
 from optax_clipquant.grids import Grid
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("qvalue", "grid"), meta_fields=()
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("qvalue", "grid"), meta_fields=())
 @dataclasses.dataclass(frozen=True, eq=False)
 class QArray:
     """A quantized array: codes, and the grid whose levels they name.
@@ -191,9 +189,8 @@ def _to_state_dict(array: QArray) -> dict[str, Any]:
 
 
 def _from_state_dict(array: QArray, state: dict[str, Any]) -> QArray:
-    return QArray(
-        state["qvalue"], flax.serialization.from_state_dict(array.grid, state["grid"])
-    )
+    grid: Any = flax.serialization.from_state_dict(array.grid, state["grid"])
+    return QArray(state["qvalue"], grid)
 
 
 flax.serialization.register_serialization_state(QArray, _to_state_dict, _from_state_dict)

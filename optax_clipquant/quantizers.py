@@ -10,9 +10,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-from optax_clipquant.grids import Grid, round_scale, split_groups
+from optax_clipquant.grids import Grid, split_groups
 from optax_clipquant.qarray import QArray
+from optax_clipquant.scales import extremes, least_squares, mean_magnitude, moments, round_scale
 
 
 class Quantizer(abc.ABC):
@@ -84,7 +86,7 @@ class ZScore(Quantizer):
 
     def __post_init__(self) -> None:
         R = _concrete(self.R)
-        if R is not None and not (1 <= R <= 127 and R == round(R)):
+        if R is not None and not (1 <= R <= 127 and round(R) == R):
             raise ValueError(f"ZScore: R must be an integer from 1 to 127, got {self.R}")
         resolution = _concrete(self.resolution)
         if resolution is not None and not 0 < resolution < math.inf:
@@ -104,13 +106,14 @@ class ZScore(Quantizer):
         if w.size == 0:
             step, mean, constant = jnp.ones(()), jnp.zeros(()), jnp.zeros((), bool)
         else:
-            mean, std, constant = _moments(w.astype(jnp.float32))
+            mean, std, constant = moments(w.astype(jnp.float32))
             step = std / jnp.asarray(self.resolution, jnp.float32)
         scale = round_scale(step, largest, w.dtype)
         zero_point = jnp.round(-mean / jnp.where(scale == 0, 1, scale) * 64) / 64
-        # A constant is the level of code 0, by a scale that has a normal reciprocal.
-        zero_point = jnp.where(constant, jnp.where(jnp.abs(mean) > 2.0**100, -4, -1), zero_point)
-        scale = jnp.where(constant, -mean / zero_point, scale)
+        # A constant is the level of code 0, by a scale that has a normal reciprocal or is 0.
+        constant_zero_point = jnp.where(jnp.abs(mean) > 2.0**100, -4, jnp.where(mean == 0, 0, -1))
+        zero_point = jnp.where(constant, constant_zero_point, zero_point)
+        scale = jnp.where(constant, -mean / jnp.where(zero_point == 0, 1, zero_point), scale)
         if valid is not None:
             scale = jnp.where(valid, scale, jnp.nan)
         ones = (1,) * w.ndim
@@ -127,37 +130,13 @@ class ZScore(Quantizer):
 
 def _concrete(x: Any) -> float | None:
     """``x`` as a Python number, or None where it is traced or a transform's placeholder."""
-    if isinstance(x, jax.core.Tracer) or not isinstance(x, (int, float, np.generic, np.ndarray, jax.Array)):  # fmt: skip
+    if isinstance(x, Tracer) or not isinstance(x, (int, float, np.generic, np.ndarray, jax.Array)):  # fmt: skip
         return None
     return float(x)
 
 
 def _bits_of(levels: int) -> float:
     return math.log2(3) if levels == 3 else math.ceil(math.log2(levels))
-
-
-@jax.jit
-def _moments(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Mean, standard deviation, and whether all elements are equal (then the mean is that value).
-
-    Moments of each column first, in units of the column's range, then those of the columns: nothing
-    cancels or overflows, and each pass is one fused reduction.
-    """
-    w = 0.25 * (w.reshape(-1, 1) if w.ndim < 2 else w)  # differences must not overflow
-    axes = tuple(range(w.ndim - 1))
-    rows = w.size // w.shape[-1]
-    high = jnp.max(w, axis=axes, keepdims=True)
-    low = jnp.min(w, axis=axes, keepdims=True)
-    span = jnp.maximum(high, -low)
-    unit = jnp.where(span == 0, 1, span)
-    means = jnp.sum(w * (1 / rows), axis=axes, keepdims=True)
-    squares = jnp.sum(jnp.square((w - means) / unit), axis=axes, keepdims=True) / rows
-    mean = jnp.sum(means * (1 / means.size))
-    largest = jnp.max(unit)
-    between = jnp.square((means - mean) / largest)
-    std = largest * jnp.sqrt(jnp.mean(squares * jnp.square(unit / largest) + between))
-    constant = jnp.max(high) == jnp.min(low)
-    return 4 * jnp.where(constant, jnp.max(high), mean), 4 * std, constant
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,7 +167,9 @@ class _Granular(Quantizer):
 
     def _reduced_axes(self, ndim: int) -> tuple[int, ...]:
         """The axes that share a scale."""
-        channels = self.channel_axis if isinstance(self.channel_axis, tuple) else (self.channel_axis,)
+        channels = (
+            self.channel_axis if isinstance(self.channel_axis, tuple) else (self.channel_axis,)
+        )
         kept = set()
         for axis in channels:
             if axis is None or ndim == 0:
@@ -302,13 +283,10 @@ class Uniform(_Granular):
         if not self.symmetric:
             return self._fit_asymmetric(w, axes, start, grid)
         if self.bits == 1:
-            count = math.prod(w.shape[axis] for axis in axes)
-            mean = jnp.sum(jnp.abs(w) * (1 / max(count, 1)), axis=axes, keepdims=True)
-            # The step is twice the mean, which must not overflow where the mean does not.
-            step = jnp.where(jnp.isinf(mean), mean, 2 * jnp.minimum(mean, _FLOAT32_MAX / 2))
-            return dataclasses.replace(grid, scale=round_scale(step, 0.5, dtype), offset=0.5)
+            scale = round_scale(2 * mean_magnitude(w, axes), 0.5, dtype)
+            return dataclasses.replace(grid, scale=scale, offset=0.5)
         offset = 0.5 if self.bits == 2 else 0.0
-        high, low = _extremes(w, axes)
+        high, low = extremes(w, axes)
         if offset:
             base = jnp.maximum(high, -low) / (upper + offset)
         else:
@@ -321,12 +299,14 @@ class Uniform(_Granular):
     def _fit_asymmetric(
         self, w: jax.Array, axes: tuple[int, ...], start: Grid | None, grid: Grid
     ) -> Grid:
-        high, low = _extremes(w, axes)
+        high, low = extremes(w, axes)
         steps = grid.upper - grid.lower
         step = high / steps - low / steps
         scale = round_scale(step, steps, grid.dtype)
         # Rounded up, so that the levels span the weights and no weight is more than half a step off.
-        scale = round_scale(jnp.where(scale < step, scale * (1 + 1.5 / 256), scale), steps, grid.dtype)
+        scale = round_scale(
+            jnp.where(scale < step, scale * (1 + 1.5 / 256), scale), steps, grid.dtype
+        )
         zero_point = jnp.round(grid.lower - low / jnp.where(scale == 0, 1, scale))
         zero_point = jnp.where(jnp.isnan(zero_point), 0, zero_point)
         zero_point = jnp.clip(zero_point, grid.lower, grid.upper).astype(jnp.int8)
@@ -338,10 +318,12 @@ class Uniform(_Granular):
         self, w: jax.Array, axes: tuple[int, ...], start: Grid | None, absmax: Grid
     ) -> Grid:
         rule = self.scale_rule or ("mse" if self.bits <= 3 else "absmax")
-        return _least_squares(w, axes, start, absmax) if rule == "mse" else absmax
+        return least_squares(w, axes, start, absmax) if rule == "mse" else absmax
 
 
-def Binary(*, channel_axis: int | tuple[int, ...] | None = -1, group_size: int | None = None) -> Uniform:
+def Binary(
+    *, channel_axis: int | tuple[int, ...] | None = -1, group_size: int | None = None
+) -> Uniform:
     """Two levels, ``+-mean(abs(w))``, which have the least squared error: ``Uniform(bits=1)``.
 
     References:
@@ -377,76 +359,7 @@ class Ternary(_Granular):
 
     def _fit_axes(self, w: jax.Array, axes: tuple[int, ...], start: Grid | None) -> Grid:
         dtype, w = w.dtype, w.astype(jnp.float32)
-        high, low = _extremes(w, axes)
+        high, low = extremes(w, axes)
         scale = round_scale(jnp.maximum(high, -low), 1, dtype)
         grid = Grid(scale, bits=_bits_of(3), lower=-1, upper=1, dtype=dtype)
-        return _least_squares(w, axes, start, grid)
-
-
-_FLOAT32_MAX = float(jnp.finfo(jnp.float32).max)
-
-
-def _extremes(w: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """The largest and the least element along ``axes``, 0 among them."""
-    return (
-        jnp.max(w, axis=axes, keepdims=True, initial=0),
-        jnp.min(w, axis=axes, keepdims=True, initial=0),
-    )
-
-
-def _least_squares(
-    w: jax.Array, axes: tuple[int, ...], start: Grid | None, absmax: Grid
-) -> Grid:
-    """``absmax`` with the scale that minimises the squared error of ``w``.
-
-    Nearest codes for a scale, then the least-squares scale for these codes, in turn: the error never
-    rises. Without ``start`` the best of 8 scales is the start, the absmax scale among them; with it
-    one round is done from the scale that it holds.
-    """
-    base, offset = absmax.scale, absmax.offset
-    low, high = absmax.lower + offset, absmax.upper + offset
-    if absmax.zero_point is not None:
-        shift = absmax.zero_point.astype(jnp.float32)
-        low, high = low - shift, high - shift
-    largest = float(max(-absmax.lower, absmax.upper) - offset if absmax.zero_point is None else absmax.upper - absmax.lower)  # fmt: skip
-    if start is not None:
-        # Which side has the largest weight may change from step to step; the grid is not mirrored.
-        base = jnp.where(start.scale * base < 0, -base, base)
-    unit = jnp.where(base == 0, 1, base)
-    x = w / unit
-
-    def settle(factor: jax.Array) -> jax.Array:
-        """``factor`` such that ``base * factor`` is a scale that a grid can have."""
-        rounded = round_scale(base * factor, largest, absmax.dtype)
-        return jnp.where(rounded == 0, 1, rounded / unit)
-
-    def refit(factor: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The least-squares factor for the codes at ``factor``, and the error that it takes away."""
-        # Bounds of the shape of the scale, not scalars: XLA's CPU backend then fuses all of this
-        # into the reductions, which is three times as fast.
-        inside = jnp.minimum(jnp.maximum(x, low * factor), high * factor)
-        levels = jnp.round(inside / factor - offset) + offset if offset else jnp.round(inside / factor)  # fmt: skip
-        products = jnp.sum(x * levels, axis=axes, keepdims=True)
-        squares = jnp.sum(levels * levels, axis=axes, keepdims=True)
-        best = products / jnp.where(squares == 0, 1, squares)
-        return best * products, best
-
-    if start is not None:
-        factor = jnp.abs(start.scale / unit)
-        # Far enough from 0 that the largest weight keeps a code that is not 0.
-        factor = jnp.where(jnp.isfinite(factor), jnp.clip(factor, 1e-3, 1), 1)
-    else:
-        # At this margin rounding the scale cannot make another start worse than absmax.
-        gain, factor = refit(settle(jnp.ones_like(base)))
-        best = gain * (1 + 2.0**-16), factor
-
-        def try_start(best: tuple[jax.Array, jax.Array], guess: jax.Array) -> tuple[Any, None]:
-            gain, factor = refit(settle(guess * jnp.ones_like(base)))
-            better = gain > best[0]
-            return (jnp.where(better, gain, best[0]), jnp.where(better, factor, best[1])), None
-
-        narrowest = min(0.02 * (absmax.upper - absmax.lower + 1), 0.7)
-        guesses = jnp.asarray(np.geomspace(narrowest, 1, 8)[:-1], jnp.float32)
-        (_, factor), _ = jax.lax.scan(try_start, best, guesses)
-    _, factor = refit(settle(factor))
-    return dataclasses.replace(absmax, scale=round_scale(base * factor, largest, absmax.dtype))
+        return least_squares(w, axes, start, grid)

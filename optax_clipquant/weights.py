@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.core import Tracer
 
 from optax_clipquant.clipping import Bound, clip_by_value
 from optax_clipquant.grids import Grid
@@ -26,7 +27,7 @@ class QuantizeWeightsState(NamedTuple):
       grid: a tree with the ``Grid`` that each quantized leaf stands on, None at others.
     """
 
-    count: jax.Array
+    count: jax.typing.ArrayLike
     latent: PyTree
     grid: PyTree
 
@@ -40,7 +41,7 @@ class RoundWeightsState(NamedTuple):
       key: the PRNG key of stochastic rounding, or None.
     """
 
-    count: jax.Array
+    count: jax.typing.ArrayLike
     grid: PyTree
     key: jax.Array | None
 
@@ -94,19 +95,21 @@ def quantize_weights(
              [-3,  2]], dtype=int8)
     """
 
-    def init(params: PyTree) -> QuantizeWeightsState:
+    def init(params: PyTree) -> PyTree:
         grid = _init_grids(params, quantizer, where)
         paths = dict(_leaves(grid))
         latent = jax.tree_util.tree_map_with_path(
             # A copy: params and state can then be donated together.
-            lambda path, p: jnp.array(p, jnp.float32, copy=True) if path_of(path) in paths else None,
+            lambda path, p: (
+                jnp.array(p, jnp.float32, copy=True) if path_of(path) in paths else None
+            ),
             _unboxed(params),
         )
         return QuantizeWeightsState(jnp.zeros((), jnp.int32), latent, grid)
 
     def update(
-        updates: PyTree, state: QuantizeWeightsState, params: PyTree | None = None
-    ) -> tuple[PyTree, QuantizeWeightsState]:
+        updates: PyTree, state: PyTree, params: PyTree | None = None
+    ) -> tuple[PyTree, PyTree]:
         latents = dict(_leaves(state.latent))
 
         def step(path: str, u: jax.Array, p: jax.Array, grid: Grid) -> tuple[Any, Any, Any]:
@@ -114,7 +117,9 @@ def quantize_weights(
             grid = _refit(quantizer, path, latent, grid)
             return _move(p, grid, grid.encode(latent)), grid, latent
 
-        updates, grid, latent = _map_quantized(step, updates, params, state.grid, "quantize_weights")
+        updates, grid, latent = _map_quantized(
+            step, updates, params, state.grid, "quantize_weights"
+        )
         return updates, QuantizeWeightsState(optax.safe_increment(state.count), latent, grid)
 
     return optax.GradientTransformation(init, update)
@@ -151,14 +156,14 @@ def round_weights(
              [0.]], dtype=float32)
     """
 
-    def init(params: PyTree) -> RoundWeightsState:
+    def init(params: PyTree) -> PyTree:
         grid = _init_grids(params, quantizer, where)
         key = jax.random.key(seed) if stochastic else None
         return RoundWeightsState(jnp.zeros((), jnp.int32), grid, key)
 
     def update(
-        updates: PyTree, state: RoundWeightsState, params: PyTree | None = None
-    ) -> tuple[PyTree, RoundWeightsState]:
+        updates: PyTree, state: PyTree, params: PyTree | None = None
+    ) -> tuple[PyTree, PyTree]:
         index = {path: i for i, (path, _) in enumerate(_leaves(state.grid))}
 
         def step(path: str, u: jax.Array, p: jax.Array, grid: Grid) -> tuple[Any, Any]:
@@ -222,7 +227,7 @@ def export_params(params: PyTree, opt_state: PyTree) -> PyTree:
         q = QArray(grid.encode(p), grid)
         # NaN is on no level, but it is exported as NaN.
         off = jnp.sum((q.dequantize() != p) & ~jnp.isnan(p))
-        if not isinstance(off, jax.core.Tracer):
+        if not isinstance(off, Tracer):
             total, off_grid = total + p.size, off_grid + int(off)
         return q
 

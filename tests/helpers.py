@@ -1,0 +1,74 @@
+"""Data and float64 references that several test files use."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_clipquant import Binary, Ternary, Uniform, ZScore
+
+# Every kind of grid: mid-rise, mid-tread, with zero points, groups with a short last one, tensors.
+QUANTIZERS = {
+    "binary": Binary(),
+    "binary-groups": Binary(group_size=5),
+    "ternary": Ternary(),
+    "ternary-groups": Ternary(group_size=5),
+    "uniform2": Uniform(bits=2),
+    "uniform2-groups": Uniform(bits=2, group_size=4),
+    "uniform3": Uniform(bits=3),
+    "uniform3-absmax": Uniform(bits=3, scale_rule="absmax"),
+    "uniform4": Uniform(bits=4),
+    "uniform4-groups": Uniform(bits=4, group_size=5),
+    "uniform4-mse": Uniform(bits=4, scale_rule="mse"),
+    "uniform4-tensor": Uniform(bits=4, channel_axis=None),
+    "uniform4-asymmetric": Uniform(bits=4, symmetric=False),
+    "uniform2-asymmetric": Uniform(bits=2, symmetric=False),
+    "uniform8": Uniform(bits=8),
+    "uniform8-first": Uniform(bits=8, channel_axis=0),
+    "zscore7": ZScore(R=7),
+    "zscore3-fine": ZScore(R=3, resolution=2.0),
+    "zscore1": ZScore(R=1),
+}
+
+
+def weights(shape: tuple[int, ...], kind: str = "normal", seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    draw = {
+        "normal": lambda: rng.standard_normal(shape),
+        "laplace": lambda: rng.laplace(size=shape),
+        "heavy": lambda: rng.standard_t(1.5, size=shape),
+        "student3": lambda: rng.standard_t(3, size=shape),
+        "uniform": lambda: rng.uniform(-1, 1, shape),
+        "skewed": lambda: rng.exponential(size=shape) - 0.3,
+    }[kind]
+    return draw().astype(np.float32)
+
+
+def squared_error(quantizer, w: np.ndarray, axis=None) -> np.ndarray:
+    """In float64."""
+    dequantized = np.asarray(quantizer.quantize(jnp.asarray(w)).dequantize(), np.float64)
+    return np.sum((dequantized - w.astype(np.float64)) ** 2, axis=axis)
+
+
+def mlp_params(seed: int = 0, dtype=jnp.float32) -> dict:
+    keys = jax.random.split(jax.random.key(seed), 2)
+    return {
+        "Dense_0": {
+            "kernel": jax.random.normal(keys[0], (12, 10), dtype) * 0.3,
+            "bias": jnp.zeros(10, dtype),
+        },
+        "Dense_1": {
+            "kernel": jax.random.normal(keys[1], (10, 4), dtype) * 0.3,
+            "bias": jnp.zeros(4, dtype),
+        },
+    }
+
+
+def mlp_loss(params: dict, x: jax.Array, y: jax.Array) -> jax.Array:
+    hidden = jax.nn.relu(x @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"][None])
+    out = hidden @ params["Dense_1"]["kernel"] + params["Dense_1"]["bias"][None]
+    return jnp.mean((out - y) ** 2)
+
+
+def batch(seed: int = 0, dtype=jnp.float32) -> tuple[jax.Array, jax.Array]:
+    x = jax.random.normal(jax.random.key(100 + seed), (32, 12), dtype)
+    return x, jnp.tanh(x[:, :4] * 2 - x[:, 4:8])

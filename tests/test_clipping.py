@@ -1,0 +1,231 @@
+import math
+
+import chex
+import hypothesis
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from optax_clipquant import ClipByValueState, clip_by_value, clip_fractions
+
+FLOATS = [jnp.float32, jnp.bfloat16, jnp.float16]
+
+
+def update(c, grads, **kwargs):
+    tx = clip_by_value(c, **kwargs)
+    return tx.update(grads, tx.init(grads))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (4, 5), (2, 3, 4)])
+def test_shape_range_dtype(platform, variant, dtype, shape):
+    grads = {"w": 3 * jax.random.normal(jax.random.key(0), shape, dtype)}
+    tx = clip_by_value(1.0)
+    clipped, state = variant(tx.update)(grads, tx.init(grads))
+    chex.assert_trees_all_equal_shapes_and_dtypes(clipped, grads)
+    chex.assert_shape(state.clip_fraction, ())
+    chex.assert_type(state.clip_fraction, jnp.float32)
+    assert np.all(np.abs(np.asarray(clipped["w"], np.float64)) <= 1.0)
+    assert 0 <= float(state.clip_fraction) <= 1
+
+
+@hypothesis.given(
+    g=hnp.arrays(
+        np.float32,
+        hnp.array_shapes(min_dims=0, max_dims=3, max_side=6),
+        elements=st.floats(width=32, allow_nan=True, allow_infinity=True),
+    ),
+    c=st.floats(2.0**-100, 2.0**100, width=32),
+)
+def test_is_the_formula_in_float64(g, c):
+    clipped, state = update(c, jnp.asarray(g))
+    # XLA flushes denormals to 0.
+    g64 = np.where(np.abs(g) < 2.0**-126, 0, g.astype(np.float64))
+    expected = np.minimum(np.maximum(g64, -c), c)
+    np.testing.assert_array_equal(np.asarray(clipped, np.float64), expected)
+    count = np.sum(np.abs(g64) > c)
+    np.testing.assert_allclose(float(state.clip_fraction), count / max(g.size, 1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("c", [1.0, 0.1, 3e-4])
+def test_equals_optax_clip(dtype, c):
+    g = jax.random.normal(jax.random.key(0), (1000,), dtype)
+    expected, _ = optax.clip(c).update(g, optax.EmptyState())
+    for telemetry in (True, False):
+        clipped, _ = update(c, g, telemetry=telemetry)
+        chex.assert_trees_all_equal(clipped, expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_array_bound_does_not_promote(dtype):
+    g = jnp.array([3.0, -0.5], dtype)
+    clipped, _ = update(jnp.float32(1.0), g)
+    chex.assert_trees_all_equal(clipped, jnp.array([1.0, -0.5], dtype))
+
+
+def test_nan_passes_uncounted_and_infinity_is_clamped():
+    clipped, state = update(1.0, jnp.array([jnp.nan, jnp.inf, -jnp.inf, 0.5]))
+    np.testing.assert_array_equal(clipped, [np.nan, 1, -1, 0.5])
+    assert float(state.clip_fraction) == 0.5
+    # A bound beyond float16 is its largest number.
+    clipped, _ = update(1e6, jnp.array([jnp.inf], jnp.float16))
+    assert float(clipped[0]) == float(jnp.finfo(jnp.float16).max)
+    tx = optax.apply_if_finite(optax.chain(clip_by_value(1.0), optax.sgd(1.0)), 5)
+    g = jnp.array([jnp.nan, 1.0])
+    updates, _ = tx.update(g, tx.init(g))
+    np.testing.assert_array_equal(updates, [0, 0])
+
+
+def test_complex_parts_are_clamped_separately():
+    g = jnp.array([3 + 0.5j, -2 - 4j, 0.1 + 0.2j, complex(math.nan, 5)], jnp.complex64)
+    clipped, state = update(1.0, g)
+    np.testing.assert_array_equal(
+        clipped[:3], np.array([1 + 0.5j, -1 - 1j, 0.1 + 0.2j], np.complex64)
+    )
+    assert clipped.dtype == jnp.complex64
+    assert np.isnan(clipped[3].real)
+    assert float(state.clip_fraction) == 0.5
+
+
+def test_none_masked_and_float0_pass():
+    grads = {
+        "none": None,
+        "masked": optax.MaskedNode(),
+        "float0": np.zeros(3, jax.dtypes.float0),
+        "w": jnp.array([2.0, 0.5]),
+    }
+    clipped, state = update(1.0, grads)
+    assert clipped["none"] is None
+    assert isinstance(clipped["masked"], optax.MaskedNode)
+    assert clipped["float0"].dtype == jax.dtypes.float0
+    assert float(state.clip_fraction) == 0.5
+
+
+def test_integer_params_have_float0_gradients():
+    params = {"w": jnp.ones(3), "steps": jnp.arange(3)}
+    grads = jax.grad(lambda p: jnp.sum(p["w"] * p["steps"].astype(jnp.float32)), allow_int=True)(
+        params
+    )
+    clipped, state = update(1.0, grads)
+    np.testing.assert_array_equal(clipped["w"], [0, 1, 1])
+    np.testing.assert_allclose(state.clip_fraction, 1 / 3)
+
+
+def test_tree_of_bounds_and_schedules():
+    params = {"a": {"x": jnp.zeros(2), "y": jnp.zeros(1)}, "b": jnp.zeros(2)}
+    grads = jax.tree.map(lambda p: jnp.full_like(p, 10.0), params)
+    tx = clip_by_value({"a": 1.0, "b": lambda count: 2.0 + count.astype(jnp.float32)})
+    state = tx.init(params)
+    for step in range(3):
+        clipped, state = jax.jit(tx.update)(grads, state)
+        np.testing.assert_array_equal(clipped["a"]["x"], [1, 1])
+        np.testing.assert_array_equal(clipped["b"], np.full(2, 2.0 + step))
+    assert int(state.count) == 3
+    with pytest.raises(ValueError, match="b"):
+        clip_by_value({"a": 1.0}).init(params)
+
+
+def test_schedule_without_telemetry():
+    tx = clip_by_value(optax.linear_schedule(1.0, 0.0, 10), telemetry=False)
+    g = jnp.array([5.0])
+    state = tx.init(g)
+    assert state.clip_fraction is None
+    for step in range(10):
+        clipped, state = tx.update(g, state)
+        np.testing.assert_allclose(clipped, [1 - step / 10], rtol=1e-6)
+
+
+def test_without_telemetry_the_state_is_empty():
+    assert jax.tree.leaves(clip_by_value(1.0, telemetry=False).init(jnp.zeros(3))) == []
+
+
+def test_clip_fractions_of_a_chain():
+    tx = optax.chain(
+        clip_by_value(2.0),
+        optax.scale(2.0),
+        clip_by_value(1.0),
+        clip_by_value(9.0, telemetry=False),
+    )
+    g = jnp.array([3.0, 0.1, 0.7, 0.2])
+    _, state = tx.update(g, tx.init(g))
+    np.testing.assert_allclose(clip_fractions(state), [0.25, 0.5])
+    single = optax.chain(clip_by_value(1.0), optax.sgd(1e-3, 0.9))
+    _, state = single.update(g, single.init(g))
+    assert float(optax.tree.get(state, "clip_fraction")) == 0.25
+
+
+@pytest.mark.parametrize("c", [0, 0.0, -1.0, math.nan, np.float32(-2), jnp.float32(0)])
+def test_bound_must_be_positive(c):
+    with pytest.raises(ValueError, match=f"c must be positive, got {c}"):
+        clip_by_value(c)
+    with pytest.raises(ValueError, match="c must be positive"):
+        clip_by_value({"a": 1.0, "b": c})
+
+
+@pytest.mark.parametrize(
+    ("c", "error"),
+    [("1", TypeError), (None, TypeError), (True, TypeError), (np.ones(2), ValueError)],
+)
+def test_bound_must_be_a_scalar(c, error):
+    with pytest.raises(error, match="clip_by_value: c must be"):
+        clip_by_value(c)
+
+
+def test_integer_gradients_are_refused():
+    with pytest.raises(TypeError, match="int32"):
+        update(1.0, jnp.arange(3))
+
+
+@pytest.mark.parametrize("c", [-1.0, math.nan])
+def test_traced_bad_bound_gives_nan_never_garbage(c):
+    clipped = jax.jit(lambda c: update(c, jnp.array([0.5, 3.0]))[0])(jnp.float32(c))
+    assert np.all(np.isnan(clipped))
+
+
+def test_inject_hyperparams():
+    tx = optax.inject_hyperparams(clip_by_value)(c=1.0)
+    g = jnp.array([5.0])
+    state = tx.init(g)
+    state.hyperparams["c"] = jnp.float32(2.0)
+    clipped, _ = jax.jit(tx.update)(g, state)
+    np.testing.assert_array_equal(clipped, [2.0])
+
+
+def test_state_types_are_stable_and_nothing_recompiles():
+    tx = clip_by_value(1.0)
+    g = jnp.ones((3, 4))
+    state = tx.init(g)
+
+    @jax.jit
+    @chex.assert_max_traces(1)
+    def step(g, state):
+        return tx.update(g, state)[1]
+
+    for _ in range(3):
+        new = step(g, state)
+        chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+        assert jax.tree.structure(new) == jax.tree.structure(state)
+        state = new
+    assert isinstance(state, ClipByValueState)
+    scanned, _ = jax.lax.scan(lambda s, _: (tx.update(g, s)[1], None), tx.init(g), length=3)
+    chex.assert_trees_all_equal(scanned, state)
+
+
+def test_vmap():
+    g = jnp.array([[3.0, 0.5], [0.1, 0.2]])
+    tx = clip_by_value(1.0)
+    clipped, state = jax.vmap(lambda g: tx.update(g, tx.init(g)))(g)
+    np.testing.assert_array_equal(clipped, [[1, 0.5], np.float32([0.1, 0.2])])
+    np.testing.assert_array_equal(state.clip_fraction, [0.5, 0])
+
+
+def test_large_counts_are_exact():
+    # A float32 count of ones stops at 2**24.
+    g = jnp.full(2**24 + 2**20, 2.0, jnp.float16)
+    _, state = update(1.0, g)
+    assert float(state.clip_fraction) == 1.0

@@ -1,0 +1,147 @@
+import dataclasses
+
+import chex
+import flax.serialization
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import QUANTIZERS, weights
+
+from optax_clipquant import Grid, QArray, Uniform, ZScore
+
+MIXED = [Uniform(bits=4), Uniform(bits=2, group_size=4), Uniform(bits=8, symmetric=False), ZScore()]
+
+
+def traced_r(w: jax.Array) -> QArray:
+    return jax.jit(lambda w, R: ZScore(R=R).quantize(w))(w, 3)
+
+
+def expanded(grid: Grid, x: jax.Array, shape) -> np.ndarray:
+    """A scale or zero point at each element, by index arithmetic."""
+    index = list(np.indices(shape))
+    for axis in range(len(shape)):
+        if grid.group is not None and axis == grid.group[0] + len(shape):
+            index[axis] = index[axis] // grid.group[1]
+        elif x.shape[axis] == 1:
+            index[axis] = np.zeros_like(index[axis])
+    return np.asarray(x, np.float64)[tuple(index)]
+
+
+def levels(grid: Grid, shape) -> np.ndarray:
+    """All levels at each element, in float64, the last axis over codes."""
+    zero = 0 if grid.zero_point is None else expanded(grid, grid.zero_point, shape)[..., None]
+    codes = np.arange(grid.lower, grid.upper + 1)
+    return (codes + grid.offset - zero) * expanded(grid, grid.scale, shape)[..., None]
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("shape", [(7, 6), (12,), (3, 3, 8, 5)])
+def test_codes_are_of_the_nearest_level(platform, variant, name, shape):
+    w = weights(shape)
+    grid = QUANTIZERS[name].fit(jnp.asarray(w))
+    codes = variant(grid.encode)(jnp.asarray(w))
+    chex.assert_shape(codes, shape)
+    chex.assert_type(codes, jnp.int8)
+    assert np.all((np.asarray(codes) >= grid.lower) & (np.asarray(codes) <= grid.upper))
+    choices = levels(grid, shape)
+    decoded = np.asarray(variant(grid.decode)(codes), np.float64)
+    chosen = np.take_along_axis(choices, np.asarray(codes, int)[..., None] - grid.lower, -1)[..., 0]
+    np.testing.assert_array_equal(decoded, chosen)
+    best = np.min(np.abs(choices - w[..., None].astype(np.float64)), axis=-1)
+    np.testing.assert_allclose(np.abs(decoded - w), best, atol=2e-6 * np.abs(w).max())
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_requantizing_gives_the_same_codes(name):
+    grid = QUANTIZERS[name].fit(jnp.asarray(weights((9, 7))))
+    codes = grid.encode(jnp.asarray(weights((9, 7), seed=1)))
+    for _ in range(6):
+        again = grid.encode(grid.decode(codes))
+        chex.assert_trees_all_equal(again, codes)
+        stochastic = grid.encode(grid.decode(codes), key=jax.random.key(3))
+        chex.assert_trees_all_equal(stochastic, codes)
+
+
+@pytest.mark.parametrize("quantizer", MIXED, ids=str)
+def test_stochastic_rounding_is_right_on_the_average(quantizer):
+    w = weights((16, 4), "uniform")
+    grid = quantizer.fit(jnp.asarray(w))
+    keys = jax.random.split(jax.random.key(0), 4000)
+    decoded = jax.vmap(lambda key: grid.decode(grid.encode(jnp.asarray(w), key=key)))(keys)
+    decoded = np.asarray(decoded, np.float64)
+    step = np.abs(expanded(grid, grid.scale, w.shape))
+    choices = levels(grid, w.shape)
+    inside = (w > choices.min(-1)) & (w < choices.max(-1))
+    error = np.abs(np.mean(decoded, 0) - w) / step
+    # Five standard errors of the mean of a rounding, which has a deviation of at most half a step.
+    assert np.max(np.where(inside, error, 0)) < 5 * 0.5 / np.sqrt(len(keys))
+    # Only the two levels around a weight occur.
+    assert np.max(np.where(inside, np.abs(decoded - w) / step, 0)) < 1.001
+
+
+@hypothesis.given(
+    bits=st.integers(1, 8),
+    exponent=st.integers(-100, 100),
+    seed=st.integers(0, 2**31),
+)
+def test_levels_and_their_differences_are_exact_in_float32(bits, exponent, seed):
+    w = weights((8, 3), seed=seed) * np.float32(2.0) ** exponent
+    grid = Uniform(bits=bits).fit(jnp.asarray(w))
+    scale = np.asarray(grid.scale)
+    np.testing.assert_array_equal(np.asarray(jax.lax.reduce_precision(grid.scale, 8, 7)), scale)
+    exact = levels(grid, (8, 3))
+    np.testing.assert_array_equal(exact.astype(np.float32).astype(np.float64), exact)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("quantizer", MIXED, ids=str)
+def test_dtype_of_the_decoded(dtype, quantizer):
+    w = jnp.asarray(weights((8, 3))).astype(dtype)
+    q = quantizer.quantize(w)
+    assert q.dtype == dtype
+    chex.assert_type(q.dequantize(), dtype)
+    wide = dataclasses.replace(q.grid, dtype=jnp.dtype(jnp.float32))
+    chex.assert_trees_all_equal(q.dequantize(), wide.decode(q.qvalue).astype(dtype))
+
+
+def test_short_last_group_has_its_own_scale():
+    w = weights((33, 2))
+    grid = Uniform(bits=4, group_size=16, scale_rule="absmax").fit(jnp.asarray(w))
+    chex.assert_shape(grid.scale, (3, 2))
+    assert grid.group == (-2, 16)
+    expected = np.stack([np.abs(part).max(0) for part in (w[:16], w[16:32], w[32:])]) / 8
+    np.testing.assert_allclose(np.abs(grid.scale), expected, rtol=2**-8)
+
+
+def test_vmap_shifts_no_group():
+    w = jnp.asarray(weights((5, 33, 2)))
+    quantizer = Uniform(bits=3, group_size=16)
+    batched = jax.vmap(lambda w: quantizer.quantize(w))(w)
+    single = quantizer.quantize(w[2])
+    chex.assert_trees_all_equal(jax.tree.map(lambda x: x[2], batched), single)
+    dequantized = jax.vmap(lambda q: q.dequantize())(batched)
+    chex.assert_trees_all_equal(dequantized[2], single.dequantize())
+
+
+def test_max_code_bounds_the_codes():
+    grid = Grid(jnp.ones((1,)), max_code=jnp.int32(2), bits=8, lower=-127, upper=127)
+    np.testing.assert_array_equal(grid.encode(jnp.array([5.0, -9.0, 1.0])), [2, -2, 1])
+
+
+def test_is_a_pytree_and_survives_placeholders():
+    grid = traced_r(jnp.asarray(weights((4, 4)))).grid
+    assert len(jax.tree.leaves(grid)) == 3
+    rebuilt = jax.tree.map(lambda x: object(), grid)
+    assert rebuilt.group == grid.group
+    chex.assert_trees_all_equal(jax.tree.map(lambda x: x, grid), grid)
+
+
+@pytest.mark.parametrize("quantize", [*(q.quantize for q in MIXED), traced_r])
+def test_msgpack_round_trip(quantize):
+    q = {"w": quantize(jnp.asarray(weights((6, 4))))}
+    restored = flax.serialization.from_bytes(q, flax.serialization.to_bytes(q))
+    chex.assert_trees_all_equal(restored, q)
+    assert restored["w"].grid.bits == q["w"].grid.bits
