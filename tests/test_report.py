@@ -1,0 +1,61 @@
+import io
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rich.console
+from helpers import mlp_params, weights
+
+from optax_clipquant import Ternary, Uniform, quantize_params, summarize
+
+
+def test_rows_against_float64():
+    params = mlp_params()
+    qparams = quantize_params(params, {"Dense_0": Uniform(bits=4), "Dense_1": Ternary()})
+    summary = summarize(params, qparams)
+    rows = {row.path: row for row in summary.rows}
+    assert list(rows) == ["Dense_0/bias", "Dense_0/kernel", "Dense_1/bias", "Dense_1/kernel"]
+    for path in ("Dense_0", "Dense_1"):
+        w = np.asarray(params[path]["kernel"], np.float64)
+        error = w - np.asarray(qparams[path]["kernel"], np.float64)
+        row = rows[f"{path}/kernel"]
+        assert row.shape == w.shape
+        assert row.bytes_before == w.size * 4
+        np.testing.assert_allclose(row.max_error, np.abs(error).max(), rtol=1e-6)
+        np.testing.assert_allclose(
+            row.snr_db, 10 * np.log10((w**2).sum() / (error**2).sum()), rtol=1e-4
+        )
+    assert rows["Dense_0/kernel"].bytes_after == 12 * 10 / 2 + 2 * 10
+    assert rows["Dense_1/kernel"].bytes_after == 10 * 4 / 5 + 2 * 4
+    assert rows["Dense_1/kernel"].bits == math.log2(3)
+    assert (rows["Dense_0/bias"].max_error, rows["Dense_0/bias"].snr_db) == (0, math.inf)
+    assert summary.bytes_before == 4 * (120 + 10 + 40 + 4)
+    assert summary.bytes_after == 60 + 20 + 8 + 8 + 4 * 14
+    np.testing.assert_allclose(summary.ratio, summary.bytes_before / summary.bytes_after)
+
+
+def test_prints_a_table():
+    params = mlp_params()
+    summary = summarize(params, quantize_params(params, Uniform(bits=4)))
+    text = str(summary)
+    assert "Dense_1/kernel" in text
+    assert "SNR (dB)" in text
+    console = rich.console.Console(width=120, record=True, file=io.StringIO())
+    console.print(summary)
+    assert console.export_text().strip() == text.strip()
+
+
+def test_huge_and_zero_weights():
+    params = {"w": jnp.full((4, 4), 1e30), "z": jnp.zeros((4, 4))}
+    rows = summarize(params, quantize_params(params, Uniform(bits=4))).rows
+    assert math.isfinite(rows[0].snr_db)
+    assert rows[1].snr_db == math.inf
+
+
+def test_other_leaves_or_shapes():
+    params = {"w": jnp.asarray(weights((4, 4)))}
+    with pytest.raises(ValueError, match=r"different leaves: .*'v'"):
+        summarize(params, {"v": params["w"]})
+    with pytest.raises(ValueError, match="leaf 'w' has shape"):
+        summarize(params, {"w": jnp.ones((4, 3))})
