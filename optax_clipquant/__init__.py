@@ -1,6 +1,7 @@
 """Clamp gradients, train on a quantization grid, ship a small model."""
 
 from optax_clipquant.clipping import ClipByValueState, clip_by_value, clip_fractions
+from optax_clipquant.files import load, save
 from optax_clipquant.grids import Grid
 from optax_clipquant.params import dequantize_params, quantize_params
 from optax_clipquant.qarray import QArray, narrow
@@ -34,9 +35,11 @@ __all__ = [
     "dequantize_params",
     "export_params",
     "latent_params",
+    "load",
     "narrow",
     "quantize_params",
     "quantize_weights",
     "round_weights",
+    "save",
     "summarize",
 ]

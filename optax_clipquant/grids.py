@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import flax.serialization
 import jax
@@ -81,9 +82,9 @@ class Grid:
           decodes to NaN).
         """
         scale = self.scale.astype(jnp.float32)
-        position = w.astype(jnp.float32) / self._expand(jnp.where(scale == 0, 1, scale), w.shape)
+        position = w.astype(jnp.float32) / self._expand(jnp.where(scale == 0, 1, scale), w)
         if self.zero_point is not None:
-            position += self._expand(self.zero_point.astype(jnp.float32), w.shape)
+            position += self._expand(self.zero_point.astype(jnp.float32), w)
         if self.offset:
             position -= self.offset
         if key is None:
@@ -104,13 +105,13 @@ class Grid:
     @jax.jit
     def decode(self, codes: jax.Array) -> jax.Array:
         """The levels of ``codes``, ``(codes + offset - zero_point) * scale``, in the grid's dtype."""
-        scale = self._expand(self.scale.astype(jnp.float32), codes.shape)
+        scale = self._expand(self.scale.astype(jnp.float32), codes)
         levels = codes.astype(jnp.float32)
         if self.offset:
             levels += self.offset
         if self.zero_point is None:
             return self.round(levels * scale)
-        levels -= self._expand(self.zero_point.astype(jnp.float32), codes.shape)
+        levels -= self._expand(self.zero_point.astype(jnp.float32), codes)
         values = levels * scale
         # The outermost level may lie beyond the dtype's range where the weights reach its end.
         largest = float(jnp.finfo(self.dtype).max)
@@ -125,53 +126,86 @@ class Grid:
             values = jax.lax.reduce_precision(values, info.nexp, info.nmant)
         return values.astype(self.dtype)
 
-    def _expand(self, scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """``scale`` with each group's value repeated, so that it broadcasts against ``shape``."""
+    def _expand(self, scale: jax.Array, like: jax.Array) -> jax.Array:
+        """``scale`` with each group's value repeated, so that it broadcasts against ``like``."""
         if self.group is None:
             return scale
         axis, size = self.group
-        axis += len(shape)
-        groups = scale.shape[axis]
+        axis += like.ndim
+        length, groups = like.shape[axis], scale.shape[axis]
+        final = _spec_of(
+            like, [like.shape[i] if i == axis else n for i, n in enumerate(scale.shape)]
+        )
+        spec = (
+            final
+            if groups * size == length and _divides(final, axis, groups)
+            else _without(final, axis)
+        )
+        scale = _reshard(scale, spec)
         repeated = jax.lax.broadcast_in_dim(
             scale,
             (*scale.shape[: axis + 1], size, *scale.shape[axis + 1 :]),
             [i + (i > axis) for i in range(scale.ndim)],
-            out_sharding=_split_sharding(scale, axis, groups),
+            out_sharding=_split(spec, axis),
         )
         merged = jax.lax.reshape(
             repeated,
             (*scale.shape[:axis], groups * size, *scale.shape[axis + 1 :]),
-            out_sharding=explicit_sharding(scale),
+            out_sharding=spec,
         )
-        return jax.lax.slice_in_dim(merged, 0, shape[axis], axis=axis)
+        return _reshard(jax.lax.slice_in_dim(merged, 0, length, axis=axis), final)
 
 
-def explicit_sharding(x: jax.Array) -> jax.sharding.NamedSharding | None:
-    """The sharding of ``x`` where its mesh axes are Explicit, which operations must then be told."""
-    sharding = jax.typeof(x).sharding
-    return sharding if any(s is not None for s in sharding.spec) else None
-
-
-def _split_sharding(x: jax.Array, axis: int, groups: int) -> jax.sharding.NamedSharding | None:
-    """The sharding of ``x`` with ``axis`` split into ``(groups, size)``."""
-    sharding = explicit_sharding(x)
-    if sharding is None:
-        return None
-    spec = sharding.spec
-    names = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
-    shards = math.prod(sharding.mesh.shape[name] for name in names if name is not None)
-    kept = spec[axis] if groups % shards == 0 else None
-    return sharding.update(spec=jax.P(*spec[:axis], kept, None, *spec[axis + 1 :]))
-
-
-def split_groups(w: jax.Array, axis: int, size: int) -> jax.Array:
-    """``w`` with ``axis``, whose extent ``size`` divides, split into ``(groups, size)``."""
-    groups = w.shape[axis] // size
+def split_groups(w: jax.Array, axis: int, first: int, last: int, size: int) -> jax.Array:
+    """``w[first:last]`` along ``axis``, whose extent ``size`` divides, split into ``(groups, size)``."""
+    groups = (last - first) // size
+    spec = _spec_of(w, w.shape)
+    if last - first < w.shape[axis] or not _divides(spec, axis, groups):
+        spec = _without(spec, axis)
+    part = jax.lax.slice_in_dim(_reshard(w, spec), first, last, axis=axis)
     return jax.lax.reshape(
-        w,
+        part,
         (*w.shape[:axis], groups, size, *w.shape[axis + 1 :]),
-        out_sharding=_split_sharding(w, axis, groups),
+        out_sharding=_split(spec, axis),
     )
+
+
+# On a mesh with Explicit axes, the sharding of what is reshaped must be named. A spec is None on
+# other meshes, where the compiler finds it.
+
+
+def _spec_of(x: jax.Array, shape: Sequence[int]) -> jax.P | None:
+    """The partition of ``x``, for an array of ``shape``, which may have extent 1 where ``x`` has not."""
+    sharding = jax.typeof(x).sharding
+    if all(name is None for name in sharding.spec):
+        return None
+    return jax.P(
+        *(
+            name if n == m else None
+            for name, n, m in zip(sharding.spec, x.shape, shape, strict=True)
+        )
+    )
+
+
+def _divides(spec: jax.P | None, axis: int, groups: int) -> bool:
+    """Whether each device gets whole groups."""
+    if spec is None or spec[axis] is None:
+        return True
+    names = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
+    mesh = jax.sharding.get_abstract_mesh()
+    return groups % math.prod(mesh.shape[name] for name in names) == 0
+
+
+def _without(spec: jax.P | None, axis: int) -> jax.P | None:
+    return None if spec is None else jax.P(*spec[:axis], None, *spec[axis + 1 :])
+
+
+def _split(spec: jax.P | None, axis: int) -> jax.P | None:
+    return None if spec is None else jax.P(*spec[: axis + 1], None, *spec[axis + 1 :])
+
+
+def _reshard(x: jax.Array, spec: jax.P | None) -> jax.Array:
+    return x if spec is None else jax.sharding.reshard(x, spec)
 
 
 def _to_state_dict(grid: Grid) -> dict[str, jax.Array | None]:

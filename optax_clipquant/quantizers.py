@@ -208,8 +208,7 @@ def _fit(quantizer: _Granular, w: jax.Array, start: Grid | None) -> Grid:
 
     def fit_groups(first: int, last: int, size: int) -> Grid:
         """The grid of the groups of ``size`` in ``w[first:last]``, each reduced over its own axis."""
-        part = w if last - first == length else jax.lax.slice_in_dim(w, first, last, axis=axis)
-        part = split_groups(part, axis, size)
+        part = split_groups(w, axis, first, last, size)
         part_start = start and _map_scales(
             start,
             lambda x: jnp.expand_dims(
@@ -259,8 +258,8 @@ class Uniform(_Granular):
       Rastegari et al., XNOR-Net, 2016 (arXiv:1603.05279), for 1 bit.
 
     Examples:
-      >>> Uniform(bits=4, channel_axis=None).quantize(jnp.array([0.1, -0.5, 0.8])).dequantize()
-      Array([ 0.1, -0.5,  0.8], dtype=float32)
+      >>> Uniform(bits=4, channel_axis=None).quantize(jnp.array([0.5, -2.0, 4.0])).dequantize()
+      Array([ 0.5, -2. ,  4. ], dtype=float32)
     """
 
     bits: int = 8

@@ -145,3 +145,22 @@ def test_msgpack_round_trip(quantize):
     restored = flax.serialization.from_bytes(q, flax.serialization.to_bytes(q))
     chex.assert_trees_all_equal(restored, q)
     assert restored["w"].grid.bits == q["w"].grid.bits
+
+
+def test_levels_stay_under_stochastic_rounding_however_many():
+    # Dividing by the reciprocal puts some levels a unit in the last place below their code.
+    grid = Uniform(bits=8).fit(jnp.asarray(weights((64, 256))))
+    codes = jnp.arange(4096 * 256, dtype=jnp.int32).reshape(4096, 256) % 256 - 128
+    codes = codes.astype(jnp.int8)
+    for seed in range(30):
+        again = jax.jit(grid.encode)(grid.decode(codes), key=jax.random.key(seed))
+        chex.assert_trees_all_equal(again, codes)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_rounding_to_half_precision_cannot_be_compiled_away(dtype):
+    # A compiler may drop a cast to bfloat16 that is followed by one back, but not reduce_precision.
+    q = Uniform(bits=8).quantize(jnp.asarray(weights((64, 8))).astype(dtype))
+    widen = lambda q: q.dequantize().astype(jnp.float32)  # noqa: E731
+    chex.assert_trees_all_equal(jax.jit(widen)(q), widen(q))
+    assert "reduce_precision" in str(jax.make_jaxpr(widen)(q))

@@ -484,6 +484,8 @@ MESHES = {
         Uniform(bits=4),
         Uniform(bits=3),
         Uniform(bits=4, group_size=8),
+        Uniform(bits=4, group_size=16),
+        Uniform(bits=4, group_size=24),
         Ternary(),
         Uniform(bits=8, symmetric=False),
         ZScore(),
