@@ -137,7 +137,6 @@ def test_structure_and_dtypes(file):
         "half": [
             jnp.ones(3, jnp.bfloat16),
             jnp.ones(3, jnp.float16),
-            jnp.ones(2, jnp.float8_e4m3fn),
         ],
         # jax would make these float32 and int32.
         "wide": [np.array([1 + 2.0**-40]), np.array(2**40)],
@@ -292,6 +291,7 @@ def test_stored_dtypes_and_metadata(file):
         (object(), "leaf 'a/b' is a object"),
         (jax.random.key(0), "leaf 'a/b' is a PRNG key; store jax.random.key_data"),
         (jnp.ones(2, jnp.int4), "leaf 'a/b' has dtype int4"),
+        (jnp.ones(2, jnp.float8_e4m3fn), "leaf 'a/b' has dtype float8_e4m3fn"),
         (np.array(["x"]), "leaf 'a/b' has dtype"),
     ],
 )

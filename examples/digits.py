@@ -1,0 +1,285 @@
+"""The main job: a small convolutional net on scikit-learn's digits, trained on a 4-bit grid.
+
+Trains a float net and a quantized one side by side, exports and saves both, loads the quantized
+file and evaluates it: its accuracy is exactly that of the params in training.
+
+    python examples/digits.py                       # 4 bits
+    python examples/digits.py --bits 2 --seed 1
+    python examples/digits.py --quantizer ternary
+    python examples/digits.py --in-place            # the article's plain form, which stalls
+"""
+
+import argparse
+import functools
+import pathlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+import rich.console
+import rich.progress
+import rich.table
+from flax.training.train_state import TrainState
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from optax_clipquant import (
+    Binary,
+    QArray,
+    Quantizer,
+    Ternary,
+    Uniform,
+    ZScore,
+    clip_by_value,
+    dequantize_params,
+    export_params,
+    latent_params,
+    load,
+    quantize_params,
+    quantize_weights,
+    round_weights,
+    save,
+    summarize,
+)
+
+CHUNK = 50  # steps in one call of the jitted loop, between two points of the plot
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        x = nn.relu(nn.Conv(16, (3, 3))(images[..., None]))
+        x = nn.relu(nn.Conv(64, (3, 3), strides=2)(x))
+        x = nn.relu(nn.Dense(64)(x.reshape(len(x), -1)))
+        return nn.Dense(10)(x)
+
+
+def load_data() -> tuple[jax.Array, ...]:
+    """1,797 images of 8 x 8 pixels; a third is kept for the test."""
+    images, labels = load_digits(return_X_y=True)
+    images = images.reshape(-1, 8, 8).astype(np.float32) / 16
+    parts = train_test_split(images, labels, test_size=1 / 3, stratify=labels, random_state=0)
+    train_x, test_x, train_y, test_y = map(jnp.asarray, parts)
+    return train_x, train_y, test_x, test_y
+
+
+def make_quantizer(name: str, bits: int, group_size: int | None) -> Quantizer:
+    return {
+        "uniform": lambda: Uniform(bits=bits, group_size=group_size),
+        "binary": lambda: Binary(group_size=group_size),
+        "ternary": lambda: Ternary(group_size=group_size),
+        "zscore": lambda: ZScore(R=2 ** (bits - 1) - 1),
+    }[name]()
+
+
+@jax.jit
+def accuracy(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.argmax(Net().apply({"params": params}, images), -1) == labels)
+
+
+def train_step(state: TrainState, images: jax.Array, labels: jax.Array) -> TrainState:
+    def loss(params: Any) -> jax.Array:
+        logits = state.apply_fn({"params": params}, images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    return state.apply_gradients(grads=jax.grad(loss)(state.params))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def train_chunk(
+    state: TrainState, images: jax.Array, labels: jax.Array, batches: jax.Array
+) -> tuple[TrainState, jax.Array]:
+    """A step on each of ``batches``, and the mean share of clamped gradients."""
+
+    def step(state: TrainState, batch: jax.Array) -> tuple[TrainState, jax.Array]:
+        state = train_step(state, images[batch], labels[batch])
+        return state, optax.tree.get(state.opt_state, "clip_fraction")
+
+    state, fractions = jax.lax.scan(step, state, batches)
+    return state, jnp.mean(fractions)
+
+
+def run(
+    name: str,
+    args: argparse.Namespace,
+    last: optax.GradientTransformation,
+    quantizer: Quantizer | None,
+    data: tuple[jax.Array, ...],
+    progress: rich.progress.Progress,
+) -> tuple[TrainState, list[float], float]:
+    """The trained state, the test accuracy after each chunk, and the mean clip fraction."""
+    train_x, train_y, test_x, test_y = data
+    params = Net().init(jax.random.key(args.seed), train_x[:1])["params"]
+    if quantizer is not None:
+        params = dequantize_params(quantize_params(params, quantizer))
+    schedule = optax.cosine_decay_schedule(2e-3, args.steps)
+    tx = optax.chain(clip_by_value(args.c), optax.adamw(schedule), last)
+    state = TrainState.create(apply_fn=Net().apply, params=params, tx=tx)
+    rng = np.random.default_rng(args.seed)
+    batches = rng.integers(0, len(train_x), (args.steps, args.batch))
+    curve, fractions = [], []
+    task = progress.add_task(name, total=args.steps, note="")
+    for first in range(0, args.steps, CHUNK):
+        chunk = jnp.asarray(batches[first : first + CHUNK])
+        state, fraction = train_chunk(state, train_x, train_y, chunk)
+        curve.append(float(accuracy(state.params, test_x, test_y)))
+        fractions.append(float(fraction) * len(chunk))
+        progress.update(task, advance=len(chunk), note=f"test accuracy {curve[-1]:.4f}")
+    return state, curve, sum(fractions) / args.steps
+
+
+def plot(
+    path: pathlib.Path,
+    steps: int,
+    curves: dict[str, list[float]],
+    state: TrainState,
+    exported: Any,
+    name: str,
+) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    at = np.minimum(np.arange(1, len(next(iter(curves.values()))) + 1) * CHUNK, steps)
+    for (label, curve), style, color in zip(
+        curves.items(), ["-", "--", ":"], ["#0072B2", "#D55E00", "#666666"], strict=False
+    ):
+        left.plot(at, 100 * np.array(curve), style, color=color, linewidth=2, label=label)
+    left.set(xlabel="step", ylabel="test accuracy (%)", title="Accuracy in training")
+    left.legend(loc="lower right")
+    left.grid(alpha=0.3)
+    q: QArray = exported["Dense_0"]["kernel"]
+    channel = 0 if q.scale.shape[-1] > 1 else slice(None)
+    latent = latent_params(state.params, state.opt_state)["Dense_0"]["kernel"]
+    right.hist(
+        np.ravel(np.asarray(latent)[:, channel]), 60, color="#56B4E9", label="latent weights"
+    )
+    for i, level in enumerate(np.unique(np.asarray(q)[:, channel])):
+        right.axvline(
+            level, color="#D55E00", linewidth=1, label="levels in use" if i == 0 else None
+        )
+    right.set(xlabel="weight", ylabel="number of weights", title=f"Dense_0, one channel: {name}")
+    right.legend(loc="upper right")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--bits", type=int, default=4, help="bits a weight, 1 to 8 (default 4)")
+    parser.add_argument(
+        "--group-size", type=int, help="weights that share a scale (default: a channel)"
+    )
+    parser.add_argument(
+        "--c", type=float, default=0.01, help="bound on each gradient (default 0.01)"
+    )
+    parser.add_argument(
+        "--quantizer", choices=["uniform", "binary", "ternary", "zscore"], default="uniform"
+    )
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder for files and plot"
+    )
+    parser.add_argument(
+        "--in-place", action="store_true", help="round in place: the article's plain form"
+    )
+    args = parser.parse_args(argv)
+    for name in ("steps", "batch"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    try:
+        args.made = make_quantizer(args.quantizer, args.bits, args.group_size)
+        clip_by_value(args.c)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    console = rich.console.Console()
+    args.out.mkdir(parents=True, exist_ok=True)
+    data = load_data()
+    label = (
+        args.quantizer
+        if args.quantizer in ("binary", "ternary")
+        else f"{args.bits} bits, {args.quantizer}"
+    )
+    runs: dict[str, tuple[optax.GradientTransformation, Quantizer | None]] = {
+        "float": (optax.identity(), None),
+        label: (quantize_weights(args.made), args.made),
+    }
+    if args.in_place:
+        runs[f"{label}, in place"] = (round_weights(args.made), args.made)
+
+    table = rich.table.Table(
+        title=f"scikit-learn digits, {args.steps} steps, c = {args.c}, seed {args.seed}"
+    )
+    table.add_column("params")
+    for column in (
+        "test accuracy",
+        "of the file",
+        "clip fraction",
+        "bits a weight",
+        "file bytes",
+        "ratio",
+    ):
+        table.add_column(column, justify="right")
+    curves, exports, states, sizes = {}, {}, {}, {}
+    columns = (
+        "{task.description}",
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        "{task.fields[note]}",
+    )
+    with rich.progress.Progress(*columns, console=console) as progress:
+        for name, (last, quantizer) in runs.items():
+            state, curves[name], fraction = run(name, args, last, quantizer, data, progress)
+            exported = (
+                state.params if quantizer is None else export_params(state.params, state.opt_state)
+            )
+            exports[name], states[name] = exported, state
+            file = args.out / f"digits-{'-'.join(name.replace(',', '').split())}.safetensors"
+            save(file, exported)
+            loaded = load(file)
+            for a, b in zip(
+                jax.tree.leaves(dequantize_params(loaded)),
+                jax.tree.leaves(state.params),
+                strict=True,
+            ):
+                assert np.array_equal(a, b), "the file does not hold the params"
+            of_params = float(accuracy(state.params, *data[2:]))
+            of_file = float(accuracy(loaded, *data[2:]))
+            assert of_file == of_params, f"{of_file} of the file, {of_params} of the params"
+            sizes[name] = size = file.stat().st_size
+            table.add_row(
+                name, f"{of_params:.4f}", f"{of_file:.4f}", f"{fraction:.4f}",
+                f"{bits_a_weight(exported):.2f}", f"{size:,}", f"{sizes['float'] / size:.2f}x",
+            )  # fmt: skip
+    console.print(table)
+    state = states[label]
+    console.print("Against the latent weights:")
+    console.print(summarize(latent_params(state.params, state.opt_state), exports[label]))
+    plot(args.out / "digits.png", args.steps, curves, state, exports[label], label)
+    console.print(f"Files and plot: {args.out}/")
+
+
+def bits_a_weight(params: Any) -> float:
+    """Of the weights that are quantized, scales included; of all where none is."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, QArray))
+    quantized = [leaf for leaf in leaves if isinstance(leaf, QArray)]
+    if not quantized:
+        return 32
+    return 8 * sum(q.nbytes_packed for q in quantized) / sum(q.size for q in quantized)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Each example runs as a user would run it, in a quick mode."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+
+
+def run(script: str, *args: str) -> str:
+    process = subprocess.run(
+        [sys.executable, EXAMPLES / script, *args],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": "/usr/bin:/bin", "COLUMNS": "160"},
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "rows"),
+    [
+        (["--in-place"], ["float", "4 bits, uniform", "4 bits, uniform, in place"]),
+        (["--quantizer", "ternary", "--group-size", "32"], ["float", "ternary"]),
+        (["--quantizer", "zscore", "--bits", "3"], ["float", "3 bits, zscore"]),
+    ],
+)
+def test_digits(tmp_path: pathlib.Path, args: list[str], rows: list[str]):
+    out = run("digits.py", "--steps", "60", "--batch", "16", "--out", str(tmp_path), *args)
+    accuracies = {}
+    for row in rows:
+        match = re.search(rf"│ {row} +│ +([\d.]+) │ +([\d.]+) │", out)
+        assert match, out
+        accuracies[row] = float(match[1])
+        assert match[1] == match[2]
+    assert accuracies["float"] > 0.6
+    assert len(list(tmp_path.glob("*.safetensors"))) == len(rows)
+    assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--bits", "9"], "bits must be an integer from 1 to 8"),
+        (["--c", "-1"], "c must be positive"),
+        (["--steps", "0"], "--steps must be at least 1"),
+    ],
+)
+def test_digits_refuses(args: list[str], message: str):
+    process = subprocess.run(
+        [sys.executable, EXAMPLES / "digits.py", *args], capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 2
+    assert message in process.stderr
