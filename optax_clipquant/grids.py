@@ -1,9 +1,9 @@
 """The grid that weights stand on: encode weights to integer codes, decode codes to levels."""
 
 import dataclasses
-import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import flax.serialization
 import jax
@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 _FLOAT32 = np.dtype(np.float32)
+_Fn = Callable[[jax.Array], jax.Array]
 
 
-@functools.partial(
+@partial(
     jax.tree_util.register_dataclass,
     data_fields=("scale", "zero_point", "max_code"),
     meta_fields=("offset", "bits", "lower", "upper", "group", "dtype"),
@@ -82,9 +83,10 @@ class Grid:
           decodes to NaN).
         """
         scale = self.scale.astype(jnp.float32)
-        position = w.astype(jnp.float32) / self._expand(jnp.where(scale == 0, 1, scale), w)
+        w, expand, merge = self._view(w)
+        position = w.astype(jnp.float32) / expand(jnp.where(scale == 0, 1, scale))
         if self.zero_point is not None:
-            position += self._expand(self.zero_point.astype(jnp.float32), w)
+            position += expand(self.zero_point.astype(jnp.float32))
         if self.offset:
             position -= self.offset
         if key is None:
@@ -100,24 +102,23 @@ class Grid:
         if self.max_code is not None:
             bound = self.max_code.astype(jnp.float32)
             codes = jnp.clip(codes, -bound, bound)
-        return jnp.where(jnp.isnan(codes), 0, codes).astype(jnp.int8)
+        return merge(jnp.where(jnp.isnan(codes), 0, codes).astype(jnp.int8))
 
     @jax.jit
     def decode(self, codes: jax.Array) -> jax.Array:
         """The levels of ``codes``, ``(codes + offset - zero_point) * scale``, in the grid's dtype."""
-        scale = self._expand(self.scale.astype(jnp.float32), codes)
+        codes, expand, merge = self._view(codes)
+        scale = expand(self.scale.astype(jnp.float32))
         levels = codes.astype(jnp.float32)
         if self.offset:
             levels += self.offset
         if self.zero_point is None:
-            return self.round(levels * scale)
-        levels -= self._expand(self.zero_point.astype(jnp.float32), codes)
-        values = levels * scale
+            return merge(self.round(levels * scale))
+        values = (levels - expand(self.zero_point.astype(jnp.float32))) * scale
         # The outermost level may lie beyond the dtype's range where the weights reach its end.
         largest = float(jnp.finfo(self.dtype).max)
-        return self.round(
-            jnp.where(jnp.isfinite(scale), jnp.clip(values, -largest, largest), values)
-        )
+        inside = jnp.clip(values, -largest, largest)
+        return merge(self.round(jnp.where(jnp.isfinite(scale), inside, values)))
 
     def round(self, values: jax.Array) -> jax.Array:
         """``values`` in the grid's dtype, really rounded: a compiler may drop a plain cast."""
@@ -126,34 +127,55 @@ class Grid:
             values = jax.lax.reduce_precision(values, info.nexp, info.nmant)
         return values.astype(self.dtype)
 
-    def _expand(self, scale: jax.Array, like: jax.Array) -> jax.Array:
-        """``scale`` with each group's value repeated, so that it broadcasts against ``like``."""
+    def _view(self, x: jax.Array) -> tuple[jax.Array, _Fn, _Fn]:
+        """``x`` in a shape against which the scales broadcast, what brings a scale there, and back.
+
+        Whole groups are an axis of their own. Where the last one is shorter, ``x`` stays and the
+        scales are repeated.
+        """
         if self.group is None:
-            return scale
+            return x, lambda scale: scale, lambda y: y
         axis, size = self.group
-        axis += like.ndim
-        length, groups = like.shape[axis], scale.shape[axis]
-        final = _spec_of(
-            like, [like.shape[i] if i == axis else n for i, n in enumerate(scale.shape)]
-        )
-        spec = (
-            final
-            if groups * size == length and _divides(final, axis, groups)
-            else _without(final, axis)
-        )
-        scale = _reshard(scale, spec)
-        repeated = jax.lax.broadcast_in_dim(
-            scale,
-            (*scale.shape[: axis + 1], size, *scale.shape[axis + 1 :]),
-            [i + (i > axis) for i in range(scale.ndim)],
-            out_sharding=_split(spec, axis),
-        )
-        merged = jax.lax.reshape(
-            repeated,
-            (*scale.shape[:axis], groups * size, *scale.shape[axis + 1 :]),
-            out_sharding=spec,
-        )
-        return _reshard(jax.lax.slice_in_dim(merged, 0, length, axis=axis), final)
+        axis += x.ndim
+        length = x.shape[axis]
+        spec = _spec_of(x, x.shape)
+
+        def merge(y: jax.Array) -> jax.Array:
+            back = (
+                spec
+                if spec is None or _divides(spec, axis, y.shape[axis])
+                else _without(spec, axis)
+            )
+            return _reshard(jax.lax.reshape(y, x.shape, out_sharding=back), spec)
+
+        if length % size == 0:
+            return (
+                split_groups(x, axis, 0, length, size),
+                partial(jnp.expand_dims, axis=axis + 1),
+                merge,
+            )
+
+        def repeat(scale: jax.Array) -> jax.Array:
+            final = _spec_of(
+                x,
+                [
+                    n if i == axis or n == m else 1
+                    for i, (n, m) in enumerate(zip(x.shape, scale.shape, strict=True))
+                ],
+            )
+            whole = _without(final, axis)
+            scale = _reshard(scale, whole)
+            repeated = jax.lax.broadcast_in_dim(
+                scale,
+                (*scale.shape[: axis + 1], size, *scale.shape[axis + 1 :]),
+                [i + (i > axis) for i in range(x.ndim)],
+                out_sharding=_split(whole, axis),
+            )
+            padded = (*scale.shape[:axis], scale.shape[axis] * size, *scale.shape[axis + 1 :])
+            merged = jax.lax.reshape(repeated, padded, out_sharding=whole)
+            return _reshard(jax.lax.slice_in_dim(merged, 0, length, axis=axis), final)
+
+        return x, repeat, lambda y: y
 
 
 def split_groups(w: jax.Array, axis: int, first: int, last: int, size: int) -> jax.Array:

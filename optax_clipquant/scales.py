@@ -34,22 +34,24 @@ def moments(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     Moments of each column first, in units of the column's range, then those of the columns: nothing
     cancels or overflows, and each pass is one fused reduction.
     """
-    w = 0.25 * (w.reshape(-1, 1) if w.ndim < 2 else w)  # differences must not overflow
+    w = w.reshape(-1, 1) if w.ndim < 2 else w
     axes = tuple(range(w.ndim - 1))
     rows = w.size // w.shape[-1]
     high = jnp.max(w, axis=axes, keepdims=True)
     low = jnp.min(w, axis=axes, keepdims=True)
     span = jnp.maximum(high, -low)
     unit = jnp.where(span == 0, 1, span)
-    means = jnp.sum(w * (1 / rows), axis=axes, keepdims=True)
-    squares = jnp.sum(jnp.square((w - means) / unit), axis=axes, keepdims=True) / rows
-    mean = jnp.sum(means * (1 / means.size))
+    means = 2 * jnp.sum(
+        w * (0.5 / rows), axis=axes, keepdims=True
+    )  # halves, for a sum can round up
+    squares = jnp.sum(jnp.square(w / unit - means / unit), axis=axes, keepdims=True) / rows
+    mean = 2 * jnp.sum(means * (0.5 / means.size))
     largest = jnp.max(unit)
-    between = jnp.square((means - mean) / largest)
-    std = largest * jnp.sqrt(jnp.mean(squares * jnp.square(unit / largest) + between))
+    between = jnp.square(means / largest - mean / largest)
+    spread = jnp.sqrt(jnp.mean(squares * jnp.square(unit / largest) + between))
+    std = jnp.minimum(largest * jnp.minimum(spread, 1), _LARGEST)
     constant = jnp.max(high) == jnp.min(low)
-    std = 4 * jnp.minimum(std, _LARGEST / 4)
-    return 4 * jnp.where(constant, jnp.max(high), mean), std, constant
+    return jnp.where(constant, jnp.max(high), mean), std, constant
 
 
 def mean_magnitude(w: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -71,8 +73,8 @@ def least_squares(w: jax.Array, axes: tuple[int, ...], start: Grid | None, absma
     """``absmax`` with the scale that minimises the squared error of ``w``.
 
     Nearest codes for a scale, then the least-squares scale for these codes, in turn: the error never
-    rises. Without ``start`` the best of 8 scales is the start, the absmax scale among them; with it
-    one round is done from the scale that it holds.
+    rises. Without ``start``, two rounds from the best of several scales, the absmax scale among them; with
+    it, one round from the scale that it holds.
     """
     base, offset = absmax.scale, absmax.offset
     low, high = absmax.lower + offset, absmax.upper + offset
@@ -93,35 +95,39 @@ def least_squares(w: jax.Array, axes: tuple[int, ...], start: Grid | None, absma
         rounded = round_scale(base * factor, largest, absmax.dtype)
         return jnp.where(rounded == 0, 1, rounded / unit)
 
-    def refit(factor: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The least-squares factor for the codes at ``factor``, and the error that it takes away."""
+    def levels(factor: jax.Array) -> jax.Array:
         # Bounds of the shape of the scale, not scalars: XLA's CPU backend then fuses all of this
         # into the reductions, which is three times as fast.
         inside = jnp.minimum(jnp.maximum(x, low * factor), high * factor)
-        levels = jnp.round(inside / factor - offset) + offset
-        products = jnp.sum(x * levels, axis=axes, keepdims=True)
-        squares = jnp.sum(levels * levels, axis=axes, keepdims=True)
-        best = products / jnp.where(squares == 0, 1, squares)
-        return best * products, best
+        half = offset + 0 * factor
+        return jnp.round(inside / factor - half) + half if offset else jnp.round(inside / factor)
+
+    def error(factor: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(x - factor * levels(factor)), axis=axes, keepdims=True)
+
+    def refit(factor: jax.Array) -> jax.Array:
+        """The least-squares factor for the codes at ``factor``."""
+        squares = jnp.sum(jnp.square(levels(factor)), axis=axes, keepdims=True)
+        # Were it the same factor in both sums, XLA's CPU backend would write the levels to memory.
+        same = factor + 0 * squares
+        products = jnp.sum(x * levels(same), axis=axes, keepdims=True)
+        return settle(products / jnp.where(squares == 0, 1, squares))
 
     if start is not None:
         factor = jnp.abs(start.scale / unit)
         # Far enough from 0 that the largest weight keeps a code that is not 0.
-        factor = jnp.where(jnp.isfinite(factor), jnp.clip(factor, 1e-3, 1), 1)
+        factor = settle(jnp.where(jnp.isfinite(factor), jnp.clip(factor, 1e-3, 1), 1))
     else:
-        # With this margin, rounding its scale cannot make another start worse than absmax.
-        gain, factor = refit(settle(jnp.ones_like(base)))
-        best = gain * (1 + 2.0**-15), factor
-
-        def try_start(
-            best: tuple[jax.Array, jax.Array], guess: jax.Array
-        ) -> tuple[tuple[jax.Array, jax.Array], None]:
-            gain, factor = refit(settle(guess * jnp.ones_like(base)))
-            better = gain > best[0]
-            return (jnp.where(better, gain, best[0]), jnp.where(better, factor, best[1])), None
-
+        factor = settle(jnp.ones_like(base))
+        least = error(factor)
         narrowest = min(0.02 * (absmax.upper - absmax.lower + 1), 0.7)
-        guesses = jnp.asarray(np.geomspace(narrowest, 1, 8)[:-1], jnp.float32)
-        (_, factor), _ = jax.lax.scan(try_start, best, guesses)
-    _, factor = refit(settle(factor))
+        # The fewer weights share a scale, the more rugged is their error.
+        starts = 6 if math.prod(w.shape[axis] for axis in axes) >= 32 else 24
+        for ratio in np.geomspace(narrowest, 1, starts)[:-1]:
+            guess = settle(jnp.full_like(base, ratio))
+            found = error(guess)
+            factor = jnp.where(found < least, guess, factor)
+            least = jnp.minimum(found, least)
+        factor = refit(factor)
+    factor = refit(factor)
     return dataclasses.replace(absmax, scale=round_scale(base * factor, largest, absmax.dtype))

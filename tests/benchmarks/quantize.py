@@ -1,0 +1,119 @@
+"""The time of each quantizer on a 170 MB tree, as a ratio to a NumPy copy of it and beside qwix.
+
+All in one process; the candidates take turns, so that what else the machine does hits all alike.
+Timings are the least of the turns.
+
+    python tests/benchmarks/quantize.py
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import qwix
+import rich.console
+import rich.progress
+import rich.table
+
+from optax_clipquant import Binary, Grid, Quantizer, Ternary, Uniform, ZScore, quantize_params
+
+SHAPES = [(1024, 4096), (4096, 1024), (1024, 1024)] * 4 + [(4992, 1024)]
+
+# Name, quantizer, target ratio to the copy, whether it starts from the scale of the step before.
+OURS: list[tuple[str, Quantizer, float | None, bool]] = [
+    ("8 bits, channel", Uniform(bits=8), 1.5, False),
+    ("8 bits, channel, zero point", Uniform(bits=8, symmetric=False), 1.5, False),
+    ("4 bits, channel", Uniform(bits=4), 1.5, False),
+    ("4 bits, groups of 32", Uniform(bits=4, group_size=32), 1.5, False),
+    ("3 bits, absmax, channel", Uniform(bits=3, scale_rule="absmax"), 1.5, False),
+    ("1 bit, channel", Binary(), 1.5, False),
+    ("1 bit, groups of 32", Binary(group_size=32), 1.5, False),
+    ("z-score, tensor", ZScore(), None, False),
+    ("3 bits, mse, channel", Uniform(bits=3), 6, False),
+    ("3 bits, mse, groups of 32", Uniform(bits=3, group_size=32), 6, False),
+    ("2 bits, mse, channel", Uniform(bits=2), 6, False),
+    ("4 bits, mse, groups of 32", Uniform(bits=4, group_size=32, scale_rule="mse"), 6, False),
+    ("ternary, channel", Ternary(), 6, False),
+    ("ternary, groups of 32", Ternary(group_size=32), 6, False),
+    ("3 bits, mse, channel, in training", Uniform(bits=3), 6, True),
+    ("ternary, channel, in training", Ternary(), 6, True),
+]
+QWIX = [
+    ("qwix 8 bits, channel", jnp.int8, None),
+    ("qwix 4 bits, channel", jnp.int4, None),
+    ("qwix 4 bits, groups of 32", jnp.int4, 32),
+]
+
+
+def ours(quantizer: Quantizer, warm: bool, tree: dict[str, jax.Array]) -> Callable[[], Any]:
+    if not warm:
+        fn = jax.jit(lambda tree: quantize_params(tree, quantizer))
+        return lambda: fn(tree)
+
+    @jax.jit
+    def step(tree: dict[str, jax.Array], grids: dict[str, Grid]) -> Any:
+        grids = {name: quantizer.fit(w, start=grids[name]) for name, w in tree.items()}
+        return {name: (grids[name].encode(w), grids[name]) for name, w in tree.items()}
+
+    grids = {name: quantizer.fit(w) for name, w in tree.items()}
+    return lambda: step(tree, grids)
+
+
+def theirs(qtype: Any, group: int | None, tree: dict[str, jax.Array]) -> Callable[[], Any]:
+    tiled = {} if group is None else {0: group}
+    fn = jax.jit(
+        lambda tree: {
+            name: qwix.quantize(w, qtype, channelwise_axes=(1,), tiled_axes=tiled)
+            for name, w in tree.items()
+        }
+    )
+    return lambda: fn(tree)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=10)
+    args = parser.parse_args()
+    rng = np.random.default_rng(0)
+    arrays = {f"w{i}": rng.standard_normal(s, np.float32) for i, s in enumerate(SHAPES)}
+    tree = {name: jnp.asarray(w) for name, w in arrays.items()}
+    nbytes = sum(w.nbytes for w in arrays.values())
+
+    candidates: dict[str, Callable[[], Any]] = {
+        "numpy copy": lambda: {name: w.copy() for name, w in arrays.items()}
+    }
+    targets = {}
+    for name, quantizer, target, warm in OURS:
+        candidates[name] = ours(quantizer, warm, tree)
+        targets[name] = target
+    for name, qtype, group in QWIX:
+        candidates[name] = theirs(qtype, group, tree)
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in rich.progress.track(range(args.repeats + 1), "turns"):
+        for name, run in candidates.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(run())
+            if turn:  # the first compiles
+                times[name].append(time.perf_counter() - begin)
+
+    copy = min(times["numpy copy"])
+    table = rich.table.Table(
+        title=f"{nbytes / 1e6:.0f} MB of float32, {os.cpu_count()} cores, jax {jax.__version__}"
+    )
+    for column in ("scheme", "ms", "copies", "target", ""):
+        table.add_column(column, justify="left" if column == "scheme" else "right")
+    for name, values in times.items():
+        ratio = min(values) / copy
+        target = targets.get(name)
+        verdict = "" if target is None else "ok" if ratio <= target else "missed"
+        table.add_row(name, f"{1e3 * min(values):.1f}", f"{ratio:.2f}", f"{target or ''}", verdict)
+    rich.console.Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The whole jitted training step with and without clip and quantize, as ratios in one run.
+
+Random data of the shape of Fashion-MNIST: timings only. The candidates take turns, so that what else
+the machine does hits all alike. A ratio is the median over turns of a candidate's time to that of its
+reference in the same turn.
+
+    python tests/benchmarks/train_step.py
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import qwix
+import rich.console
+import rich.progress
+import rich.table
+
+from optax_clipquant import Ternary, Uniform, clip_by_value, quantize_weights
+
+MODELS = {"784-512-256-10": (512, 256), "784-2048-2048-10": (2048, 2048)}
+CALLS = 20  # steps in one timing
+
+
+class Net(nn.Module):
+    widths: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for width in self.widths:
+            x = nn.relu(nn.Dense(width)(x))
+        return nn.Dense(10)(x)
+
+
+def stepper(
+    model: nn.Module, tx: optax.GradientTransformation, x: jax.Array, y: jax.Array
+) -> Callable[[], Any]:
+    """A function that runs ``CALLS`` steps, with params and state donated."""
+    params = model.init(jax.random.key(0), x)["params"]
+    state = tx.init(params)
+
+    def step(params: Any, state: Any) -> tuple[Any, Any]:
+        def loss(params: Any) -> jax.Array:
+            logits = model.apply({"params": params}, x)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    compiled = jax.jit(step, donate_argnums=(0, 1))
+    held = [(params, state)]
+
+    def run() -> Any:
+        for _ in range(CALLS):
+            held[0] = compiled(*held[0])
+        return held[0]
+
+    return run
+
+
+def candidates(
+    widths: tuple[int, ...], x: jax.Array, y: jax.Array
+) -> dict[str, tuple[Callable[[], Any], str, float | None]]:
+    """Each candidate's runner, its reference, and the target for the ratio."""
+    net, adam = Net(widths), optax.adam(1e-3)
+    rule = qwix.QtRule(module_path=".*", weight_qtype="int4", act_qtype=None)
+    qat = qwix.quantize_model(Net(widths), qwix.QtProvider([rule]))
+
+    def make(*transforms: optax.GradientTransformation) -> Callable[[], Any]:
+        return stepper(net, optax.chain(*transforms), x, y)
+
+    return {
+        "adam": (make(adam), "adam", None),
+        "optax.clip": (make(optax.clip(1.0), adam), "adam", None),
+        "clip_by_value": (make(clip_by_value(1.0), adam), "optax.clip", 1.02),
+        "clip_by_value, no telemetry": (make(clip_by_value(1.0, telemetry=False), adam), "optax.clip", 1.0),
+        "4 bits": (make(adam, quantize_weights(Uniform(bits=4))), "adam", 1.10),
+        "4 bits, groups of 32": (make(adam, quantize_weights(Uniform(bits=4, group_size=32))), "adam", 1.10),
+        "3 bits (mse)": (make(adam, quantize_weights(Uniform(bits=3))), "adam", 1.10),
+        "ternary": (make(adam, quantize_weights(Ternary())), "adam", 1.10),
+        "clip_by_value, 4 bits": (make(clip_by_value(1.0), adam, quantize_weights(Uniform(bits=4))), "optax.clip", 1.10),
+        "qwix QAT, 4-bit weights": (stepper(qat, adam, x, y), "adam", None),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--batch", type=int, default=256)
+    args = parser.parse_args()
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((args.batch, 784), np.float32))
+    y = jnp.asarray(rng.integers(0, 10, args.batch))
+    for name, widths in MODELS.items():
+        runs = candidates(widths, x, y)
+        times: dict[str, list[float]] = {candidate: [] for candidate in runs}
+        for turn in rich.progress.track(range(args.repeats + 1), name):
+            for candidate, (run, _, _) in runs.items():
+                begin = time.perf_counter()
+                jax.block_until_ready(run())
+                if turn:  # the first compiles
+                    times[candidate].append((time.perf_counter() - begin) / CALLS)
+        table = rich.table.Table(
+            title=f"MLP {name}, batch {args.batch}, {os.cpu_count()} cores, jax {jax.__version__}"
+        )
+        for column in ("step", "ms", "ratio", "to", "target", ""):
+            table.add_column(column, justify="left" if column in ("step", "to") else "right")
+        for candidate, (_, reference, target) in runs.items():
+            ratio = float(np.median(np.array(times[candidate]) / np.array(times[reference])))
+            # Two runs of the same program differ by about 1%.
+            verdict = "" if target is None else "ok" if ratio <= target + 0.01 else "missed"
+            table.add_row(
+                candidate, f"{1e3 * np.median(times[candidate]):.2f}", f"{ratio:.3f}", reference,
+                f"{target or ''}", verdict,
+            )  # fmt: skip
+        rich.console.Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
