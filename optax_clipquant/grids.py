@@ -1,14 +1,15 @@
 """The grid that weights stand on: encode weights to integer codes, decode codes to levels."""
 
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from optax_clipquant.sharding import merge_axis, reshard, spec_of, split_axis, split_spec, without
 
 _FLOAT32 = np.dtype(np.float32)
 _Fn = Callable[[jax.Array], jax.Array]
@@ -138,96 +139,30 @@ class Grid:
         axis, size = self.group
         axis += x.ndim
         length = x.shape[axis]
-        spec = _spec_of(x, x.shape)
-
-        def merge(y: jax.Array) -> jax.Array:
-            back = (
-                spec
-                if spec is None or _divides(spec, axis, y.shape[axis])
-                else _without(spec, axis)
-            )
-            return _reshard(jax.lax.reshape(y, x.shape, out_sharding=back), spec)
-
+        spec = spec_of(x, x.shape)
         if length % size == 0:
+            split = split_axis(x, axis, 0, length, size)
             return (
-                split_groups(x, axis, 0, length, size),
+                split,
                 partial(jnp.expand_dims, axis=axis + 1),
-                merge,
+                partial(merge_axis, axis=axis, spec=spec),
             )
 
         def repeat(scale: jax.Array) -> jax.Array:
-            final = _spec_of(
-                x,
-                [
-                    n if i == axis or n == m else 1
-                    for i, (n, m) in enumerate(zip(x.shape, scale.shape, strict=True))
-                ],
-            )
-            whole = _without(final, axis)
-            scale = _reshard(scale, whole)
+            shape = list(scale.shape)
+            shape[axis] = length
+            final = spec_of(x, shape)
+            whole = without(final, axis)
             repeated = jax.lax.broadcast_in_dim(
-                scale,
+                reshard(scale, whole),
                 (*scale.shape[: axis + 1], size, *scale.shape[axis + 1 :]),
                 [i + (i > axis) for i in range(x.ndim)],
-                out_sharding=_split(whole, axis),
+                out_sharding=split_spec(whole, axis),
             )
-            padded = (*scale.shape[:axis], scale.shape[axis] * size, *scale.shape[axis + 1 :])
-            merged = jax.lax.reshape(repeated, padded, out_sharding=whole)
-            return _reshard(jax.lax.slice_in_dim(merged, 0, length, axis=axis), final)
+            merged = merge_axis(repeated, axis, whole)
+            return reshard(jax.lax.slice_in_dim(merged, 0, length, axis=axis), final)
 
         return x, repeat, lambda y: y
-
-
-def split_groups(w: jax.Array, axis: int, first: int, last: int, size: int) -> jax.Array:
-    """``w[first:last]`` along ``axis``, whose extent ``size`` divides, split into ``(groups, size)``."""
-    groups = (last - first) // size
-    spec = _spec_of(w, w.shape)
-    if last - first < w.shape[axis] or not _divides(spec, axis, groups):
-        spec = _without(spec, axis)
-    part = jax.lax.slice_in_dim(_reshard(w, spec), first, last, axis=axis)
-    return jax.lax.reshape(
-        part,
-        (*w.shape[:axis], groups, size, *w.shape[axis + 1 :]),
-        out_sharding=_split(spec, axis),
-    )
-
-
-# On a mesh with Explicit axes, the sharding of what is reshaped must be named. A spec is None on
-# other meshes, where the compiler finds it.
-
-
-def _spec_of(x: jax.Array, shape: Sequence[int]) -> jax.P | None:
-    """The partition of ``x``, for an array of ``shape``, which may have extent 1 where ``x`` has not."""
-    sharding = jax.typeof(x).sharding
-    if all(name is None for name in sharding.spec):
-        return None
-    return jax.P(
-        *(
-            name if n == m else None
-            for name, n, m in zip(sharding.spec, x.shape, shape, strict=True)
-        )
-    )
-
-
-def _divides(spec: jax.P | None, axis: int, groups: int) -> bool:
-    """Whether each device gets whole groups."""
-    if spec is None or spec[axis] is None:
-        return True
-    names = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
-    mesh = jax.sharding.get_abstract_mesh()
-    return groups % math.prod(mesh.shape[name] for name in names) == 0
-
-
-def _without(spec: jax.P | None, axis: int) -> jax.P | None:
-    return None if spec is None else jax.P(*spec[:axis], None, *spec[axis + 1 :])
-
-
-def _split(spec: jax.P | None, axis: int) -> jax.P | None:
-    return None if spec is None else jax.P(*spec[: axis + 1], None, *spec[axis + 1 :])
-
-
-def _reshard(x: jax.Array, spec: jax.P | None) -> jax.Array:
-    return x if spec is None else jax.sharding.reshard(x, spec)
 
 
 def _to_state_dict(grid: Grid) -> dict[str, jax.Array | None]:

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from optax_clipquant.grids import Grid, split_groups
+from optax_clipquant.grids import Grid
 from optax_clipquant.qarray import QArray
 from optax_clipquant.scales import extremes, least_squares, mean_magnitude, moments, round_scale
+from optax_clipquant.sharding import split_axis
 
 
 class Quantizer(abc.ABC):
@@ -208,7 +209,7 @@ def _fit(quantizer: _Granular, w: jax.Array, start: Grid | None) -> Grid:
 
     def fit_groups(first: int, last: int, size: int) -> Grid:
         """The grid of the groups of ``size`` in ``w[first:last]``, each reduced over its own axis."""
-        part = split_groups(w, axis, first, last, size)
+        part = split_axis(w, axis, first, last, size)
         part_start = start and _map_scales(
             start,
             lambda x: jnp.expand_dims(

@@ -73,61 +73,64 @@ def least_squares(w: jax.Array, axes: tuple[int, ...], start: Grid | None, absma
     """``absmax`` with the scale that minimises the squared error of ``w``.
 
     Nearest codes for a scale, then the least-squares scale for these codes, in turn: the error never
-    rises. Without ``start``, two rounds from the best of several scales, the absmax scale among them; with
-    it, one round from the scale that it holds.
+    rises. Without ``start``, two rounds from the best of several scales, of which the absmax scale
+    is one; with it, one round from the scale that it holds.
     """
     base, offset = absmax.scale, absmax.offset
     low, high = absmax.lower + offset, absmax.upper + offset
-    if absmax.zero_point is not None:
+    if absmax.zero_point is None:
+        largest = high if offset else float(-low)
+    else:
         shift = absmax.zero_point.astype(jnp.float32)
         low, high = low - shift, high - shift
         largest = float(absmax.upper - absmax.lower)
-    else:
-        largest = absmax.upper + offset if offset else float(-absmax.lower)
-    if start is not None:
-        # Which side has the largest weight may change from step to step; the grid is not mirrored.
-        base = jnp.where(start.scale * base < 0, -base, base)
     unit = jnp.where(base == 0, 1, base)
-    x = w / unit
 
-    def settle(factor: jax.Array) -> jax.Array:
-        """``factor`` such that ``base * factor`` is a scale that a grid can have."""
-        rounded = round_scale(base * factor, largest, absmax.dtype)
-        return jnp.where(rounded == 0, 1, rounded / unit)
+    def levels(w: jax.Array, scale: jax.Array) -> jax.Array:
+        """The nearest levels, in steps."""
+        # Bounds and offsets have the shape of the scale and are no scalars: XLA's CPU backend then
+        # fuses all of this into the reductions, which is three times as fast.
+        ends = low * scale, high * scale
+        inside = jnp.minimum(jnp.maximum(w, jnp.minimum(*ends)), jnp.maximum(*ends))
+        steps = inside / jnp.where(scale == 0, 1, scale)
+        half = offset + 0 * scale
+        return jnp.round(steps - half) + half if offset else jnp.round(steps)
 
-    def levels(factor: jax.Array) -> jax.Array:
-        # Bounds of the shape of the scale, not scalars: XLA's CPU backend then fuses all of this
-        # into the reductions, which is three times as fast.
-        inside = jnp.minimum(jnp.maximum(x, low * factor), high * factor)
-        half = offset + 0 * factor
-        return jnp.round(inside / factor - half) + half if offset else jnp.round(inside / factor)
+    def refit(scale: jax.Array) -> jax.Array:
+        """The least-squares scale for the codes at ``scale``."""
+        squares = jnp.sum(jnp.square(levels(w, scale)), axis=axes, keepdims=True)
+        # Were it the same scale in both sums, XLA's CPU backend would write the levels to memory.
+        same = scale + 0 * squares
+        products = jnp.sum(w / unit * levels(w, same), axis=axes, keepdims=True)
+        best = unit * (products / jnp.where(squares == 0, 1, squares))
+        return round_scale(best, largest, absmax.dtype)
 
-    def error(factor: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.square(x - factor * levels(factor)), axis=axes, keepdims=True)
+    if start is None:
+        # In units of the absmax scale, so that no square overflows.
+        x = w / unit
 
-    def refit(factor: jax.Array) -> jax.Array:
-        """The least-squares factor for the codes at ``factor``."""
-        squares = jnp.sum(jnp.square(levels(factor)), axis=axes, keepdims=True)
-        # Were it the same factor in both sums, XLA's CPU backend would write the levels to memory.
-        same = factor + 0 * squares
-        products = jnp.sum(x * levels(same), axis=axes, keepdims=True)
-        return settle(products / jnp.where(squares == 0, 1, squares))
+        def error(scale: jax.Array) -> jax.Array:
+            factor = scale / unit
+            return jnp.sum(jnp.square(x - factor * levels(x, factor)), axis=axes, keepdims=True)
 
-    if start is not None:
-        factor = jnp.abs(start.scale / unit)
-        # Far enough from 0 that the largest weight keeps a code that is not 0.
-        factor = settle(jnp.where(jnp.isfinite(factor), jnp.clip(factor, 1e-3, 1), 1))
-    else:
-        factor = settle(jnp.ones_like(base))
-        least = error(factor)
+        scale = base
+        least = error(scale)
         narrowest = min(0.02 * (absmax.upper - absmax.lower + 1), 0.7)
         # The fewer weights share a scale, the more rugged is their error.
         starts = 6 if math.prod(w.shape[axis] for axis in axes) >= 32 else 24
         for ratio in np.geomspace(narrowest, 1, starts)[:-1]:
-            guess = settle(jnp.full_like(base, ratio))
+            guess = round_scale(base * float(ratio), largest, absmax.dtype)
             found = error(guess)
-            factor = jnp.where(found < least, guess, factor)
+            scale = jnp.where(found < least, guess, scale)
             least = jnp.minimum(found, least)
-        factor = refit(factor)
-    factor = refit(factor)
-    return dataclasses.replace(absmax, scale=round_scale(base * factor, largest, absmax.dtype))
+        scale = refit(scale)
+    else:
+        # Within the range where the largest weight keeps a code that is not 0. Which side has the
+        # largest weight may change from step to step; the grid is not mirrored then.
+        size = jnp.clip(jnp.abs(start.scale), 1e-3 * jnp.abs(base), jnp.abs(base))
+        scale = jnp.where(
+            jnp.isfinite(start.scale),
+            jnp.where(start.scale * base < 0, -1, 1) * jnp.sign(base) * size,
+            base,
+        )
+    return dataclasses.replace(absmax, scale=refit(scale))
