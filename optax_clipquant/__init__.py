@@ -1,12 +1,10 @@
 """Clamp gradients, train on a quantization grid, ship a small model."""
 
 from optax_clipquant.clipping import ClipByValueState, clip_by_value, clip_fractions
-from optax_clipquant.files import load, save
 from optax_clipquant.grids import Grid
-from optax_clipquant.params import dequantize_params, quantize_params
 from optax_clipquant.qarray import QArray, narrow
 from optax_clipquant.quantizers import Binary, Quantizer, Ternary, Uniform, ZScore
-from optax_clipquant.report import Summary, summarize
+from optax_clipquant.params import dequantize_params, quantize_params
 from optax_clipquant.weights import (
     QuantizeWeightsState,
     RoundWeightsState,
@@ -16,30 +14,32 @@ from optax_clipquant.weights import (
     quantize_weights,
     round_weights,
 )
+from optax_clipquant.files import load, save
+from optax_clipquant.report import Summary, summarize
 
 __all__ = [
-    "Binary",
+    "clip_by_value",
+    "clip_fractions",
     "ClipByValueState",
     "Grid",
     "QArray",
-    "QuantizeWeightsState",
+    "narrow",
     "Quantizer",
-    "RoundWeightsState",
-    "Summary",
-    "Ternary",
-    "Uniform",
     "ZScore",
-    "clip_by_value",
-    "clip_fractions",
-    "clipquant",
+    "Uniform",
+    "Binary",
+    "Ternary",
+    "quantize_params",
     "dequantize_params",
+    "quantize_weights",
+    "QuantizeWeightsState",
+    "round_weights",
+    "RoundWeightsState",
+    "clipquant",
     "export_params",
     "latent_params",
-    "load",
-    "narrow",
-    "quantize_params",
-    "quantize_weights",
-    "round_weights",
     "save",
+    "load",
     "summarize",
+    "Summary",
 ]

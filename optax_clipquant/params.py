@@ -1,8 +1,9 @@
 """Which leaf of a tree of params gets which quantizer."""
 
+import contextlib
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -42,7 +43,8 @@ def quantize_params(
       The tree with ``QArray`` leaves, of the same shapes and dtypes.
 
     Raises:
-      ValueError: no leaf is selected, or an expression is found in no path.
+      ValueError: no leaf is selected, an expression is found in no path, or a leaf lacks an axis that
+        its quantizer names.
       TypeError: a selected leaf is not a real floating array.
 
     Examples:
@@ -62,7 +64,8 @@ def quantize_params(
         if path not in chosen:
             return leaf
         leaf_key = None if key is None else jax.random.fold_in(key, index)
-        return chosen[path].quantize(leaf, key=leaf_key)
+        with naming(path):
+            return chosen[path].quantize(leaf, key=leaf_key)
 
     return treedef.unflatten(
         quantize_leaf(index, leaf, path_of(path)) for index, (path, leaf) in enumerate(leaves)
@@ -97,6 +100,15 @@ def path_of(path: jax.tree_util.KeyPath) -> str:
     in some places and not in others, so it is dropped.
     """
     return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+
+
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Names the leaf in a quantizer's complaint about it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"params leaf {path!r}: {error}") from error
 
 
 def select(params: PyTree, quantizer: Rules, where: Where | None) -> dict[str, Quantizer]:

@@ -13,7 +13,7 @@ from jax.core import Tracer
 
 from optax_clipquant.clipping import Bound, clip_by_value
 from optax_clipquant.grids import Grid
-from optax_clipquant.params import PyTree, Rules, Where, path_of, rule_for, select
+from optax_clipquant.params import PyTree, Rules, Where, naming, path_of, rule_for, select
 from optax_clipquant.qarray import QArray
 from optax_clipquant.quantizers import Uniform
 
@@ -275,9 +275,14 @@ def _leaves(tree: PyTree) -> Iterator[tuple[str, Any]]:
 def _init_grids(params: PyTree, quantizer: Rules, where: Where | None) -> PyTree:
     params = _unboxed(params)
     chosen = select(params, quantizer, where)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, p: chosen[path_of(path)].fit(p) if path_of(path) in chosen else None, params
-    )
+
+    def fit(path: str, p: jax.Array) -> Grid | None:
+        if path not in chosen:
+            return None
+        with naming(path):
+            return chosen[path].fit(p)
+
+    return jax.tree_util.tree_map_with_path(lambda path, p: fit(path_of(path), p), params)
 
 
 def _refit(quantizer: Rules, path: str, w: jax.Array, grid: Grid) -> Grid:

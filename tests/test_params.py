@@ -158,3 +158,10 @@ def test_quantized_leaves_pass():
     twice = quantize_params(once, Uniform(bits=8))
     assert twice["Dense_0"]["kernel"].bits == 2
     assert twice["Dense_1"]["kernel"].bits == 8
+
+
+def test_a_quantizers_complaint_names_the_leaf():
+    with pytest.raises(
+        ValueError, match=r"params leaf 'Dense_0/kernel': Uniform: channel_axis 2 is out of range"
+    ):
+        quantize_params(mlp_params(), Uniform(channel_axis=2))

@@ -320,3 +320,28 @@ def test_bad_scale_rule():
 def test_only_real_floating_arrays(w, quantizer):
     with pytest.raises(TypeError, match="only real floating arrays"):
         quantizer.quantize(w)
+
+
+@hypothesis.given(
+    w=hnp.arrays(
+        np.float32,
+        st.sampled_from([(), (5,), (3, 1), (7, 2), (2, 3, 4)]),
+        elements=st.floats(width=32, allow_nan=True, allow_infinity=True),
+    ),
+    dtype=st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]),
+    name=st.sampled_from(sorted(set(QUANTIZERS) - {"uniform8-first"})),
+)
+def test_any_weights_give_codes_in_range_and_finite_values_only_for_finite_ones(w, dtype, name):
+    w = jnp.asarray(w).astype(dtype)
+    q = QUANTIZERS[name].quantize(w)
+    chex.assert_shape(q.qvalue, w.shape)
+    chex.assert_type(q.dequantize(), dtype)
+    assert np.all((q.qvalue >= q.grid.lower) & (q.qvalue <= q.grid.upper))
+    finite = np.isfinite(np.asarray(w, np.float32))
+    dequantized = np.asarray(q.dequantize(), np.float32)
+    assert not np.any(np.isfinite(dequantized[~finite]))
+    if np.all(finite):
+        assert np.all(np.isfinite(dequantized))
+    again = q.grid.encode(q.dequantize())
+    if np.all(finite) and (q.zero_point is None or dtype == jnp.float32):
+        np.testing.assert_array_equal(np.asarray(q.grid.decode(again)), np.asarray(q.dequantize()))

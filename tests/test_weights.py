@@ -388,6 +388,8 @@ def test_init_refuses_what_quantize_params_refuses():
         quantize_weights(Uniform()).init({"bias": jnp.ones(3)})
     with pytest.raises(ValueError, match="is found in no path"):
         quantize_weights({"nothing": Uniform()}).init(mlp_params())
+    with pytest.raises(ValueError, match=r"params leaf 'Dense_0/kernel': .*out of range"):
+        quantize_weights(Uniform(channel_axis=2)).init(mlp_params())
     with pytest.raises(ValueError, match="is found in no path"):
         round_weights({"nothing": Uniform()}).init(mlp_params())
 
