@@ -70,7 +70,7 @@ class Summary:
         for row in self.rows:
             table.add_row(
                 row.path,
-                " x ".join(map(str, row.shape)),
+                "x".join(map(str, row.shape)),
                 f"{row.bits:.3g}",
                 f"{row.bytes_before:,}",
                 f"{row.bytes_after:,}",
