@@ -1,4 +1,5 @@
 import functools
+import re
 import warnings
 
 import chex
@@ -524,3 +525,28 @@ def test_sharded(mesh_kind, spec, quantizer):
     np.testing.assert_allclose(
         optax.tree.get(state, "clip_fraction"), np.mean(np.abs(u) > 0.02), rtol=1e-6
     )
+
+
+@pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 host devices")
+@pytest.mark.parametrize("mesh_kind", MESHES)
+@pytest.mark.parametrize("spec", [("x", None), (None, "x")], ids=str)
+@pytest.mark.parametrize(
+    "quantizer", [Uniform(bits=4), Uniform(bits=4, group_size=8), Uniform(bits=3)], ids=str
+)
+def test_collectives_are_scalars_or_of_the_size_of_scales(mesh_kind, spec, quantizer):
+    mesh = MESHES[mesh_kind](devices=jax.devices("cpu")[:8])
+    sharding = jax.sharding.NamedSharding(mesh, jax.P(*spec))
+    tx = optax.chain(clip_by_value(0.02), quantize_weights(quantizer))
+    with jax.set_mesh(mesh):
+        params = {"w": jax.device_put(weights((256, 128)), sharding)}
+        compiled = jax.jit(tx.update).lower(params, tx.init(params), params).compile()
+    # The scales that a device holds at most: one a channel, or the groups of its rows.
+    limit = 128 * (256 // 8 if quantizer.group_size else 1)
+    sizes = [
+        int(np.prod([int(n) for n in shape.split(",") if n]))
+        for line in compiled.as_text().splitlines()
+        if (found := re.search(r" = (.*?) (?:all-|collective-|reduce-scatter)[\w-]*\(", line))
+        for shape in re.findall(r"\w+\[([\d,]*)\]", found[1])
+    ]
+    assert sizes  # the clip fraction at least
+    assert max(sizes) <= limit
