@@ -46,6 +46,7 @@ _STORED = {
         ml_dtypes.bfloat16,
     )
 }
+_CODES = {np.dtype(t) for t in (np.int8, ml_dtypes.int4, ml_dtypes.int2)}
 
 
 def save(
@@ -65,7 +66,7 @@ def save(
 
     Raises:
       TypeError: a leaf cannot be stored, or ``metadata`` is not text.
-      ValueError: ``metadata`` has a key of ours.
+      ValueError: ``metadata`` has a key of ours, or the codes of a leaf do not fit their grid.
 
     Examples:
       >>> import tempfile
@@ -123,8 +124,10 @@ def load(path: str | os.PathLike[str], *, like: PyTree = None, narrow: bool = Fa
     tensors, header = _read(path)
     try:
         tree = _rebuild(header["tree"], "", tensors)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise ValueError(f"{path}: the header does not describe its tensors ({error})") from error
+    except Exception as error:
+        raise ValueError(
+            f"{path}: the header does not describe its tensors ({error}); write it again"
+        ) from error
     if like is not None:
         tree = _fill(like, tree, path)
     return narrow_codes(tree) if narrow else tree
@@ -156,7 +159,7 @@ def _children(tree: PyTree) -> list[tuple[Any, PyTree]] | None:
     # A node without children has no key to show; None among children is one.
     names = ("key", "idx", "name")
     return [
-        (next(getattr(path[0], name) for name in names if hasattr(path[0], name)), child)
+        (next((getattr(path[0], n) for n in names if hasattr(path[0], n)), str(path[0])), child)
         for path, child in flat
     ]
 
@@ -171,7 +174,8 @@ _PARTS = (":q", ":s", ":z", ":m")
 def _free_name(path: str, tensors: dict[str, np.ndarray]) -> str:
     """``path``, or where keys that hold a slash or a colon have taken it, a name like it."""
     name = path
-    while any(name + part in tensors for part in ("", *_PARTS)):
+    # safetensors would write a tensor of that name without complaint, and then not read the file.
+    while name == "__metadata__" or any(name + part in tensors for part in ("", *_PARTS)):
         name += "'"
     return name
 
@@ -184,7 +188,9 @@ def _add_array(array: np.ndarray, path: str, tensors: dict[str, np.ndarray]) -> 
 
 def _add_qarray(q: QArray, path: str, tensors: dict[str, np.ndarray]) -> list[Any]:
     grid, name = q.grid, _free_name(path, tensors)
-    tensors[f"{name}:q"] = pack(_host(q.qvalue, path, codes=True), grid)
+    codes = _host(q.qvalue, path, codes=True)
+    _check_codes(codes, grid, path)
+    tensors[f"{name}:q"] = pack(codes, grid)
     scale = _host(grid.scale, path).astype(np.float32)
     short = scale.astype(ml_dtypes.bfloat16)
     exact = np.array_equal(short.astype(np.float32), scale, equal_nan=True)
@@ -200,6 +206,19 @@ def _add_qarray(q: QArray, path: str, tensors: dict[str, np.ndarray]) -> list[An
     return [*static, kinds, 0 if name == path else name]
 
 
+def _check_codes(codes: np.ndarray, grid: Grid, path: str) -> None:
+    """Raises where packing would cut codes: only a ``QArray`` made by hand can hold such."""
+    if grid.bits != math.log2(3) and grid.bits not in range(1, 9):
+        raise ValueError(f"leaf {path!r}: bits must be 1 to 8 or log2(3), got {grid.bits}")
+    levels = 3 if grid.bits == math.log2(3) else 2 ** int(grid.bits)
+    upper = min(grid.upper, grid.lower + levels - 1)
+    if codes.size and not (grid.lower <= codes.min() and codes.max() <= upper):
+        raise ValueError(
+            f"leaf {path!r}: codes from {codes.min()} to {codes.max()} do not fit its grid, which has "
+            f"room for {grid.lower} to {upper}; correct the grid's bits, lower and upper"
+        )
+
+
 def _host(leaf: Any, path: str, *, codes: bool = False) -> np.ndarray:
     """``leaf`` as an array that safetensors can hold."""
     where = f"leaf {path!r}" if path else "the tree"
@@ -213,6 +232,8 @@ def _host(leaf: Any, path: str, *, codes: bool = False) -> np.ndarray:
         )
     array = np.asarray(leaf)
     if codes:
+        if array.dtype not in _CODES:
+            raise TypeError(f"{where} has codes of dtype {array.dtype}; cast them to int8")
         return array.astype(np.int8)
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.dtype not in _STORED:
@@ -264,34 +285,48 @@ def _fill(like: PyTree, tree: PyTree, file: str) -> PyTree:
     """``like`` with the leaves of ``tree``, matched by path."""
     expected, treedef = jax.tree_util.tree_flatten_with_path(like, is_leaf=is_qarray)
     found = {
-        path_of(path): leaf
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_qarray)[0]
+        _parts(key): leaf
+        for key, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_qarray)[0]
     }
     leaves = []
     for key, leaf in expected:
-        path = path_of(key)
-        if path not in found:
+        path, parts = path_of(key), _parts(key)
+        if parts not in found:
             raise ValueError(
-                f"{file}: no leaf {path!r}, which `like` has; it has {list(found)[:8]}"
+                f"{file}: no leaf {path!r}, which `like` has; left to match are {_some(found)}"
             )
-        if np.shape(found[path]) != tuple(leaf.shape if hasattr(leaf, "shape") else np.shape(leaf)):
+        shape = np.shape(found[parts])
+        if shape != np.shape(leaf):
             raise ValueError(
-                f"{file}: leaf {path!r} has shape {np.shape(found[path])}, but {np.shape(leaf)} in `like`"
+                f"{file}: leaf {path!r} has shape {shape}, but {np.shape(leaf)} in `like`"
             )
-        leaves.append(found.pop(path))
+        leaves.append(found.pop(parts))
     if found:
-        raise ValueError(f"{file}: has leaves that `like` lacks: {list(found)[:8]}")
+        raise ValueError(f"{file}: has leaves that `like` lacks: {_some(found)}")
     return treedef.unflatten(leaves)
+
+
+def _parts(key: jax.tree_util.KeyPath) -> tuple[str, ...]:
+    """A path as the text of its keys, without a box's ``value``, as ``path_of`` has it.
+
+    Not joined: Haiku's keys hold slashes, and ``{"a/b": x}`` is not ``{"a": {"b": x}}``.
+    """
+    parts = tuple(jax.tree_util.keystr((entry,), simple=True) for entry in key)
+    return parts[:-1] if parts[-1:] == ("value",) else parts
+
+
+def _some(found: Mapping[tuple[str, ...], Any]) -> list[str]:
+    return ["/".join(parts) for parts in list(found)[:8]]
 
 
 def _read(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The tensors of a file and our header, both checked."""
+    with open(path, "rb"):  # the errors of the file system, which safetensors would hide
+        pass
     try:
         with safetensors.safe_open(path, "numpy") as file:
             texts = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except OSError:
-        raise
     except Exception as error:
         raise ValueError(
             f"{path}: truncated, altered, or not a safetensors file ({error})"
@@ -303,10 +338,15 @@ def _read(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     layout = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     if _digest(texts, layout) != texts[_DIGEST]:
         raise ValueError(f"{path}: the header was altered (its checksum differs); write it again")
-    header = json.loads(texts[_HEADER])
-    if header["version"] != _VERSION:
-        raise ValueError(f"{path}: format version {header['version']}, but this reads {_VERSION}")
-    for name, checksum in zip(sorted(tensors), header["crc32"], strict=True):
+    try:
+        header = json.loads(texts[_HEADER])
+        version = header["version"]
+        checksums = dict(zip(sorted(tensors), header["crc32"], strict=version == _VERSION))
+    except Exception as error:
+        raise ValueError(f"{path}: the header is damaged ({error}); write it again") from error
+    if version != _VERSION:
+        raise ValueError(f"{path}: format version {version}, but this reads {_VERSION}")
+    for name, checksum in checksums.items():
         if _crc32(tensors[name]) != checksum:
             raise ValueError(f"{path}: tensor {name!r} was altered (its checksum differs)")
     return tensors, header
@@ -332,7 +372,7 @@ def _replacing(path: str) -> Iterator[str]:
     folder, name = os.path.split(os.path.abspath(path))
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"{path}: there is no folder {folder}")
-    temporary = os.path.join(folder, f".{name}.{secrets.token_hex(6)}.tmp")
+    temporary = os.path.join(folder, f".{name[:32]}.{secrets.token_hex(6)}.tmp")
     try:
         with open(temporary, "xb"):  # safetensors gives its files to their owner alone
             mode = os.stat(temporary).st_mode

@@ -1,5 +1,6 @@
 import collections
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -182,7 +183,37 @@ def test_names_that_collide(file):
         "q:q": jnp.ones(3),
         "q:s": jnp.ones(4),
         "": jnp.ones(5),
+        "__metadata__": jnp.ones(6),  # safetensors' own
     }
+    save(file, tree)
+    assert_same(load(file), tree)
+    assert_same(load(file, like=tree), tree)
+
+
+@pytest.mark.parametrize("bits", [1, 3, 4, math.log2(3)])
+def test_codes_that_packing_would_cut(file, bits):
+    save(file, {"old": jnp.ones(1)})
+    for code in (-128, -3, 8, 127):
+        grid = Grid(jnp.ones((1,)), bits=bits, lower=-1, upper=1 if bits != 1 else 0)
+        with pytest.raises(
+            ValueError, match=f"leaf 'a/q': codes from .* do not fit .* -1 to {grid.upper}"
+        ):
+            save(file, {"a": {"q": QArray(jnp.array([code, 0], jnp.int8), grid)}})
+    # The bounds are wider than the bits.
+    with pytest.raises(ValueError, match="leaf 'q': codes from 0 to 0 do not fit"):
+        save(file, {"q": QArray(jnp.zeros(1, jnp.int8), Grid(jnp.ones((1,)), bits=bits))})
+    for wrong in (0, 9, 2.5):
+        with pytest.raises(ValueError, match=f"leaf 'q': bits must be .* got {wrong}"):
+            save(file, {"q": QArray(jnp.zeros(1, jnp.int8), Grid(jnp.ones((1,)), bits=wrong))})
+    with pytest.raises(TypeError, match="leaf 'q' has codes of dtype int32"):
+        save(file, {"q": QArray(jnp.array([300]), Grid(jnp.ones((1,))))})
+    assert_same(load(file), {"old": jnp.ones(1)})
+
+
+@pytest.mark.parametrize("scale", [np.nan, np.inf, 3.4e38, 1e-42, -0.0, 0.3])
+def test_extreme_scales(file, scale):
+    grid = Grid(jnp.full((1,), scale, jnp.float32), bits=4, lower=-8, upper=7)
+    tree = {"q": QArray(jnp.array([3], jnp.int8), grid)}
     save(file, tree)
     assert_same(load(file), tree)
 
@@ -210,6 +241,35 @@ def test_other_nodes_are_restored_by_like(file):
     frozen = flax.core.freeze(small_tree())
     save(file, frozen)
     assert_same(load(file, like=flax.core.freeze(mlp_params())), frozen)
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class OddKeys:
+    def __init__(self, x):
+        self.x = x
+
+    def tree_flatten_with_keys(self):
+        return (("odd", self.x),), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+def test_nodes_with_keys_of_their_own_kind(file):
+    tree = {"node": OddKeys(jnp.ones(2))}
+    save(file, tree)
+    assert_same(load(file), {"node": {"odd": jnp.ones(2)}})
+    assert_same(load(file, like=tree), tree)
+
+
+def test_boxes_are_matched_with_and_without_value(file):
+    bare, boxed = jnp.ones((2, 3)), nnx.Param(jnp.zeros((2, 3)))
+    for tree, like in [(bare, boxed), ({"w": bare}, {"w": boxed})]:
+        save(file, tree)
+        assert_same(load(file, like=like), jax.tree.map(jnp.ones_like, like))
+        save(file, like)
+        assert_same(load(file, like=tree), jax.tree.map(jnp.zeros_like, tree))
 
 
 def test_nnx_state(file):
@@ -304,7 +364,7 @@ def test_leaves_that_cannot_be_stored(file, leaf, message):
 
 
 def test_not_under_jit(file):
-    with pytest.raises(TypeError, match="traced"):
+    with pytest.raises(TypeError, match="leaf 'x' is traced; call save outside"):
         jax.jit(lambda x: save(file, {"x": x}))(jnp.ones(2))
 
 
@@ -367,6 +427,47 @@ def test_foreign_files(file):
             load(file)
 
 
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(IsADirectoryError, match=re.escape(str(tmp_path))):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        *("[]", "{", "null", "[" * 100_000 + "]" * 100_000),
+        *('{"version":1}', '{"version":1,"crc32":[]}', '{"version":2,"crc32":[]}'),
+    ],
+    ids=lambda header: header[:24],
+)
+def test_headers_that_are_not_ours_in_spite_of_their_digest(file, header):
+    save(file, {"w": jnp.ones(2)})
+    with safetensors.safe_open(file, "numpy") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    texts = {"optax_clipquant": header}
+    layout = sorted((name, t.dtype.name, t.shape) for name, t in tensors.items())
+    content = json.dumps([sorted(texts.items()), layout])
+    texts["optax_clipquant.sha256"] = hashlib.sha256(content.encode()).hexdigest()
+    safetensors.numpy.save_file(tensors, file, texts)
+    with pytest.raises(ValueError, match=r"model.safetensors: (the header is|format version)"):
+        load(file)
+
+
+@pytest.mark.parametrize(
+    "edit", [{"q": []}, {"a": "none"}, {"d": 3}, {"x": []}, {}, [], 5], ids=str
+)
+def test_trees_that_do_not_fit_the_tensors(file, edit):
+    save(file, {"w": jnp.ones(2)})
+    with safetensors.safe_open(file, "numpy") as opened:
+        texts = opened.metadata()
+    texts["optax_clipquant"] = json.dumps(json.loads(texts["optax_clipquant"]) | {"tree": edit})
+    content = json.dumps([[["optax_clipquant", texts["optax_clipquant"]]], [["w", "float32", [2]]]])
+    texts["optax_clipquant.sha256"] = hashlib.sha256(content.encode()).hexdigest()
+    safetensors.numpy.save_file({"w": np.ones(2, np.float32)}, file, texts)
+    with pytest.raises(ValueError, match=r"model.safetensors: the header does not describe"):
+        load(file)
+
+
 def test_a_failed_write_leaves_the_old_file(file, monkeypatch):
     save(file, {"old": jnp.ones(1)})
 
@@ -427,7 +528,8 @@ def test_sharded_leaves(file):
 
 
 def test_statics_are_restored(file):
-    tree = small_tree()
+    # Binary has an offset.
+    tree = small_tree() | {"binary": QUANTIZERS["binary"].quantize(jnp.asarray(weights((33, 7))))}
     save(file, tree)
     for loaded, q in zip(
         *(jax.tree.leaves(t, is_leaf=lambda x: isinstance(x, QArray)) for t in (load(file), tree)),
