@@ -126,7 +126,8 @@ class Grid:
         if self.dtype.itemsize < 4:
             info = jnp.finfo(self.dtype)
             values = jax.lax.reduce_precision(values, info.nexp, info.nmant)
-        return values.astype(self.dtype)
+        # Code 0 times a negative scale is -0, but adding an update to a param gives +0.
+        return jnp.where(values == 0, 0, values).astype(self.dtype)
 
     def _view(self, x: jax.Array) -> tuple[jax.Array, _Fn, _Fn]:
         """``x`` in a shape against which the scales broadcast, what brings a scale there, and back.

@@ -53,11 +53,14 @@ def make_step(tx):
 
 
 def assert_on_grid(params, state):
-    """Bit for bit, and without export's warning."""
+    """Bit for bit, the sign of zero included, and without export's warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         exported = export_params(params, state)
-    chex.assert_trees_all_equal(dequantize_params(exported), params)
+    dequantized = dequantize_params(exported)
+    chex.assert_trees_all_equal(dequantized, params)
+    for a, b in zip(jax.tree.leaves(dequantized), jax.tree.leaves(params), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 @pytest.mark.parametrize("name", TRAINED)
