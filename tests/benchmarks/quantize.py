@@ -1,7 +1,8 @@
 """The time of each quantizer on a 170 MB tree, as a ratio to a NumPy copy of it and beside qwix.
 
 All in one process; the candidates take turns, so that what else the machine does hits all alike.
-Timings are the least of the turns.
+Timings are the least of the turns. Targets are held against a copy into memory at hand: a fresh one is
+mostly page faults, and took 38 to 293 ms on one and the same machine.
 
     python tests/benchmarks/quantize.py
 """
@@ -40,8 +41,8 @@ OURS: list[tuple[str, Quantizer, float | None, bool]] = [
     ("4 bits, mse, groups of 32", Uniform(bits=4, group_size=32, scale_rule="mse"), 6, False),
     ("ternary, channel", Ternary(), 6, False),
     ("ternary, groups of 32", Ternary(group_size=32), 6, False),
-    ("3 bits, mse, channel, in training", Uniform(bits=3), 6, True),
-    ("ternary, channel, in training", Ternary(), 6, True),
+    ("3 bits, mse, channel, in training", Uniform(bits=3), 1.5, True),
+    ("ternary, channel, in training", Ternary(), 1.5, True),
 ]
 QWIX = [
     ("qwix 8 bits, channel", jnp.int8, None),
@@ -84,8 +85,11 @@ def main() -> None:
     tree = {name: jnp.asarray(w) for name, w in arrays.items()}
     nbytes = sum(w.nbytes for w in arrays.values())
 
+    # A fresh copy is mostly page faults, which vary; one into memory at hand is the stricter limit.
+    held = {name: np.zeros_like(w) for name, w in arrays.items()}
     candidates: dict[str, Callable[[], Any]] = {
-        "numpy copy": lambda: {name: w.copy() for name, w in arrays.items()}
+        "numpy copy": lambda: {name: w.copy() for name, w in arrays.items()},
+        "numpy copy, into place": lambda: [np.copyto(held[name], w) for name, w in arrays.items()],
     }
     targets = {}
     for name, quantizer, target, warm in OURS:
@@ -101,17 +105,24 @@ def main() -> None:
             if turn:  # the first compiles
                 times[name].append(time.perf_counter() - begin)
 
-    copy = min(times["numpy copy"])
+    copy, place = min(times["numpy copy"]), min(times["numpy copy, into place"])
     table = rich.table.Table(
         title=f"{nbytes / 1e6:.0f} MB of float32, {os.cpu_count()} cores, jax {jax.__version__}"
     )
-    for column in ("scheme", "ms", "copies", "target", ""):
+    for column in ("scheme", "ms", "fresh copies", "copies", "target", ""):
         table.add_column(column, justify="left" if column == "scheme" else "right")
     for name, values in times.items():
-        ratio = min(values) / copy
+        ratio = min(values) / place
         target = targets.get(name)
         verdict = "" if target is None else "ok" if ratio <= target else "missed"
-        table.add_row(name, f"{1e3 * min(values):.1f}", f"{ratio:.2f}", f"{target or ''}", verdict)
+        table.add_row(
+            name,
+            f"{1e3 * min(values):.1f}",
+            f"{ratio:.2f}",
+            f"{min(values) / place:.2f}",
+            f"{target or ''}",
+            verdict,
+        )
     rich.console.Console().print(table)
 
 
