@@ -481,7 +481,10 @@ def test_headers_that_are_not_ours_in_spite_of_their_digest(file, header):
     content = json.dumps([sorted(texts.items()), layout])
     texts["optax_clipquant.sha256"] = hashlib.sha256(content.encode()).hexdigest()
     safetensors.numpy.save_file(tensors, file, texts)
-    with pytest.raises(ValueError, match=r"model.safetensors: (the header is|the header does not describe|format version)"):
+    with pytest.raises(
+        ValueError,
+        match=r"model.safetensors: (the header is|the header does not describe|format version)",
+    ):
         load(file)
 
 
