@@ -11,8 +11,8 @@ where that loses nothing and else as float32, and where there are any, ``~zk`` i
 
 JSON. ``leaves`` has an entry for each leaf in the order of names: the CRC-32 of its tensor; or of a
 ``QArray``, ``[CRC-32 of codes, scales, zero points and bound in turn, index into grids, shape]``.
-``grids`` lists the distinct ``[bits, lower, upper, offset, group, dtype]``, with 0 for log2(3) bits and
-for no group. ``nodes`` tells by name what is not a dict with text for keys: ``list``, ``tuple``, ``int``
+``grids`` lists the distinct ``[bits, lower, upper, offset, group, dtype, code book]``, with 0 for log2(3)
+bits, for no group and for no code book. ``nodes`` tells by name what is not a dict with text for keys: ``list``, ``tuple``, ``int``
 (a dict with integers for keys), ``none``, and ``dict`` for an empty one.
 """
 
@@ -209,11 +209,12 @@ def _parts_of(q: QArray, path: str) -> Tensors:
 def _static(grid: Grid) -> list[Any]:
     bits = 0 if grid.bits == math.log2(3) else grid.bits
     group = 0 if grid.group is None else list(grid.group)
-    return [bits, grid.lower, grid.upper, grid.offset, group, grid.dtype.name]
+    book = 0 if grid.code_book is None else list(grid.code_book)
+    return [bits, grid.lower, grid.upper, grid.offset, group, grid.dtype.name, book]
 
 
 def _qarray(packed: np.ndarray, parts: Tensors, static: list[Any], shape: list[int]) -> QArray:
-    bits, lower, upper, offset, group, dtype = static
+    bits, lower, upper, offset, group, dtype, book = static
     grid = Grid(
         scale=_device(parts["s"].astype(np.float32)),
         zero_point=_device(parts["z"]) if "z" in parts else None,
@@ -224,6 +225,7 @@ def _qarray(packed: np.ndarray, parts: Tensors, static: list[Any], shape: list[i
         upper=upper,
         group=tuple(group) if group else None,
         dtype=jnp.dtype(dtype),
+        code_book=tuple(book) if book else None,
     )
     codes = unpack(packed, math.prod(shape), grid)
     return QArray(jnp.asarray(codes.reshape(shape)), grid)
