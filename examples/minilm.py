@@ -36,6 +36,7 @@ import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
 import optax
+import rich.box
 import rich.console
 import rich.progress
 import rich.table
@@ -368,12 +369,9 @@ def by_qwix(w: jax.Array, bits: int, axis: int) -> tuple[jax.Array, int]:
 
 
 Scheme = Callable[[PyTree, int], tuple[PyTree, Size]]
-MIXED, GROUPS, CHANNELS, ABSMAX, QWIX = (
-    f"groups of {GROUP}, mixed widths",
-    f"groups of {GROUP}, least squares",
-    "a channel, least squares",
-    "a channel, plain absmax",
-    f"qwix, groups of {GROUP}",
+MIXED, GROUPS, CHANNELS, ABSMAX, QWIX, TRAINED = (
+    *("groups, mixed widths", "groups, mse", "channel, mse", "channel, absmax", "groups, qwix"),
+    "groups, trained",
 )
 SCHEMES: dict[str, Scheme] = {
     GROUPS: lambda params, bits: by_library(in_groups(bits), params),
@@ -381,7 +379,6 @@ SCHEMES: dict[str, Scheme] = {
     ABSMAX: lambda params, bits: by_formula(absmax, params, bits),
     QWIX: lambda params, bits: by_formula(by_qwix, params, bits),
 }
-TRAINED = f"groups of {GROUP}, trained"
 STYLES = {
     MIXED: ("v-", "#E69F00"),
     GROUPS: ("o-", "#0072B2"),
@@ -529,11 +526,16 @@ def recover(
 
 
 def table_of(floats: tuple[Size, Scores], results: Results) -> rich.table.Table:
-    table = rich.table.Table(title="all-MiniLM-L6-v2, weights only, all matrices")
+    table = rich.table.Table(
+        title=f"all-MiniLM-L6-v2, weights only, all matrices; groups are of {GROUP}",
+        box=rich.box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     table.add_column("scheme")
     for column in (
-        *("bits", "bits a weight", "MB", "WordSim rho", "SimLex rho"),
-        *("cosine, words", "cosine, sentences"),
+        *("bits", "bits a\nweight", "MB", "WordSim\nrho", "SimLex\nrho"),
+        *("cosine,\nwords", "cosine,\nsentences"),
     ):
         table.add_column(column, justify="right")
     previous = None
