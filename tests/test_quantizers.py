@@ -314,6 +314,20 @@ def test_normal_float_bits_out_of_range(bits):
         NormalFloat(bits=bits)
 
 
+def test_the_width_may_be_positional_and_nothing_else():
+    assert Uniform(4) == Uniform(bits=4)
+    assert NormalFloat(3) == NormalFloat(bits=3)
+    assert ZScore(5) == ZScore(R=5)
+    for make, args in (
+        (Uniform, (4, True)),
+        (NormalFloat, (4, 64)),
+        (ZScore, (5, 1.0)),
+        (Ternary, (-1,)),
+    ):
+        with pytest.raises(TypeError):
+            make(*args)
+
+
 @pytest.mark.parametrize("bits", [0, 9, -1, 2.5, "4", True, None])
 def test_bits_out_of_range(bits):
     with pytest.raises(ValueError, match=r"Uniform: bits must be an integer from 1 to 8, got"):
