@@ -350,6 +350,11 @@ class Ternary(Granular):
     Args:
       channel_axis: as for ``Uniform``.
       group_size: as for ``Uniform``.
+      scale_rule: ``"mse"``, the scale above; or ``"absmax"``, two thirds of the largest magnitude, for
+        training: few weights are then not 0, and they are large (see ``quantize_weights``).
+
+    Raises:
+      ValueError: an argument outside its range.
 
     References:
       Li et al., Ternary Weight Networks, 2016 (arXiv:1605.04711).
@@ -359,11 +364,24 @@ class Ternary(Granular):
       Array([ 3., -3.,  0.], dtype=float32)
     """
 
+    scale_rule: Literal["absmax", "mse"] = "mse"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scale_rule not in ("absmax", "mse"):
+            raise ValueError(
+                f"Ternary: scale_rule must be 'absmax' or 'mse', got {self.scale_rule!r}"
+            )
+
     def _fit_axes(self, w: jax.Array, axes: tuple[int, ...], start: Grid | None) -> Grid:
         dtype, w = w.dtype, w.astype(jnp.float32)
         high, low = extremes(w, axes)
-        scale = round_scale(jnp.maximum(high, -low), 1, dtype)
-        grid = Grid(scale, bits=_bits_of(3), lower=-1, upper=1, dtype=dtype)
+        largest = jnp.maximum(high, -low)
+        grid = Grid(largest, bits=_bits_of(3), lower=-1, upper=1, dtype=dtype)
+        if self.scale_rule == "absmax":
+            # No weight is then more than half a step beyond a level, as with 2 bits.
+            return dataclasses.replace(grid, scale=round_scale(largest / 1.5, 1, dtype))
+        grid = dataclasses.replace(grid, scale=round_scale(largest, 1, dtype))
         return least_squares(w, axes, start, grid)
 
 

@@ -26,6 +26,7 @@ QUANTIZERS = {
     "binary-groups": Binary(group_size=5),
     "ternary": Ternary(),
     "ternary-groups": Ternary(group_size=5),
+    "ternary-absmax": Ternary(scale_rule="absmax"),
     "uniform2": Uniform(bits=2),
     "uniform2-groups": Uniform(bits=2, group_size=4),
     "uniform3": Uniform(bits=3),
