@@ -17,12 +17,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import matplotlib.figure
 import numpy as np
 import optax
+import rich.box
 import rich.console
 import rich.progress
 import rich.table
@@ -70,7 +68,15 @@ def load_data() -> tuple[jax.Array, ...]:
     return train_x, train_y, test_x, test_y
 
 
-def make_quantizer(name: str, bits: int, group_size: int | None) -> Quantizer:
+def make_quantizer(name: str, bits: int | None, group_size: int | None) -> Quantizer:
+    """Raises ``ValueError`` where a setting is out of range or has no meaning."""
+    if name in ("binary", "ternary") and bits is not None:
+        raise ValueError(f"--bits has no meaning for --quantizer {name}; leave it out")
+    bits = 4 if bits is None else bits
+    if name == "zscore" and group_size is not None:
+        raise ValueError("--group-size has no meaning for --quantizer zscore; leave it out")
+    if name == "zscore" and not 2 <= bits <= 8:
+        raise ValueError(f"--bits must be 2 to 8 for --quantizer zscore, got {bits}")
     return {
         "uniform": lambda: Uniform(bits=bits, group_size=group_size),
         "binary": lambda: Binary(group_size=group_size),
@@ -84,26 +90,29 @@ def accuracy(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.mean(jnp.argmax(Net().apply({"params": params}, images), -1) == labels)
 
 
-def train_step(state: TrainState, images: jax.Array, labels: jax.Array) -> TrainState:
+def train_step(
+    state: TrainState, images: jax.Array, labels: jax.Array
+) -> tuple[TrainState, jax.Array]:
     def loss(params: Any) -> jax.Array:
         logits = state.apply_fn({"params": params}, images)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    return state.apply_gradients(grads=jax.grad(loss)(state.params))
+    value, grads = jax.value_and_grad(loss)(state.params)
+    return state.apply_gradients(grads=grads), value
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def train_chunk(
     state: TrainState, images: jax.Array, labels: jax.Array, batches: jax.Array
-) -> tuple[TrainState, jax.Array]:
-    """A step on each of ``batches``, and the mean share of clamped gradients."""
+) -> tuple[TrainState, jax.Array, jax.Array]:
+    """A step on each of ``batches``, the mean loss and the mean share of clamped gradients."""
 
-    def step(state: TrainState, batch: jax.Array) -> tuple[TrainState, jax.Array]:
-        state = train_step(state, images[batch], labels[batch])
-        return state, optax.tree.get(state.opt_state, "clip_fraction")
+    def step(state: TrainState, batch: jax.Array) -> tuple[TrainState, tuple[jax.Array, ...]]:
+        state, loss = train_step(state, images[batch], labels[batch])
+        return state, (loss, optax.tree.get(state.opt_state, "clip_fraction"))
 
-    state, fractions = jax.lax.scan(step, state, batches)
-    return state, jnp.mean(fractions)
+    state, (losses, fractions) = jax.lax.scan(step, state, batches)
+    return state, jnp.mean(losses), jnp.mean(fractions)
 
 
 def run(
@@ -128,10 +137,11 @@ def run(
     task = progress.add_task(name, total=args.steps, note="")
     for first in range(0, args.steps, CHUNK):
         chunk = jnp.asarray(batches[first : first + CHUNK])
-        state, fraction = train_chunk(state, train_x, train_y, chunk)
+        state, loss, fraction = train_chunk(state, train_x, train_y, chunk)
         curve.append(float(accuracy(state.params, test_x, test_y)))
         fractions.append(float(fraction) * len(chunk))
-        progress.update(task, advance=len(chunk), note=f"test accuracy {curve[-1]:.4f}")
+        note = f"loss {loss:.4f}, test accuracy {curve[-1]:.4f}"
+        progress.update(task, advance=len(chunk), note=note)
     return state, curve, sum(fractions) / args.steps
 
 
@@ -143,7 +153,8 @@ def plot(
     exported: Any,
     name: str,
 ) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     at = np.minimum(np.arange(1, len(next(iter(curves.values()))) + 1) * CHUNK, steps)
     for (label, curve), style, color in zip(
         curves.items(), ["-", "--", ":"], ["#0072B2", "#D55E00", "#666666"], strict=False
@@ -165,14 +176,13 @@ def plot(
     right.set(xlabel="weight", ylabel="number of weights", title=f"Dense_0, one channel: {name}")
     right.legend(loc="upper right")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--bits", type=int, default=4, help="bits a weight, 1 to 8 (default 4)")
+    parser.add_argument("--bits", type=int, help="bits a weight, 1 to 8 (default 4)")
     parser.add_argument(
         "--group-size", type=int, help="weights that share a scale (default: a channel)"
     )
@@ -192,26 +202,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--in-place", action="store_true", help="round in place: the article's plain form"
     )
     args = parser.parse_args(argv)
-    for name in ("steps", "batch"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    for name, least in (("steps", 1), ("batch", 1), ("seed", 0)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
     try:
         args.made = make_quantizer(args.quantizer, args.bits, args.group_size)
         clip_by_value(args.c)
     except ValueError as error:
         parser.error(str(error))
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: {error}")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     console = rich.console.Console()
-    args.out.mkdir(parents=True, exist_ok=True)
     data = load_data()
     label = (
         args.quantizer
         if args.quantizer in ("binary", "ternary")
-        else f"{args.bits} bits, {args.quantizer}"
+        else f"{args.bits or 4} bits, {args.quantizer}"
     )
     runs: dict[str, tuple[optax.GradientTransformation, Quantizer | None]] = {
         "float": (optax.identity(), None),
@@ -221,7 +234,10 @@ def main(argv: list[str] | None = None) -> None:
         runs[f"{label}, in place"] = (round_weights(args.made), args.made)
 
     table = rich.table.Table(
-        title=f"scikit-learn digits, {args.steps} steps, c = {args.c}, seed {args.seed}"
+        title=f"scikit-learn digits, {args.steps} steps, c = {args.c}, seed {args.seed}",
+        box=rich.box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
     )
     table.add_column("params")
     for column in (

@@ -3,17 +3,17 @@
 from optax_clipquant.clipping import ClipByValueState, clip_by_value, clip_fractions
 from optax_clipquant.grids import Grid
 from optax_clipquant.qarray import QArray, narrow
-from optax_clipquant.quantizers import Binary, Quantizer, Ternary, Uniform, ZScore
+from optax_clipquant.quantizers import Binary, NormalFloat, Quantizer, Ternary, Uniform, ZScore
 from optax_clipquant.params import dequantize_params, quantize_params
+from optax_clipquant.softness import softness_schedule
 from optax_clipquant.weights import (
     QuantizeWeightsState,
     RoundWeightsState,
     clipquant,
-    export_params,
-    latent_params,
     quantize_weights,
     round_weights,
 )
+from optax_clipquant.export import export_params, latent_params
 from optax_clipquant.files import load, save
 from optax_clipquant.report import Summary, summarize
 
@@ -29,10 +29,12 @@ __all__ = [
     "Uniform",
     "Binary",
     "Ternary",
+    "NormalFloat",
     "quantize_params",
     "dequantize_params",
     "quantize_weights",
     "QuantizeWeightsState",
+    "softness_schedule",
     "round_weights",
     "RoundWeightsState",
     "clipquant",

@@ -1,6 +1,7 @@
 """The grid that weights stand on: encode weights to integer codes, decode codes to levels."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from functools import partial
 
@@ -18,13 +19,14 @@ _Fn = Callable[[jax.Array], jax.Array]
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("scale", "zero_point", "max_code"),
-    meta_fields=("offset", "bits", "lower", "upper", "group", "dtype"),
+    meta_fields=("offset", "bits", "lower", "upper", "group", "dtype", "code_book"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Grid:
     """Where the levels of a quantized array lie.
 
-    The level of code ``k`` is ``(k + offset - zero_point) * scale``.
+    The level of code ``k`` is ``(k + offset - zero_point) * scale``; or with a code book,
+    ``code_book[k - lower] * scale``.
 
     Invariants:
       * ``scale`` and ``zero_point`` have the array's rank, with extent 1 along a reduced axis and
@@ -48,6 +50,8 @@ class Grid:
       group: ``(axis, size)`` where runs of ``size`` neighbours along ``axis`` share a scale; the
         axis is negative, so that ``jax.vmap`` does not shift it. The last run may be shorter.
       dtype: the dtype of the decoded array.
+      code_book: None; or the levels for a scale of 1, one for each code from ``lower`` to ``upper``,
+        rising, each a multiple of 2**-10, so that a level is exact in float32.
 
     A Grid is small. What must be exact later keeps the Grid and not a rule to fit it again: a fit in
     another compilation sums in another order and may move a scale by one unit in the last place.
@@ -68,16 +72,20 @@ class Grid:
     upper: int = 127
     group: tuple[int, int] | None = None
     dtype: np.dtype = _FLOAT32
+    code_book: tuple[float, ...] | None = None
 
     @jax.jit
-    def encode(self, w: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        """The codes of ``w``: of the nearest level, or with a key of one of the two levels around it.
+    def encode(
+        self, w: jax.Array, *, key: jax.Array | None = None, draws: jax.Array | None = None
+    ) -> jax.Array:
+        """The codes of ``w``: of the nearest level, or drawn from the two levels around it.
 
         Args:
           w: a floating array of any shape that the grid's scale fits.
           key: a PRNG key for stochastic rounding, which is right on the average: a value between
             two levels goes to the upper one with the probability of its distance to the lower one.
             A value on a level stays there.
+          draws: in place of a key, numbers drawn uniformly from [0, 1), of the shape of ``w``.
 
         Returns:
           int8 codes of the shape of ``w``. The code of NaN is 0 (its scale is not finite, so it
@@ -85,19 +93,25 @@ class Grid:
         """
         scale = self.scale.astype(jnp.float32)
         w, expand, merge = self._view(w)
+        if key is not None:
+            draws = jax.random.uniform(key, w.shape)
+        elif draws is not None:
+            draws = self._view(draws)[0]
         position = w.astype(jnp.float32) / expand(jnp.where(scale == 0, 1, scale))
+        if self.code_book is not None:
+            position = self.lower + _index_in(self.code_book, position)
         if self.zero_point is not None:
             position += expand(self.zero_point.astype(jnp.float32))
         if self.offset:
             position -= self.offset
-        if key is None:
+        if draws is None:
             codes = jnp.round(position)
         else:
             # A compiler may divide by multiplying with the reciprocal, which leaves a level a few
             # units in the last place beside its code. The margin keeps it from moving.
             margin = 2.0**-14
             below = jnp.floor(position)
-            chance = jax.random.uniform(key, w.shape, minval=margin, maxval=1 - margin)
+            chance = margin + (1 - 2 * margin) * draws
             codes = below + (chance < position - below).astype(jnp.float32)
         codes = jnp.clip(codes, self.lower, self.upper)
         if self.max_code is not None:
@@ -107,10 +121,13 @@ class Grid:
 
     @jax.jit
     def decode(self, codes: jax.Array) -> jax.Array:
-        """The levels of ``codes``, ``(codes + offset - zero_point) * scale``, in the grid's dtype."""
+        """The levels of ``codes``, in the grid's dtype."""
         codes, expand, merge = self._view(codes)
         scale = expand(self.scale.astype(jnp.float32))
-        levels = codes.astype(jnp.float32)
+        if self.code_book is None:
+            levels = codes.astype(jnp.float32)
+        else:
+            levels = _entry_of(self.code_book, codes.astype(jnp.int32) - self.lower)
         if self.offset:
             levels += self.offset
         if self.zero_point is None:
@@ -164,6 +181,25 @@ class Grid:
             return reshard(jax.lax.slice_in_dim(merged, 0, length, axis=axis), final)
 
         return x, repeat, lambda y: y
+
+
+def _index_in(book: tuple[float, ...], x: jax.Array) -> jax.Array:
+    """Where ``x`` lies among the entries: 1.25 is a quarter of the way from entry 1 to entry 2.
+
+    A sum over the intervals, which fuses; a search or a gather does not.
+    """
+    return sum(
+        (jnp.clip((x - a) * (1 / (b - a)), 0, 1) for a, b in itertools.pairwise(book)),
+        start=jnp.zeros_like(x),
+    )
+
+
+def _entry_of(book: tuple[float, ...], index: jax.Array) -> jax.Array:
+    """``book[index]``: exact, for all sums of multiples of 2**-10 are."""
+    return sum(
+        (jnp.where(index >= k, b - a, 0.0) for k, (a, b) in enumerate(itertools.pairwise(book), 1)),
+        start=jnp.full(index.shape, book[0], jnp.float32),
+    )
 
 
 def _to_state_dict(grid: Grid) -> dict[str, jax.Array | None]:

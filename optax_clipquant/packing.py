@@ -17,7 +17,7 @@ from optax_clipquant.qarray import packed_size
 
 def pack(codes: np.ndarray, grid: Grid) -> np.ndarray:
     """The packed bytes of ``codes``: see the head of this module."""
-    digits = (codes.ravel().astype(np.int16) - grid.lower).astype(np.uint8)
+    digits = codes.ravel().view(np.uint8) - np.uint8(grid.lower % 256)  # modulo 256
     if grid.bits == 8:
         return digits
     if grid.bits == math.log2(3):
@@ -39,7 +39,7 @@ def unpack(packed: np.ndarray, size: int, grid: Grid) -> np.ndarray:
         digits = _map_blocks(lambda part: _unpack_bits(part, bits), packed, bits * _BLOCK)[:size]
     if np.any(digits > grid.upper - grid.lower):
         raise ValueError(f"a code is above {grid.upper}")
-    return (digits.astype(np.int16) + grid.lower).astype(np.int8)
+    return (digits + np.uint8(grid.lower % 256)).view(np.int8)
 
 
 # Bits are spread to a byte each, so blocks keep that small.

@@ -4,6 +4,7 @@ import abc
 import dataclasses
 import functools
 import math
+import statistics
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -141,7 +142,7 @@ def _bits_of(levels: int) -> float:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Granular(Quantizer):
+class Granular(Quantizer):
     """What quantizers with a scale for each channel or group share."""
 
     channel_axis: int | tuple[int, ...] | None = -1
@@ -199,7 +200,7 @@ def _map_scales(grid: Grid, fn: Callable[[jax.Array], jax.Array]) -> Grid:
 
 
 @functools.partial(jax.jit, static_argnames="quantizer")
-def _fit(quantizer: _Granular, w: jax.Array, start: Grid | None) -> Grid:
+def _fit(quantizer: Granular, w: jax.Array, start: Grid | None) -> Grid:
     axes = quantizer._reduced_axes(w.ndim)
     if quantizer.group_size is None or not axes or w.size == 0:
         return quantizer._fit_axes(w, axes, start)
@@ -232,7 +233,7 @@ def _fit(quantizer: _Granular, w: jax.Array, start: Grid | None) -> Grid:
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Uniform(_Granular):
+class Uniform(Granular):
     """Evenly spaced levels, 2**bits of them, with a scale for each channel or group.
 
     * Symmetric, 3 bits and more (mid-tread): levels ``k * s``, ``k`` in ``-2**(bits-1) ..
@@ -338,7 +339,7 @@ def Binary(
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ternary(_Granular):
+class Ternary(Granular):
     """Three levels, ``-s``, 0 and ``s``, with the scale of the least squared error.
 
     With the weights that round to ``+-s`` given, the best ``s`` is the mean of their magnitudes, and
@@ -363,3 +364,68 @@ class Ternary(_Granular):
         scale = round_scale(jnp.maximum(high, -low), 1, dtype)
         grid = Grid(scale, bits=_bits_of(3), lower=-1, upper=1, dtype=dtype)
         return least_squares(w, axes, start, grid)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NormalFloat(Granular):
+    """Levels at quantiles of the normal distribution, scaled by the largest magnitude of a group.
+
+    With ``2**bits`` levels, in units of that magnitude: 0; ``2**(bits-1) - 1`` negative and
+    ``2**(bits-1)`` positive ones, at evenly spaced probabilities out to 1 on both sides. The entries
+    are rounded to multiples of 2**-10, which keeps every level exact in float32.
+
+    Args:
+      bits: 2 to 4. With more levels, evenly spaced ones lose little: ``Uniform``.
+      channel_axis: as for ``Uniform``.
+      group_size: as for ``Uniform``.
+
+    Raises:
+      ValueError: an argument outside its range.
+
+    References:
+      Dettmers et al., QLoRA, 2023 (arXiv:2305.14314).
+
+    Examples:
+      >>> NormalFloat(bits=2, channel_axis=None).quantize(jnp.array([0.3, -2.0, 4.0])).dequantize()
+      Array([ 0., -4.,  4.], dtype=float32)
+    """
+
+    bits: int = 4
+    group_size: int | None = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (_is_int(self.bits) and 2 <= self.bits <= 4):
+            raise ValueError(
+                f"NormalFloat: bits must be an integer from 2 to 4, got {self.bits!r}; use Uniform"
+            )
+
+    def _fit_axes(self, w: jax.Array, axes: tuple[int, ...], start: Grid | None) -> Grid:
+        del start
+        dtype, w = w.dtype, w.astype(jnp.float32)
+        high, low = extremes(w, axes)
+        half = 2 ** (self.bits - 1)
+        return Grid(
+            round_scale(jnp.maximum(high, -low), 1, dtype),
+            bits=self.bits,
+            lower=-half,
+            upper=half - 1,
+            dtype=dtype,
+            code_book=_normal_levels(self.bits),
+        )
+
+
+def _normal_levels(bits: int) -> tuple[float, ...]:
+    """0, and quantiles at even steps from 1/2 to the outermost probability, a little below 1.
+
+    That is the mean of 1 - 1/(2 * 15) and 1 - 1/(2 * 16) for 4 bits: of the midpoints of the first
+    cell for one level fewer and for all.
+    """
+    half = 2 ** (bits - 1)
+    outermost = 1 - (1 / (2 * (2 * half - 1)) + 1 / (4 * half)) / 2
+    quantile = statistics.NormalDist().inv_cdf
+    positive = [quantile(0.5 + (outermost - 0.5) * k / half) for k in range(1, half + 1)]
+    negative = [-quantile(0.5 + (outermost - 0.5) * k / (half - 1)) for k in range(half - 1, 0, -1)]
+    unit = quantile(outermost) / 2**10
+    return tuple(round(x / unit) / 2**10 for x in (*negative, 0.0, *positive))

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import rich.box
 import rich.console
 import rich.table
 
@@ -58,15 +59,21 @@ class Summary:
         return self.bytes_before / max(self.bytes_after, 1)
 
     def __rich__(self) -> rich.table.Table:
-        table = rich.table.Table(show_footer=True)
-        table.add_column("leaf", "total", no_wrap=True)
-        table.add_column("shape", justify="right")
-        table.add_column("bits", justify="right")
-        table.add_column("bytes before", f"{self.bytes_before:,}", justify="right")
-        table.add_column("bytes after", f"{self.bytes_after:,}", justify="right")
-        table.add_column("ratio", f"{self.ratio:.2f}", justify="right")
-        table.add_column("max error", justify="right")
-        table.add_column("SNR (dB)", justify="right")
+        table = rich.table.Table(
+            show_footer=True, box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+        )
+        # Digits are folded where there is no room, never left out.
+        table.add_column("leaf", "total", overflow="fold")
+        for header, footer in (
+            ("shape", ""),
+            ("bits", ""),
+            ("bytes\nbefore", f"{self.bytes_before:,}"),
+            ("bytes\nafter", f"{self.bytes_after:,}"),
+            ("ratio", f"{self.ratio:.2f}"),
+            ("max\nerror", ""),
+            ("SNR\n(dB)", ""),
+        ):
+            table.add_column(header, footer, justify="right", overflow="fold")
         for row in self.rows:
             table.add_row(
                 row.path,

@@ -1,7 +1,6 @@
 """Training on the grid: transforms after which the params stand on levels, and what they ship."""
 
 import dataclasses
-import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -9,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.core import Tracer
 
+from optax_clipquant import residual
 from optax_clipquant.clipping import Bound, clip_by_value
 from optax_clipquant.grids import Grid
 from optax_clipquant.params import PyTree, Rules, Where, naming, path_of, rule_for, select
 from optax_clipquant.qarray import QArray
 from optax_clipquant.quantizers import Uniform
+from optax_clipquant.softness import check_softness, soften
 
 
 class QuantizeWeightsState(NamedTuple):
@@ -23,7 +23,8 @@ class QuantizeWeightsState(NamedTuple):
 
     Attributes:
       count: the number of updates so far.
-      latent: a tree with the float32 latent weights of each quantized leaf, None at others.
+      latent: a tree with the float32 latent weights of each quantized leaf, None at others; with
+        ``residual_bits``, a ``QArray`` of their distance to the levels. ``latent_params`` reads both.
       grid: a tree with the ``Grid`` that each quantized leaf stands on, None at others.
     """
 
@@ -47,7 +48,11 @@ class RoundWeightsState(NamedTuple):
 
 
 def quantize_weights(
-    quantizer: Rules, *, where: Where | None = None
+    quantizer: Rules,
+    *,
+    softness: float | optax.Schedule | None = None,
+    where: Where | None = None,
+    residual_bits: int | None = None,
 ) -> optax.GradientTransformation:
     """Keeps the params on a quantization grid; put it last in the chain.
 
@@ -56,13 +61,19 @@ def quantize_weights(
 
         v <- v + u
         grid <- quantizer.fit(v)
-        emitted update = grid.decode(grid.encode(v)) - params
+        level = grid.decode(grid.encode(v))
+        emitted update = level + softness * (v - level) - params
 
     After each ``optax.apply_updates`` the float32 params equal the levels exactly: from the first
     step where training starts from projected params, ``dequantize_params(quantize_params(params,
     quantizer))``, else from about the third. bfloat16 and float16 params equal the levels rounded to
     their dtype. ``export_params`` turns them into codes, with no conversion that could lose
     accuracy.
+
+    With a ``softness`` that falls from 1 to 0, the params pass from the latent weights to the levels
+    gradually, which serves accuracy at 3 bits and below. They are on the grid where it is exactly
+    0, from about the third such step; where training stops before, ``export_params`` moves them
+    there and warns with the number of weights that were off.
 
     Updates are emitted in float32 for params of any dtype, so a wrapper that needs one dtype goes
     around the optimizer alone: ``optax.chain(optax.apply_if_finite(optimizer, n),
@@ -71,20 +82,27 @@ def quantize_weights(
     Args:
       quantizer: the quantizer, or a mapping from regular expressions on paths to quantizers, as in
         ``quantize_params``.
+      softness: None for 0; a number from 0 to 1; or a schedule of the number of updates so far, such
+        as ``softness_schedule``.
       where: which leaves may be quantized, as in ``quantize_params``.
+      residual_bits: None, or 8 to keep the latent weights in a byte: as their distance to the levels,
+        in 127 parts of the largest distance in a channel or group, stochastically rounded.
 
     Returns:
       A ``GradientTransformation`` with a ``QuantizeWeightsState``. It keeps 4 bytes a quantized
-      weight. The updates of other leaves pass.
+      weight, or with ``residual_bits`` 1 (and 6 for each scale). The updates of other leaves pass.
 
     Raises:
-      ValueError: in ``init``, no leaf is selected or an expression is found in no path; in
+      ValueError: ``softness`` is a concrete number outside 0..1, or ``residual_bits`` is neither None
+        nor 8; in ``init``, no leaf is selected or an expression is found in no path; in
         ``update``, no params are given.
 
     References:
-      Courbariaux et al., BinaryConnect, 2015 (arXiv:1511.00363).
+      Courbariaux et al., BinaryConnect, 2015 (arXiv:1511.00363). Jin et al., PARQ, 2025
+      (arXiv:2503.15748), for softness.
 
     Examples:
+      >>> from optax_clipquant import Uniform, export_params, quantize_weights
       >>> tx = optax.chain(optax.sgd(0.1), quantize_weights(Uniform(bits=4)))
       >>> params = {"kernel": jnp.array([[1.0, -0.3], [0.4, 0.2]])}
       >>> state = tx.init(params)
@@ -95,27 +113,51 @@ def quantize_weights(
              [-3,  2]], dtype=int8)
     """
 
+    if not callable(softness):
+        check_softness(softness)
+    if residual_bits not in (None, 8):
+        raise ValueError(
+            f"quantize_weights: residual_bits must be 8, or None for float32, got {residual_bits!r}"
+        )
+
     def init(params: PyTree) -> PyTree:
         grid = _init_grids(params, quantizer, where)
-        paths = dict(_leaves(grid))
-        latent = jax.tree_util.tree_map_with_path(
+        grids = dict(leaves_of(grid))
+
+        def keep(path: str, p: jax.Array) -> Any:
+            if path not in grids:
+                return None
             # A copy: params and state can then be donated together.
-            lambda path, p: (
-                jnp.array(p, jnp.float32, copy=True) if path_of(path) in paths else None
-            ),
-            _unboxed(params),
+            latent = jnp.array(p, jnp.float32, copy=True)
+            if residual_bits is None:
+                return latent
+            return residual.start(latent - _level(grids[path], latent), grids[path])
+
+        latent = jax.tree_util.tree_map_with_path(
+            lambda path, p: keep(path_of(path), p), unboxed(params)
         )
         return QuantizeWeightsState(jnp.zeros((), jnp.int32), latent, grid)
 
     def update(
         updates: PyTree, state: PyTree, params: PyTree | None = None
     ) -> tuple[PyTree, PyTree]:
-        latents = dict(_leaves(state.latent))
+        latents = dict(leaves_of(state.latent))
+        index = {path: i for i, path in enumerate(latents)}
+        soft = softness(state.count) if callable(softness) else softness
 
         def step(path: str, u: jax.Array, p: jax.Array, grid: Grid) -> tuple[Any, Any, Any]:
-            latent = latents[path] + u.astype(jnp.float32)
+            kept = latents[path]
+            latent = latent_of(p, grid, kept) + u.astype(jnp.float32)
             grid = _refit(quantizer, path, latent, grid)
-            return _move(p, grid, grid.encode(latent)), grid, latent
+            level = target = _level(grid, latent)
+            if soft is not None:
+                target = soften(level, latent, soft)
+            if not isinstance(kept, QArray):
+                kept = latent
+            else:
+                seed = jnp.asarray(state.count).astype(jnp.uint32) * len(index) + index[path]
+                kept = residual.advance(latent - level, grid, kept, seed)
+            return target - p.astype(jnp.float32), grid, kept
 
         updates, grid, latent = _map_quantized(
             step, updates, params, state.grid, "quantize_weights"
@@ -164,7 +206,7 @@ def round_weights(
     def update(
         updates: PyTree, state: PyTree, params: PyTree | None = None
     ) -> tuple[PyTree, PyTree]:
-        index = {path: i for i, (path, _) in enumerate(_leaves(state.grid))}
+        index = {path: i for i, (path, _) in enumerate(leaves_of(state.grid))}
 
         def step(path: str, u: jax.Array, p: jax.Array, grid: Grid) -> tuple[Any, Any]:
             w = p.astype(jnp.float32) + u.astype(jnp.float32)
@@ -172,7 +214,7 @@ def round_weights(
             key = None
             if state.key is not None:
                 key = jax.random.fold_in(jax.random.fold_in(state.key, state.count), index[path])
-            return _move(p, grid, grid.encode(w, key=key)), grid
+            return _level(grid, w, key) - p.astype(jnp.float32), grid
 
         updates, grid = _map_quantized(step, updates, params, state.grid, "round_weights")
         return updates, RoundWeightsState(optax.safe_increment(state.count), grid, state.key)
@@ -199,67 +241,11 @@ def clipquant(
     return optax.chain(clip_by_value(c), optimizer, quantize_weights(quantizer))
 
 
-def export_params(params: PyTree, opt_state: PyTree) -> PyTree:
-    """``params`` with ``QArray`` leaves: the very codes that they stand on.
-
-    Args:
-      params: the params after the last ``optax.apply_updates``.
-      opt_state: the optimizer's state, or an ``nnx.Optimizer``. The state of ``quantize_weights`` or
-        ``round_weights`` is found inside chains and wrappers.
-
-    Returns:
-      The tree with ``QArray`` leaves on the grids of the state, so that ``dequantize_params`` of it
-      equals ``params``.
-
-    Raises:
-      ValueError: ``opt_state`` holds no such state, or one of other params.
-
-    Warns:
-      UserWarning: some weights are not on the grid, and change to the nearest level. Not under
-        ``jax.jit``.
-    """
-    grids = dict(_find(opt_state, "grid"))
-    total, off_grid = 0, 0
-
-    def export(path: str, p: jax.Array) -> QArray:
-        nonlocal total, off_grid
-        grid = grids[path]
-        q = QArray(grid.encode(p), grid)
-        # NaN is on no level, but it is exported as NaN.
-        off = jnp.sum((q.dequantize() != p) & ~jnp.isnan(p))
-        if not isinstance(off, Tracer):
-            total, off_grid = total + p.size, off_grid + int(off)
-        return q
-
-    exported = _map_paths(export, params, grids)
-    if off_grid:
-        warnings.warn(
-            f"{off_grid} of {total} weights are off the grid and were moved to the nearest level; "
-            "export the params as the last update left them",
-            stacklevel=2,
-        )
-    return exported
+def _is_leaf(x: Any) -> bool:
+    return isinstance(x, (Grid, QArray))
 
 
-def latent_params(params: PyTree, opt_state: PyTree) -> PyTree:
-    """``params`` with the float32 latent weights in place of the quantized ones.
-
-    Args:
-      params: the params after the last ``optax.apply_updates``.
-      opt_state: as for ``export_params``.
-
-    Raises:
-      ValueError: ``opt_state`` holds no state of ``quantize_weights``, or one of other params.
-    """
-    latents = dict(_find(opt_state, "latent"))
-    return _map_paths(lambda path, p: latents[path], params, latents)
-
-
-def _is_grid(x: Any) -> bool:
-    return isinstance(x, Grid)
-
-
-def _unboxed(tree: PyTree) -> PyTree:
+def unboxed(tree: PyTree) -> PyTree:
     """``tree`` with the arrays in place of NNX's variables.
 
     ``nnx.Optimizer`` shows the variables to ``init`` alone, and cannot hold a ``Grid`` in one.
@@ -267,13 +253,13 @@ def _unboxed(tree: PyTree) -> PyTree:
     return nnx.as_pure(tree)
 
 
-def _leaves(tree: PyTree) -> Iterator[tuple[str, Any]]:
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_grid)[0]:
+def leaves_of(tree: PyTree) -> Iterator[tuple[str, Any]]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)[0]:
         yield path_of(path), leaf
 
 
 def _init_grids(params: PyTree, quantizer: Rules, where: Where | None) -> PyTree:
-    params = _unboxed(params)
+    params = unboxed(params)
     chosen = select(params, quantizer, where)
 
     def fit(path: str, p: jax.Array) -> Grid | None:
@@ -291,9 +277,14 @@ def _refit(quantizer: Rules, path: str, w: jax.Array, grid: Grid) -> Grid:
     return dataclasses.replace(rule.fit(w, start=grid), dtype=grid.dtype)
 
 
-def _move(p: jax.Array, grid: Grid, codes: jax.Array) -> jax.Array:
-    """The update that takes ``p`` to the levels of ``codes``."""
-    return grid.decode(codes).astype(jnp.float32) - p.astype(jnp.float32)
+def _level(grid: Grid, w: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    """The level of each of ``w``, in float32, in which the difference of two is exact."""
+    return grid.decode(grid.encode(w, key=key)).astype(jnp.float32)
+
+
+def latent_of(p: jax.Array, grid: Grid, kept: jax.Array | QArray) -> jax.Array:
+    """The latent weights, from what the state keeps of them."""
+    return _level(grid, p) + kept.dequantize() if isinstance(kept, QArray) else kept
 
 
 def _map_quantized(
@@ -304,9 +295,9 @@ def _map_quantized(
         raise ValueError(
             f"{name} needs the params: call update(updates, state, params) with the current ones"
         )
-    update_of, param_of = dict(_leaves(updates)), dict(_leaves(params))
+    update_of, param_of = dict(leaves_of(updates)), dict(leaves_of(params))
     outputs = {}
-    for path, leaf_grid in _leaves(grid):
+    for path, leaf_grid in leaves_of(grid):
         for what, leaves in (("updates", update_of), ("params", param_of)):
             if path not in leaves:
                 raise ValueError(f"{name}: {what} have no leaf {path!r}, which init quantized")
@@ -316,46 +307,8 @@ def _map_quantized(
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf: outputs[path_of(path)][index] if path_of(path) in outputs else leaf,
             tree,
-            is_leaf=_is_grid,
+            is_leaf=_is_leaf,
         )
 
     count = len(next(iter(outputs.values())))
     return result(0, updates), *(result(index, grid) for index in range(1, count))
-
-
-def _find(opt_state: PyTree, field: str) -> Iterator[tuple[str, Any]]:
-    """Path and value of each leaf in ``field`` of the weight transforms' states."""
-    if isinstance(opt_state, nnx.Optimizer):
-        opt_state = opt_state.opt_state
-    kinds = (QuantizeWeightsState, RoundWeightsState)
-    states = [
-        state
-        for state in jax.tree.leaves(_unboxed(opt_state), is_leaf=lambda x: isinstance(x, kinds))
-        if isinstance(state, kinds) and hasattr(state, field)
-    ]
-    if not states:
-        raise ValueError(
-            f"opt_state holds no state of quantize_weights with a {field}; give the state of an "
-            "optimizer that has quantize_weights in its chain"
-        )
-    for state in states:
-        yield from _leaves(getattr(state, field))
-
-
-def _map_paths(fn: Any, params: PyTree, chosen: dict[str, Any]) -> PyTree:
-    """``params`` with ``fn(path, leaf)`` at the leaves that ``chosen`` names, all of which must be."""
-    shapes = {path: jnp.shape(leaf) for path, leaf in _leaves(params)}
-    for path, value in chosen.items():
-        if path not in shapes:
-            raise ValueError(
-                f"params have no leaf {path!r}, which opt_state quantizes: they are not of one run"
-            )
-        rank = (value.scale if _is_grid(value) else value).ndim
-        if rank != len(shapes[path]):
-            raise ValueError(
-                f"params leaf {path!r} has shape {shapes[path]}, but opt_state quantizes an array "
-                f"with {rank} axes: they are not of one run"
-            )
-    return jax.tree_util.tree_map_with_path(
-        lambda path, p: fn(path_of(path), p) if path_of(path) in chosen else p, params
-    )

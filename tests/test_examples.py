@@ -34,7 +34,7 @@ def test_digits(tmp_path: pathlib.Path, args: list[str], rows: list[str]):
     out = run("digits.py", "--steps", "60", "--batch", "16", "--out", str(tmp_path), *args)
     accuracies = {}
     for row in rows:
-        match = re.search(rf"│ {row} +│ +([\d.]+) │ +([\d.]+) │", out)
+        match = re.search(rf"^ *{row} +([\d.]+) +([\d.]+) ", out, re.MULTILINE)
         assert match, out
         accuracies[row] = float(match[1])
         assert match[1] == match[2]
@@ -49,6 +49,11 @@ def test_digits(tmp_path: pathlib.Path, args: list[str], rows: list[str]):
         (["--bits", "9"], "bits must be an integer from 1 to 8"),
         (["--c", "-1"], "c must be positive"),
         (["--steps", "0"], "--steps must be at least 1"),
+        (["--seed", "-1"], "--seed must be at least 0, got -1"),
+        (["--quantizer", "ternary", "--bits", "2"], "--bits has no meaning"),
+        (["--quantizer", "zscore", "--group-size", "8"], "--group-size has no meaning"),
+        (["--quantizer", "zscore", "--bits", "1"], "--bits must be 2 to 8"),
+        (["--out", "/dev/null/x"], "--out: "),
     ],
 )
 def test_digits_refuses(args: list[str], message: str):

@@ -1,0 +1,116 @@
+"""What training on the grid ships: the codes that the params stand on, or their latent weights."""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.core import Tracer
+
+from optax_clipquant.grids import Grid
+from optax_clipquant.params import PyTree, path_of
+from optax_clipquant.qarray import QArray
+from optax_clipquant.weights import (
+    QuantizeWeightsState,
+    RoundWeightsState,
+    latent_of,
+    leaves_of,
+    unboxed,
+)
+
+
+def export_params(params: PyTree, opt_state: PyTree) -> PyTree:
+    """``params`` with ``QArray`` leaves: the very codes that they stand on.
+
+    Args:
+      params: the params after the last ``optax.apply_updates``.
+      opt_state: the optimizer's state, or an ``nnx.Optimizer``. The state of ``quantize_weights`` or
+        ``round_weights`` is found inside chains and wrappers.
+
+    Returns:
+      The tree with ``QArray`` leaves on the grids of the state, so that ``dequantize_params`` of it
+      equals ``params``.
+
+    Raises:
+      ValueError: ``opt_state`` holds no such state, or one of other params.
+
+    Warns:
+      UserWarning: some weights are not on the grid, and change to the nearest level. Not under
+        ``jax.jit``.
+    """
+    grids = dict(_find(opt_state, "grid"))
+    total, off_grid = 0, 0
+
+    def export(path: str, p: jax.Array) -> QArray:
+        nonlocal total, off_grid
+        grid = grids[path]
+        q = QArray(grid.encode(p), grid)
+        # NaN is on no level, but it is exported as NaN.
+        off = jnp.sum((q.dequantize() != p) & ~jnp.isnan(p))
+        if not isinstance(off, Tracer):
+            total, off_grid = total + p.size, off_grid + int(off)
+        return q
+
+    exported = _map_paths(export, params, grids)
+    if off_grid:
+        warnings.warn(
+            f"{off_grid} of {total} weights are off the grid and were moved to the nearest level; "
+            "export the params as the last update left them",
+            stacklevel=2,
+        )
+    return exported
+
+
+def latent_params(params: PyTree, opt_state: PyTree) -> PyTree:
+    """``params`` with the float32 latent weights in place of the quantized ones.
+
+    Args:
+      params: the params after the last ``optax.apply_updates``.
+      opt_state: as for ``export_params``.
+
+    Raises:
+      ValueError: ``opt_state`` holds no state of ``quantize_weights``, or one of other params.
+    """
+    latents = dict(_find(opt_state, "latent"))
+    grids = dict(_find(opt_state, "grid"))
+    return _map_paths(lambda path, p: latent_of(p, grids[path], latents[path]), params, latents)
+
+
+def _find(opt_state: PyTree, field: str) -> Iterator[tuple[str, Any]]:
+    """Path and value of each leaf in ``field`` of the weight transforms' states."""
+    if isinstance(opt_state, nnx.Optimizer):
+        opt_state = opt_state.opt_state
+    kinds = (QuantizeWeightsState, RoundWeightsState)
+    states = [
+        state
+        for state in jax.tree.leaves(unboxed(opt_state), is_leaf=lambda x: isinstance(x, kinds))
+        if isinstance(state, kinds) and hasattr(state, field)
+    ]
+    if not states:
+        raise ValueError(
+            f"opt_state holds no state of quantize_weights with a {field}; give the state of an "
+            "optimizer that has quantize_weights in its chain"
+        )
+    for state in states:
+        yield from leaves_of(getattr(state, field))
+
+
+def _map_paths(fn: Any, params: PyTree, chosen: dict[str, Any]) -> PyTree:
+    """``params`` with ``fn(path, leaf)`` at the leaves that ``chosen`` names, all of which must be."""
+    shapes = {path: jnp.shape(leaf) for path, leaf in leaves_of(params)}
+    for path, value in chosen.items():
+        if path not in shapes:
+            raise ValueError(
+                f"params have no leaf {path!r}, which opt_state quantizes: they are not of one run"
+            )
+        rank = (value.scale if isinstance(value, Grid) else value).ndim
+        if rank != len(shapes[path]):
+            raise ValueError(
+                f"params leaf {path!r} has shape {shapes[path]}, but opt_state quantizes an array "
+                f"with {rank} axes: they are not of one run"
+            )
+    return jax.tree_util.tree_map_with_path(
+        lambda path, p: fn(path_of(path), p) if path_of(path) in chosen else p, params
+    )

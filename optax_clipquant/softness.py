@@ -1,0 +1,65 @@
+"""The way from latent weights to levels in the course of training."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+
+
+def softness_schedule(start: int, end: int, steepness: float = 20.0) -> optax.Schedule:
+    """A schedule for ``quantize_weights(softness=...)`` that falls from 1 to 0.
+
+    A sigmoid, scaled so that it meets both ends: with ``r = (count - start) / (end - start)`` and
+    ``f(r) = 1 / (1 + exp(steepness * (r - 1/2)))``, it is ``(f(r) - f(1)) / (f(0) - f(1))``; exactly 1
+    up to ``start`` and exactly 0 from ``end``. Give the levels some of the last steps, so that the
+    params settle on them: ``end`` at nine tenths of training, say.
+
+    Args:
+      start: the number of updates at which it begins to fall.
+      end: the number of updates from which the params are on the grid.
+      steepness: how suddenly it falls in the middle.
+
+    Returns:
+      A function from the number of updates to a float32 scalar.
+
+    Raises:
+      ValueError: not ``0 <= start < end``, or ``steepness`` is not positive.
+
+    References:
+      Jin et al., PARQ, 2025 (arXiv:2503.15748).
+
+    Examples:
+      >>> schedule = softness_schedule(start=100, end=900)
+      >>> [round(float(schedule(count)), 3) for count in (0, 100, 400, 500, 600, 900)]
+      [1.0, 1.0, 0.924, 0.5, 0.076, 0.0]
+    """
+    if not 0 <= start < end:
+        raise ValueError(f"softness_schedule: need 0 <= start < end, got {start} and {end}")
+    if not 0 < steepness < float("inf"):
+        raise ValueError(f"softness_schedule: steepness must be positive, got {steepness}")
+
+    def schedule(count: jax.typing.ArrayLike) -> jax.Array:
+        count = jnp.asarray(count)
+        ratio = (count - start).astype(jnp.float32) / (end - start)
+        first, last = (jax.nn.sigmoid(jnp.float32(sign * steepness / 2)) for sign in (1, -1))
+        fall = (jax.nn.sigmoid(steepness * (0.5 - ratio)) - last) / (first - last)
+        return jnp.where(count >= end, 0.0, jnp.where(count <= start, 1.0, fall))
+
+    return schedule
+
+
+def check_softness(softness: Any) -> None:
+    if isinstance(softness, Tracer) or softness is None:
+        return
+    if not 0 <= float(softness) <= 1:  # NaN is not
+        raise ValueError(f"quantize_weights: softness must be from 0 to 1, got {softness}")
+
+
+def soften(level: jax.Array, latent: jax.Array, softness: jax.typing.ArrayLike) -> jax.Array:
+    """``level + softness * (latent - level)``, and at 0 and 1 exactly one of them."""
+    softness = jnp.asarray(softness, jnp.float32)
+    # The product would be NaN for 0 times an infinite distance, which no level hides.
+    between = jnp.where(softness == 1, latent, level + softness * (latent - level))
+    return jnp.where(softness == 0, level, between)
