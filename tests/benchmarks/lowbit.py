@@ -16,6 +16,7 @@ Each run is a file in --out, so a call takes up what an earlier one left, and --
 import argparse
 import collections
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -44,15 +45,11 @@ from optax_clipquant import (
     dequantize_params,
     export_params,
     quantize_weights,
+    softness_schedule,
 )
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples"))
 from fashion_mnist import batches_of, load_data
-
-try:
-    from optax_clipquant import softness_schedule
-except ImportError:  # TODO: drop once it is merged
-    softness_schedule = None
 
 LAYERS = (784, 512, 256, 10)
 BATCH, EPOCHS = 256, 5
@@ -60,23 +57,28 @@ WIDTHS = ("float", "1", "ternary", "2", "3", "4")
 QWIX_TYPES = {"2": "int2", "3": "int3", "4": "int4"}
 VALIDATION, FIRST_TUNING_SEED = 5000, 100
 
-# What a run is beside its width and seed; chosen by --tune. "anneal" is start and end as shares of
-# the training, and steepness.
+# What a run is beside its width and seed. "anneal" is start and end as shares of the training, and
+# steepness; the ends and quantizers are those that --tune found best, the same for all seeds.
 Spec = dict[str, Any]
+
+
+def same(**spec: Any) -> dict[str, Spec]:
+    """One spec for all quantized widths."""
+    return {width: spec for width in WIDTHS[1:]}
+
+
 METHODS: dict[str, dict[str, Spec]] = {
     "float": {"float": {}},
-    "ours, hard": dict.fromkeys(WIDTHS[1:], {}),
-    "ours, annealed": dict.fromkeys(WIDTHS[1:], {"anneal": (0.0, 0.75, 20)}),
-    "qwix": dict.fromkeys(QWIX_TYPES, {}),
+    "ours, hard": same(),
+    "ours, annealed": same(anneal=(0.0, 0.75, 20)),
+    "qwix": {width: {} for width in QWIX_TYPES},
     "torch float": {"float": {}},
-    "PARQ, hard": dict.fromkeys(WIDTHS[1:], {"quantizer": "uniform"}),
-    "PARQ, annealed": dict.fromkeys(
-        WIDTHS[1:], {"quantizer": "uniform", "anneal": (0.0, 0.75, 20)}
-    ),
+    "PARQ, hard": same(quantizer="uniform"),
+    "PARQ, annealed": same(quantizer="uniform", anneal=(0.0, 0.75, 20)),
 }
 TORCH = ("torch float", "PARQ, hard", "PARQ, annealed")
 
-ANNEALINGS = ((0.0, 0.75, 20), (0.0, 1.0, 20), (0.25, 0.75, 20), (0.0, 0.75, 10), (0.5, 0.9, 20))
+ANNEALINGS = ((0.0, 0.75, 20), (0.0, 0.9, 10), (0.25, 0.9, 20), (0.5, 0.9, 20))
 VARIANTS: dict[str, list[Spec]] = {
     "ours, hard": [{}, {"rule": "absmax"}, {"rule": "mse"}, {"channel_axis": None}],
     "ours, annealed": [{"anneal": anneal} for anneal in ANNEALINGS],
@@ -102,7 +104,7 @@ def initial(seed: int) -> dict[str, np.ndarray]:
     """He normal kernels, zero biases."""
     rng = np.random.default_rng(seed)
     params = {}
-    for i, (rows, columns) in enumerate(zip(LAYERS, LAYERS[1:], strict=False)):
+    for i, (rows, columns) in enumerate(itertools.pairwise(LAYERS)):
         kernel = rng.standard_normal((rows, columns)) * np.sqrt(2 / rows)
         params[f"kernel{i}"] = kernel.astype(np.float32)
         params[f"bias{i}"] = np.zeros(columns, np.float32)
@@ -445,7 +447,9 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data-dir", type=pathlib.Path, help="as of examples/fashion_mnist.py")
-    parser.add_argument("--torch-python", default="", help="the Python of an environment with torch")
+    parser.add_argument(
+        "--torch-python", default="", help="the Python of an environment with torch"
+    )
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--widths", nargs="+", choices=WIDTHS, default=list(WIDTHS))
     parser.add_argument("--seeds", type=int, default=5, help="how many (default 5)")
