@@ -78,17 +78,26 @@ METHODS: dict[str, dict[str, Spec]] = {
 }
 TORCH = ("torch float", "PARQ, hard", "PARQ, annealed")
 
-ANNEALINGS = ((0.0, 0.75, 20), (0.0, 0.9, 10), (0.25, 0.9, 20), (0.5, 0.9, 20))
-VARIANTS: dict[str, list[Spec]] = {
-    "ours, hard": [{}, {"rule": "absmax"}, {"rule": "mse"}, {"channel_axis": None}],
-    "ours, annealed": [{"anneal": anneal} for anneal in ANNEALINGS],
-    "PARQ, hard": [{"quantizer": name} for name in ("uniform", "lsbq", "max")],
-    "PARQ, annealed": [
-        {"quantizer": name, "anneal": anneal}
-        for name in ("uniform", "lsbq")
-        for anneal in ANNEALINGS[:3]
-    ],
-}
+ANNEALINGS = (
+    (0.0, 0.5, 20),
+    (0.0, 0.75, 20),
+    (0.0, 0.9, 10),
+    (0.25, 0.9, 20),
+    (0.5, 0.9, 20),
+)
+
+
+def variants(method: str, width: str) -> list[Spec]:
+    """What --tune compares."""
+    if method.startswith("PARQ"):
+        quantizers = ("uniform", "lsbq") if width in ("1", "ternary", "2") else ("uniform", "lsbq", "max")  # fmt: skip
+        annealings = ANNEALINGS[1:3] if method == "PARQ, annealed" else [None]
+        return [{"quantizer": q} | ({"anneal": a} if a else {}) for q in quantizers for a in annealings]  # fmt: skip
+    other = [{"rule": "mse" if width == "4" else "absmax"}] if width in ("2", "3", "4") else []
+    if method == "ours, annealed":
+        best = METHODS[method][width]["anneal"]
+        return [{"anneal": a} for a in ANNEALINGS] + [rule | {"anneal": best} for rule in other]
+    return [{}, *other, {"channel_axis": None}] if method == "ours, hard" else []
 
 
 class MLP(nn.Module):
@@ -209,7 +218,7 @@ def jobs_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     first = FIRST_TUNING_SEED if args.tune else args.first_seed
     for method in args.methods:
         for width in args.widths:
-            specs = VARIANTS.get(method, []) if args.tune else [METHODS[method].get(width)]
+            specs = variants(method, width) if args.tune else [METHODS[method].get(width)]
             for spec in specs:
                 if spec is None or (args.tune and width == "float"):
                     continue
