@@ -67,6 +67,12 @@ WIDTHS: dict[str, Quantizer | None] = {
     "8": Uniform(bits=8),
 }
 
+# On the net of --model mlp in 5 epochs, as tests/benchmarks/lowbit.py measures them.
+PEERS: dict[str, dict[str, float]] = {
+    "torchao PARQ": {"1": 0.8728, "ternary": 0.8767, "2": 0.8800, "3": 0.8836, "4": 0.8842},
+    "qwix": {"2": 0.8827, "3": 0.8844, "4": 0.8858},
+}
+
 Data = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
@@ -290,6 +296,16 @@ def plot(path: pathlib.Path, args: argparse.Namespace, results: list[Result]) ->
             name_of(result.width), (result.bits, 100 * result.accuracy), (0, 9),
             textcoords="offset points", ha="center", color="#0072B2",
         )  # fmt: skip
+    if args.model == "mlp" and args.epochs == 5 and args.limit is None:
+        for (name, peer), marker, color in zip(
+            PEERS.items(), "s^", ["#D55E00", "#009E73"], strict=True
+        ):
+            shared = [result for result in quantized if result.width in peer]
+            axes.plot(
+                [result.bits for result in shared],
+                [100 * peer[result.width] for result in shared],
+                marker, color=color, label=f"{name}, mean of 5 seeds",
+            )  # fmt: skip
     for result in results:
         if result.width == "float":
             axes.axhline(100 * result.accuracy, color="#666666", linestyle="--", label="float")
