@@ -100,9 +100,11 @@ class CNN(nn.Module):
 class Setting:
     model: nn.Module
     rate: float
+    batch: int
+    epochs: int
 
 
-SETTINGS = {"cnn": Setting(CNN(), 2e-3), "mlp": Setting(MLP(), 1e-3)}
+SETTINGS = {"cnn": Setting(CNN(), 2e-3, 128, 6), "mlp": Setting(MLP(), 1e-3, 256, 5)}
 
 
 def read_idx(path: pathlib.Path) -> np.ndarray:
@@ -296,7 +298,7 @@ def plot(path: pathlib.Path, args: argparse.Namespace, results: list[Result]) ->
             name_of(result.width), (result.bits, 100 * result.accuracy), (0, 9),
             textcoords="offset points", ha="center", color="#0072B2",
         )  # fmt: skip
-    if args.model == "mlp" and args.epochs == 5 and args.limit is None:
+    if (args.model, args.epochs, args.batch, args.limit) == ("mlp", 5, 256, None):
         for (name, peer), marker, color in zip(
             PEERS.items(), "s^", ["#D55E00", "#009E73"], strict=True
         ):
@@ -310,6 +312,7 @@ def plot(path: pathlib.Path, args: argparse.Namespace, results: list[Result]) ->
         if result.width == "float":
             axes.axhline(100 * result.accuracy, color="#666666", linestyle="--", label="float")
     axes.set_xscale("log", base=2)
+    axes.set_xlim(0.8, 10.5)
     axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     axes.set(
         xlabel="bits a weight, scales included", ylabel="test accuracy (%)",
@@ -329,8 +332,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data-dir", type=pathlib.Path, help="folder with the four IDX files")
     parser.add_argument("--model", choices=list(SETTINGS), default="cnn")
     parser.add_argument("--widths", nargs="+", choices=list(WIDTHS), default=list(WIDTHS))
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--epochs", type=int, help="default: 6 (cnn), 5 (mlp)")
+    parser.add_argument("--batch", type=int, help="default: 128 (cnn), 256 (mlp)")
     parser.add_argument("--c", type=float, default=1.0, help="bound on each gradient (default 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -341,6 +344,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder for files and plot"
     )
     args = parser.parse_args(argv)
+    for name in ("epochs", "batch"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(SETTINGS[args.model], name))
     for name in ("epochs", "batch", "limit"):
         value = getattr(args, name)
         if value is not None and value < 1:
