@@ -16,6 +16,7 @@ Each run is a file in --out, so a call takes up what an earlier one left, and --
 import argparse
 import collections
 import functools
+import importlib.metadata
 import itertools
 import json
 import os
@@ -58,7 +59,8 @@ QWIX_TYPES = {"2": "int2", "3": "int3", "4": "int4"}
 VALIDATION, FIRST_TUNING_SEED = 5000, 100
 
 # What a run is beside its width and seed. "anneal" is start and end as shares of the training, and
-# steepness; the ends and quantizers are those that --tune found best, the same for all seeds.
+# steepness: PARQ's scripts anneal from the start to three quarters, its README with a steepness of
+# 20, and with that quantizer. For this library --tune found no schedule that is better at all widths.
 Spec = dict[str, Any]
 
 
@@ -90,9 +92,10 @@ ANNEALINGS = (
 def variants(method: str, width: str) -> list[Spec]:
     """What --tune compares."""
     if method.startswith("PARQ"):
-        quantizers = ("uniform", "lsbq") if width in ("1", "ternary", "2") else ("uniform", "lsbq", "max")  # fmt: skip
-        annealings = ANNEALINGS[1:3] if method == "PARQ, annealed" else [None]
-        return [{"quantizer": q} | ({"anneal": a} if a else {}) for q in quantizers for a in annealings]  # fmt: skip
+        anneal = METHODS[method][width].get("anneal")
+        # At 2 bits "max" has 3 levels, and at 1 bit one.
+        names = ("uniform", "lsbq", "max") if width in ("3", "4") else ("uniform", "lsbq")
+        return [{"quantizer": name} | ({"anneal": anneal} if anneal else {}) for name in names]
     other = [{"rule": "mse" if width == "4" else "absmax"}] if width in ("2", "3", "4") else []
     if method == "ours, annealed":
         best = METHODS[method][width]["anneal"]
@@ -223,12 +226,16 @@ def jobs_of(args: argparse.Namespace) -> list[dict[str, Any]]:
                 if spec is None or (args.tune and width == "float"):
                     continue
                 for seed in range(first, first + args.seeds):
-                    jobs.append(job_of(method, width, seed, spec, args.tune))
+                    jobs.append(job_of(method, width, seed, spec, split_of(args)))
     return jobs
 
 
-def job_of(method: str, width: str, seed: int, spec: Spec, tune: bool) -> dict[str, Any]:
-    split = "validation" if tune else "test"
+def split_of(args: argparse.Namespace) -> str:
+    """The folder of the results; those on few images are kept apart."""
+    return ("validation" if args.tune else "test") + (f"-{args.limit}" if args.limit else "")
+
+
+def job_of(method: str, width: str, seed: int, spec: Spec, split: str) -> dict[str, Any]:
     told = "_".join(f"{k}-{v}" for k, v in sorted(spec.items()))
     name = f"{method}_{width}_{told}_{seed}.json"
     for old, new in ((" ", "-"), (",", ""), ("(", ""), (")", "")):
@@ -338,7 +345,7 @@ def new_table(title: str, first: str, columns: Iterable[str]) -> rich.table.Tabl
     table = rich.table.Table(title=title)
     table.add_column(first)
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", min_width=11)
     return table
 
 
@@ -427,10 +434,11 @@ def time_jax(jobs: list[dict[str, Any]], rounds: int, steps: int) -> list[dict[s
 
 
 def run_time(args: argparse.Namespace, jobs: list[dict[str, Any]]) -> rich.table.Table:
+    jobs = [job | {"start": "time/start.npz"} for job in jobs]
     write_starts(args, jobs, BATCH)
     results = time_jax([j for j in jobs if j["method"] not in TORCH], args.rounds, args.steps)
     torch_jobs = [job for job in jobs if job["method"] in TORCH]
-    if torch_jobs:
+    if torch_jobs:  # one after the other: they would share the cores
         request = {
             "jobs": torch_jobs, "rounds": args.rounds, "steps": args.steps, "threads": args.threads,
             "result": "times.json",
@@ -506,8 +514,8 @@ def main() -> None:
             run_torch(args, [j for j in left if j["method"] in TORCH], data, advance)
     paths = [args.out / job["result"] for job in jobs]
     results = [json.loads(path.read_text()) for path in paths if path.exists()]
-    console.print(f"{os.cpu_count()} cores, jax {jax.__version__}, qwix {qwix.__version__}"
-                  if hasattr(qwix, "__version__") else f"{os.cpu_count()} cores")  # fmt: skip
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "qwix"))
+    console.print(f"{os.cpu_count()} cores, {versions}")
     for table in [report_tuning(args, results)] if args.tune else report(args, results):
         console.print(table)
 

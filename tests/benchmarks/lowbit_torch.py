@@ -35,6 +35,7 @@ def make_quantizer(name: str, width: str) -> Any:
 
 
 def make_model(params: dict[str, np.ndarray]) -> torch.nn.Sequential:
+    """The net, from kernels as linen has them."""
     layers: list[torch.nn.Module] = []
     for i in range(len(params) // 2):
         kernel, bias = params[f"kernel{i}"], params[f"bias{i}"]
