@@ -14,6 +14,7 @@ from optax_clipquant.weights import (
     round_weights,
 )
 from optax_clipquant.export import export_params, latent_params
+from optax_clipquant.allocation import allocate_bits, squared_gradients
 from optax_clipquant.files import load, save
 from optax_clipquant.report import Summary, summarize
 
@@ -40,6 +41,8 @@ __all__ = [
     "clipquant",
     "export_params",
     "latent_params",
+    "allocate_bits",
+    "squared_gradients",
     "save",
     "load",
     "summarize",

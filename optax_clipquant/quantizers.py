@@ -232,7 +232,7 @@ def _fit(quantizer: Granular, w: jax.Array, start: Grid | None) -> Grid:
 
 
 @jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Uniform(Granular):
     """Evenly spaced levels, 2**bits of them, with a scale for each channel or group.
 
@@ -265,6 +265,7 @@ class Uniform(Granular):
     """
 
     bits: int = 8
+    _: dataclasses.KW_ONLY
     symmetric: bool = True
     scale_rule: Literal["absmax", "mse"] | None = None
 
@@ -367,7 +368,7 @@ class Ternary(Granular):
 
 
 @jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class NormalFloat(Granular):
     """Levels at quantiles of the normal distribution, scaled by the largest magnitude of a group.
 
@@ -392,6 +393,7 @@ class NormalFloat(Granular):
     """
 
     bits: int = 4
+    _: dataclasses.KW_ONLY
     group_size: int | None = 64
 
     def __post_init__(self) -> None:

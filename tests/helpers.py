@@ -1,10 +1,24 @@
 """Data and float64 references that several test files use."""
 
+import warnings
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from optax_clipquant import Binary, Ternary, Uniform, ZScore
+from optax_clipquant import (
+    Binary,
+    NormalFloat,
+    Ternary,
+    Uniform,
+    ZScore,
+    clip_by_value,
+    dequantize_params,
+    export_params,
+    quantize_params,
+)
 
 # Every kind of grid: mid-rise, mid-tread, with zero points, groups with a short last one, tensors.
 QUANTIZERS = {
@@ -27,6 +41,8 @@ QUANTIZERS = {
     "zscore7": ZScore(R=7),
     "zscore3-fine": ZScore(R=3, resolution=2.0),
     "zscore1": ZScore(R=1),
+    "normalfloat4": NormalFloat(),
+    "normalfloat3-groups": NormalFloat(bits=3, group_size=5),
 }
 
 
@@ -72,3 +88,34 @@ def mlp_loss(params: dict, x: jax.Array, y: jax.Array) -> jax.Array:
 def batch(seed: int = 0, dtype=jnp.float32) -> tuple[jax.Array, jax.Array]:
     x = jax.random.normal(jax.random.key(100 + seed), (32, 12), dtype)
     return x, jnp.tanh(x[:, :4] * 2 - x[:, 4:8])
+
+
+def optimizer(*last):
+    return optax.chain(clip_by_value(1.0), optax.sgd(0.05, momentum=0.9), *last)
+
+
+def projected(quantizer, seed: int = 0, dtype=jnp.float32):
+    params = mlp_params(seed, dtype)
+    return dequantize_params(quantize_params(params, quantizer))
+
+
+def make_step(tx):
+    def step(params, state, x, y):
+        loss, grads = jax.value_and_grad(mlp_loss)(params, x, y)
+        # apply_updates adds float32 updates to bfloat16 params.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state, loss
+
+    return step
+
+
+def assert_on_grid(params, state):
+    """Bit for bit, the sign of zero included, and without export's warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exported = export_params(params, state)
+    dequantized = dequantize_params(exported)
+    chex.assert_trees_all_equal(dequantized, params)
+    for a, b in zip(jax.tree.leaves(dequantized), jax.tree.leaves(params), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from helpers import QUANTIZERS, weights
 
-from optax_clipquant import Grid, QArray, Uniform, ZScore
+from optax_clipquant import Grid, NormalFloat, QArray, Uniform, ZScore
 
-MIXED = [Uniform(bits=4), Uniform(bits=2, group_size=4), Uniform(bits=8, symmetric=False), ZScore()]
+MIXED = [
+    *(Uniform(bits=4), Uniform(bits=2, group_size=4), Uniform(bits=8, symmetric=False), ZScore()),
+    NormalFloat(group_size=4),
+]
 
 
 def traced_r(w: jax.Array) -> QArray:
@@ -34,6 +37,8 @@ def levels(grid: Grid, shape) -> np.ndarray:
     """All levels at each element, in float64, the last axis over codes."""
     zero = 0 if grid.zero_point is None else expanded(grid, grid.zero_point, shape)[..., None]
     codes = np.arange(grid.lower, grid.upper + 1)
+    if grid.code_book is not None:
+        return np.array(grid.code_book) * expanded(grid, grid.scale, shape)[..., None]
     return (codes + grid.offset - zero) * expanded(grid, grid.scale, shape)[..., None]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers import QUANTIZERS, squared_error, weights
 
-from optax_clipquant import Binary, Ternary, Uniform, ZScore
+from optax_clipquant import Binary, NormalFloat, Ternary, Uniform, ZScore
 
 KINDS = ["normal", "laplace", "student3", "heavy", "uniform", "skewed"]
 
@@ -280,6 +280,54 @@ def test_warm_starts_recover_from_any_scale(quantizer):
         assert error <= 1.35 * cold
 
 
+# Table 5 of the QLoRA paper's appendix E.
+NF4 = [
+    *(-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0),
+    *(0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0),
+]
+
+
+def test_normal_float_has_the_published_levels():
+    book = NormalFloat().fit(jnp.ones((8, 2))).code_book
+    np.testing.assert_allclose(book, NF4, atol=2.0**-11)
+    for bits in (2, 3, 4):
+        book = np.array(NormalFloat(bits=bits).fit(jnp.ones((8, 2))).code_book)
+        assert len(book) == 2**bits
+        assert np.all(np.diff(book) > 0)
+        assert book[0] == -1
+        assert book[-1] == 1
+        assert book[2 ** (bits - 1) - 1] == 0
+        np.testing.assert_array_equal(book * 1024, np.round(book * 1024))
+
+
+def test_normal_float_beats_even_levels_of_absmax_on_normal_weights():
+    w = weights((64, 512))
+    assert (
+        squared_error(NormalFloat(), w).sum()
+        < 0.95 * squared_error(Uniform(bits=4, group_size=64, scale_rule="absmax"), w).sum()
+    )
+
+
+@pytest.mark.parametrize("bits", [0, 1, 5, 8, 2.5, "4", True, None])
+def test_normal_float_bits_out_of_range(bits):
+    with pytest.raises(ValueError, match="NormalFloat: bits must be an integer from 2 to 4, got"):
+        NormalFloat(bits=bits)
+
+
+def test_the_width_may_be_positional_and_nothing_else():
+    assert Uniform(4) == Uniform(bits=4)
+    assert NormalFloat(3) == NormalFloat(bits=3)
+    assert ZScore(5) == ZScore(R=5)
+    for make, args in (
+        (Uniform, (4, True)),
+        (NormalFloat, (4, 64)),
+        (ZScore, (5, 1.0)),
+        (Ternary, (-1,)),
+    ):
+        with pytest.raises(TypeError):
+            make(*args)
+
+
 @pytest.mark.parametrize("bits", [0, 9, -1, 2.5, "4", True, None])
 def test_bits_out_of_range(bits):
     with pytest.raises(ValueError, match=r"Uniform: bits must be an integer from 1 to 8, got"):
@@ -298,7 +346,7 @@ def test_resolution_out_of_range(resolution):
         ZScore(resolution=resolution)
 
 
-@pytest.mark.parametrize("make", [Uniform, Binary, Ternary])
+@pytest.mark.parametrize("make", [Uniform, Binary, Ternary, NormalFloat])
 def test_bad_granularity(make):
     for group_size in (0, -1, 2.5):
         with pytest.raises(ValueError, match="group_size must be an integer of at least 1"):

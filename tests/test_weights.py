@@ -1,6 +1,5 @@
 import functools
 import re
-import warnings
 
 import chex
 import flax.linen as nn
@@ -12,7 +11,17 @@ import optax
 import pytest
 from flax import nnx
 from flax.training import train_state
-from helpers import QUANTIZERS, batch, mlp_loss, mlp_params, weights
+from helpers import (
+    QUANTIZERS,
+    assert_on_grid,
+    batch,
+    make_step,
+    mlp_loss,
+    mlp_params,
+    optimizer,
+    projected,
+    weights,
+)
 
 from optax_clipquant import (
     QArray,
@@ -30,37 +39,6 @@ from optax_clipquant import (
 )
 
 TRAINED = {**QUANTIZERS, "rules": {"Dense_0": Uniform(bits=3), "Dense_1": Ternary()}}
-
-
-def optimizer(*last):
-    return optax.chain(clip_by_value(1.0), optax.sgd(0.05, momentum=0.9), *last)
-
-
-def projected(quantizer, seed: int = 0, dtype=jnp.float32):
-    params = mlp_params(seed, dtype)
-    return dequantize_params(quantize_params(params, quantizer))
-
-
-def make_step(tx):
-    def step(params, state, x, y):
-        loss, grads = jax.value_and_grad(mlp_loss)(params, x, y)
-        # apply_updates adds float32 updates to bfloat16 params.
-        with jax.numpy_dtype_promotion("standard"):
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state, loss
-
-    return step
-
-
-def assert_on_grid(params, state):
-    """Bit for bit, the sign of zero included, and without export's warning."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        exported = export_params(params, state)
-    dequantized = dequantize_params(exported)
-    chex.assert_trees_all_equal(dequantized, params)
-    for a, b in zip(jax.tree.leaves(dequantized), jax.tree.leaves(params), strict=True):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 @pytest.mark.parametrize("name", TRAINED)

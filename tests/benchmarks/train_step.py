@@ -23,7 +23,13 @@ import rich.console
 import rich.progress
 import rich.table
 
-from optax_clipquant import Ternary, Uniform, clip_by_value, quantize_weights
+from optax_clipquant import (
+    Ternary,
+    Uniform,
+    clip_by_value,
+    quantize_weights,
+    softness_schedule,
+)
 
 MODELS = {"784-512-256-10": (512, 256), "784-2048-2048-10": (2048, 2048)}
 CALLS = 20  # steps in one timing
@@ -85,6 +91,8 @@ def candidates(
         "4 bits, groups of 32": (make(adam, quantize_weights(Uniform(bits=4, group_size=32))), "adam", 1.10),
         "3 bits (mse)": (make(adam, quantize_weights(Uniform(bits=3))), "adam", 1.10),
         "ternary": (make(adam, quantize_weights(Ternary())), "adam", 1.10),
+        "4 bits, softness": (make(adam, quantize_weights(Uniform(bits=4), softness=softness_schedule(0, 10**6))), "adam", 1.10),
+        "4 bits, 8-bit residual": (make(adam, quantize_weights(Uniform(bits=4), residual_bits=8)), "adam", None),
         "clip_by_value, 4 bits": (make(clip_by_value(1.0), adam, quantize_weights(Uniform(bits=4))), "optax.clip", 1.10),
         "qwix QAT, 4-bit weights": (stepper(qat, adam, x, y), "adam", None),
     }  # fmt: skip

@@ -1,0 +1,191 @@
+"""A bit width for each leaf, so that a tree fits a size and loses least."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.optimize
+
+from optax_clipquant.params import PyTree, Where, path_of, select
+from optax_clipquant.quantizers import Quantizer, Uniform
+
+
+def allocate_bits(
+    params: PyTree,
+    sensitivity: PyTree,
+    *,
+    bits_per_param: float,
+    choices: Sequence[int] = (2, 3, 4, 6, 8),
+    quantizer: Callable[..., Quantizer] = Uniform,
+    where: Where | None = None,
+) -> dict[str, Quantizer]:
+    """The bit width of each leaf that minimises the weighted error of the tree under a size.
+
+    Of all assignments of one of ``choices`` to each leaf ``l``, the one with the least::
+
+        sum over l of sum(sensitivity_l * (w_l - dequantized_l)**2)
+
+    whose packed codes, scales and zero points take at most ``bits_per_param`` bits for each weight
+    that is quantized. It is exact: the knapsack is solved as an integer program (HiGHS).
+
+    Args:
+      params: a tree of arrays.
+      sensitivity: the same tree, with the weight of each squared error: an array that broadcasts to
+        the leaf, not negative and finite. ``squared_gradients`` estimates it. 1 everywhere makes it
+        the plain squared error.
+      bits_per_param: the budget, on the average over the weights that are quantized.
+      choices: the widths to choose from.
+      quantizer: called with ``bits=...``: a class, or ``functools.partial(Uniform, group_size=32)``.
+      where: which leaves, as in ``quantize_params``.
+
+    Returns:
+      The rules, from the path of each leaf (as a regular expression) to its quantizer, for
+      ``quantize_params``, ``quantize_weights`` and all that take rules.
+
+    Raises:
+      ValueError: the budget is below the smallest size; ``choices`` is empty or has duplicates; a leaf
+        of ``sensitivity`` is missing, of another shape, negative or not finite; a leaf of ``params``
+        is not finite; or as ``quantize_params`` does.
+
+    References:
+      Dong et al., HAWQ-V2, 2020 (arXiv:1911.03852), for the weighted error.
+
+    Examples:
+      >>> params = {"first": jnp.linspace(-1, 1, 256).reshape(16, 16)}
+      >>> params["second"] = 1e-3 * params["first"]
+      >>> ones = jax.tree.map(jnp.ones_like, params)
+      >>> rules = allocate_bits(params, ones, bits_per_param=6)  # scales take 1 bit a weight here
+      >>> {path: rule.bits for path, rule in rules.items()}
+      {'^first$': 8, '^second$': 2}
+    """
+    if not choices or len(set(choices)) < len(choices):
+        raise ValueError(f"choices must be widths, each once, got {tuple(choices)}")
+    if not 0 < bits_per_param < float("inf"):
+        raise ValueError(f"bits_per_param must be a positive number, got {bits_per_param}")
+    rules = [quantizer(bits=bits) for bits in choices]
+    leaves = {path_of(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    paths = list(select(params, rules[0], where))
+    weights = _sensitivities(sensitivity, {path: leaves[path] for path in paths})
+    sizes = np.array(
+        [
+            [jax.eval_shape(rule.quantize, leaves[path]).nbytes_packed for rule in rules]
+            for path in paths
+        ]
+    )
+    errors = np.array(
+        [[_error(rule, leaves[path], weights[path]) for rule in rules] for path in paths],
+        np.float64,
+    )
+    for path, row in zip(paths, errors, strict=True):
+        if not np.all(np.isfinite(row)):
+            raise ValueError(f"params leaf {path!r}: its error is not finite, nor are its weights")
+    count = sum(int(np.size(leaves[path])) for path in paths)
+    budget = int(bits_per_param * count // 8)
+    least = int(sizes.min(1).sum())
+    if least > budget:
+        raise ValueError(
+            f"bits_per_param is {bits_per_param}, but with the scales the smallest choices take "
+            f"{8 * least / count:.3f}; raise it, or give a quantizer with fewer scales"
+        )
+    chosen = _knapsack(sizes, errors, budget)
+    return {f"^{re.escape(path)}$": rules[index] for path, index in zip(paths, chosen, strict=True)}
+
+
+def squared_gradients(
+    loss: Callable[[PyTree, Any], jax.Array], params: PyTree, batches: Iterable[Any]
+) -> PyTree:
+    """The mean over batches of the squared gradient of each weight.
+
+    To second order, moving a weight by ``d`` at a minimum of a log-likelihood costs ``E[g**2] * d**2 /
+    2`` (the diagonal of the empirical Fisher information), so this is the sensitivity for
+    ``allocate_bits``. Small batches serve best: in the mean over a large one, gradients cancel.
+
+    A reconstruction loss ``sum((f(w) - f(w0))**2)`` has gradient 0 at ``w0``; use the loss
+    ``sum(v * f(w))`` with normal ``v`` drawn for each batch, whose squared gradient is on the average
+    the diagonal of its second derivative (Gauss-Newton), but for a factor of 2.
+
+    Args:
+      loss: a function of params and a batch that gives a scalar. It is compiled once.
+      params: where to evaluate it.
+      batches: what to give it, in turn.
+
+    Returns:
+      A tree of float32 arrays.
+
+    Raises:
+      ValueError: there are no batches.
+
+    Examples:
+      >>> loss = lambda params, x: jnp.sum(params["w"] * x)
+      >>> batches = [jnp.array([1.0, 2.0]), jnp.array([3.0, 0.0])]
+      >>> squared_gradients(loss, {"w": jnp.ones(2)}, batches)["w"]
+      Array([5., 2.], dtype=float32)
+    """
+
+    @jax.jit
+    def add(total: PyTree, batch: Any) -> PyTree:
+        grads = jax.grad(loss)(params, batch)
+        return jax.tree.map(lambda t, g: t + jnp.square(g.astype(jnp.float32)), total, grads)
+
+    total = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
+    count = 0
+    for batch in batches:
+        total = add(total, batch)
+        count += 1
+    if not count:
+        raise ValueError("squared_gradients: batches is empty; give at least one")
+    return jax.tree.map(lambda t: t / count, total)
+
+
+def _sensitivities(sensitivity: PyTree, leaves: dict[str, Any]) -> dict[str, jax.Array]:
+    found = {
+        path_of(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(sensitivity)[0]
+    }
+    weights = {}
+    for path, leaf in leaves.items():
+        if path not in found:
+            raise ValueError(f"sensitivity has no leaf {path!r}, which is to be quantized")
+        weight = jnp.asarray(found[path], jnp.float32)
+        try:
+            fits = np.broadcast_shapes(weight.shape, np.shape(leaf)) == np.shape(leaf)
+        except ValueError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"sensitivity leaf {path!r} has shape {weight.shape}, which does not broadcast to "
+                f"{np.shape(leaf)}"
+            )
+        if not bool(jnp.all((weight >= 0) & jnp.isfinite(weight))):
+            raise ValueError(f"sensitivity leaf {path!r} is negative or not finite somewhere")
+        weights[path] = weight
+    return weights
+
+
+@jax.jit
+def _error(rule: Quantizer, w: jax.Array, weight: jax.Array) -> jax.Array:
+    error = rule.quantize(w).dequantize().astype(jnp.float32) - w.astype(jnp.float32)
+    return jnp.sum(jnp.broadcast_to(weight, w.shape) * jnp.square(error))
+
+
+def _knapsack(sizes: np.ndarray, errors: np.ndarray, budget: int) -> np.ndarray:
+    """For each row a column, so that the sizes sum to at most ``budget`` and the errors to the least."""
+    rows, columns = sizes.shape
+    one_each = scipy.optimize.LinearConstraint(np.kron(np.eye(rows), np.ones(columns)), 1, 1)
+    within = scipy.optimize.LinearConstraint(sizes.reshape(1, -1), -np.inf, budget)
+    # The solver stops at an absolute gap of 1e-6.
+    unit = errors.max(initial=0) or 1.0
+    result = scipy.optimize.milp(
+        1e6 * (errors / unit).ravel(),
+        constraints=[one_each, within],
+        integrality=np.ones(rows * columns),
+        bounds=scipy.optimize.Bounds(0, 1),
+        options={"mip_rel_gap": 0},
+    )
+    if result.x is None:
+        raise RuntimeError(f"the integer program was not solved: {result.message}")
+    chosen = result.x.reshape(rows, columns).argmax(1)
+    assert sizes[np.arange(rows), chosen].sum() <= budget
+    return chosen

@@ -1,0 +1,323 @@
+import chex
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.stats
+from helpers import QUANTIZERS, assert_on_grid, batch, make_step, optimizer, projected, weights
+
+from optax_clipquant import (
+    Binary,
+    NormalFloat,
+    QArray,
+    Ternary,
+    Uniform,
+    ZScore,
+    dequantize_params,
+    latent_params,
+    quantize_params,
+    quantize_weights,
+)
+from optax_clipquant.residual import advance, draws, start
+
+
+def seeds(*numbers):
+    return [jnp.asarray(n, jnp.uint32) for n in numbers]
+
+
+def test_draws_are_uniform(platform, variant):
+    fn = variant(lambda seed: draws(jnp.zeros((512, 300)), seed))
+    values = np.array([fn(seed) for seed in seeds(0, 1, 2, 1000, 2**32 - 1)], np.float64)
+    assert values.min() >= 0
+    assert values.max() < 1
+    for value in values:
+        assert scipy.stats.kstest(value.ravel(), "uniform").pvalue > 1e-4
+        # Along rows and columns as well: of 812 tests the least p-value is about 1/812.
+        means = np.concatenate([value.mean(0) * 512**0.5, value.mean(1) * 300**0.5])
+        sizes = np.concatenate([np.full(300, 512), np.full(512, 300)])
+        z = (means - 0.5 * sizes**0.5) * 12**0.5
+        assert np.abs(z).max() < 5
+        assert 0.8 < z.var() < 1.2
+
+
+def test_draws_are_independent_of_neighbours_and_steps():
+    values = np.array([draws(jnp.zeros((400, 400)), seed) for seed in seeds(*range(6))])
+    pairs = {
+        "row": (values[:, 1:], values[:, :-1]),
+        "column": (values[:, :, 1:], values[:, :, :-1]),
+        "diagonal": (values[:, 1:, 1:], values[:, :-1, :-1]),
+        "step": (values[1:], values[:-1]),
+    }
+    for name, (a, b) in pairs.items():
+        correlation = np.corrcoef(a.ravel(), b.ravel())[0, 1]
+        assert abs(correlation) < 5 / a.size**0.5, name
+    assert not np.array_equal(values[0], values[1])
+    assert draws(jnp.zeros(()), seeds(3)[0]).shape == ()
+
+
+@pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 host devices")
+@pytest.mark.parametrize(
+    "axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit], ids=str
+)
+def test_draws_do_not_depend_on_the_mesh(axis_type):
+    mesh = jax.make_mesh((8,), ("x",), devices=jax.devices("cpu")[:8], axis_types=(axis_type,))
+    expected = draws(jnp.zeros((16, 6)), seeds(7)[0])
+    with jax.set_mesh(mesh):
+        like = jax.device_put(jnp.zeros((16, 6)), jax.NamedSharding(mesh, jax.P("x", None)))
+        sharded = jax.jit(draws)(like, seeds(7)[0])
+    np.testing.assert_array_equal(np.asarray(sharded), expected)
+
+
+SIZES = {
+    "channel": Uniform(bits=4),
+    "group": Uniform(bits=4, group_size=5),
+    "tensor": ZScore(),
+    "first": Uniform(bits=2, channel_axis=0),
+    "both": Uniform(bits=2, channel_axis=(0, 1)),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_unit_for_each_scale_and_its_error_bound(variant, name):
+    grid = SIZES[name].fit(jnp.asarray(weights((33, 7))))
+    residual = weights((33, 7), "heavy", seed=1)
+    kept = variant(start)(jnp.asarray(residual), grid)
+    assert kept.grid.scale.shape == grid.scale.shape
+    chex.assert_type(kept.qvalue, jnp.int8)
+    size = 1 if grid.group is None else grid.group[1]
+    unit = np.asarray(kept.grid.scale.astype(jnp.float32))
+    if grid.group is not None:
+        unit = np.repeat(unit, size, axis=0)[:33]
+    error = np.abs(np.asarray(kept.dequantize()) - residual)
+    assert np.all(error <= 0.5001 * unit)
+    largest = np.abs(np.asarray(kept.qvalue)).max()
+    assert 125 <= largest <= 127
+    moved = variant(advance)(jnp.asarray(1.3 * residual), grid, kept, seeds(1)[0])
+    unit = np.asarray(moved.grid.scale.astype(jnp.float32))
+    if grid.group is not None:
+        unit = np.repeat(unit, size, axis=0)[:33]
+    assert np.all(np.abs(np.asarray(moved.dequantize()) - 1.3 * residual) <= 1.0001 * unit)
+
+
+def test_rounding_is_right_on_the_average():
+    grid = Uniform(bits=4).fit(jnp.asarray(weights((64, 8))))
+    residual = jnp.asarray(weights((64, 8), seed=1))
+    kept = start(residual, grid)
+    fn = jax.jit(jax.vmap(lambda seed: advance(residual, grid, kept, seed).dequantize()))
+    mean = np.asarray(fn(jnp.arange(4000, dtype=jnp.uint32)), np.float64).mean(0)
+    unit = np.asarray(kept.grid.scale.astype(jnp.float32))
+    # The standard error of a mean is at most half a unit over sqrt(4000).
+    assert np.abs((mean - np.asarray(residual)) / unit).max() < 5 * 0.5 / 4000**0.5
+    assert abs(((mean - np.asarray(residual)) / unit).mean()) < 5 * 0.5 / (4000 * 512) ** 0.5
+
+
+def test_a_residual_that_does_not_change_is_kept_to_the_bit():
+    grid = Uniform(bits=4).fit(jnp.asarray(weights((64, 8))))
+    kept = start(jnp.asarray(weights((64, 8), "heavy")), grid)
+    for seed in seeds(*range(50)):
+        again = advance(kept.dequantize(), grid, kept, seed)
+        np.testing.assert_array_equal(again.qvalue, kept.qvalue)
+        np.testing.assert_array_equal(again.grid.scale, kept.grid.scale)
+        kept = again
+
+
+def test_a_unit_follows_what_it_measures():
+    grid = Uniform(bits=4).fit(jnp.ones((8, 1)))
+    w = jnp.asarray(weights((8, 1)))
+    kept = start(w, grid)
+    for factor in (0.9, 0.6):
+        same = advance(factor * w, grid, kept, seeds(0)[0])
+        np.testing.assert_array_equal(same.grid.scale, kept.grid.scale)
+    for factor in (1.05, 0.3, 1e-20, 1e20, 0.0):
+        moved = advance(factor * w, grid, kept, seeds(0)[0])
+        unit = float(moved.grid.scale[0, 0])
+        largest = float(jnp.max(jnp.abs(factor * w)))
+        assert largest <= 127 * unit <= 1.02 * largest
+    bad = advance(w.at[0, 0].set(jnp.nan), grid, kept, seeds(0)[0])
+    assert np.isnan(np.asarray(bad.dequantize())).all()
+
+
+def zero_updates(quantizer, w, residual_bits, steps=1000):
+    """The grids before and after, and how far the latent weights are from ``w``, in units."""
+    tx = quantize_weights(quantizer, residual_bits=residual_bits)
+    params = {"w": jnp.asarray(w)}
+    zeros = {"w": jnp.zeros_like(params["w"])}
+
+    def body(carry, _):
+        params, state = carry
+        updates, state = tx.update(zeros, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    state = tx.init(params)
+    (after, moved), _ = jax.jit(lambda c: jax.lax.scan(body, c, length=steps))((params, state))
+    error = jnp.abs(latent_params(after, moved)["w"] - w)
+    if residual_bits is not None:
+        units = moved.latent["w"].grid
+        error /= units.decode(jnp.ones(w.shape, jnp.int8))
+    return state.grid["w"], moved.grid["w"], np.asarray(error)
+
+
+CLOSED_FORM = {
+    "binary": Binary(),
+    "uniform4": Uniform(bits=4),
+    "uniform4-groups": Uniform(bits=4, group_size=32),
+    "uniform3-absmax": Uniform(bits=3, scale_rule="absmax"),
+    "uniform8": Uniform(bits=8),
+    "asymmetric": Uniform(bits=4, symmetric=False),
+    "zscore": ZScore(),
+    "normalfloat": NormalFloat(),
+}
+
+
+@pytest.mark.parametrize("name", CLOSED_FORM)
+def test_zero_updates_move_no_scale(name):
+    """Saturated weights, 11% of them at 1 bit, lie outside the levels: cut, they would shrink it."""
+    before, after, error = zero_updates(CLOSED_FORM[name], weights((128, 16)), 8)
+    np.testing.assert_allclose(after.scale, before.scale, rtol=0.01)
+    assert error.max() < 10  # where a scale goes back and forth by its last bit, levels do too
+    assert error.mean() < 1
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        Ternary(),
+        Ternary(group_size=32),
+        Uniform(bits=2),
+        Uniform(bits=3),
+        Uniform(bits=3, group_size=32),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["normal", "heavy"])
+def test_zero_updates_move_searched_scales_no_more_than_float_does(quantizer, kind):
+    """A search goes on to a better scale in float too: compared is where it ends."""
+    w = weights((128, 64), kind)
+    _, floats, _ = zero_updates(quantizer, w, None)
+    _, after, distance = zero_updates(quantizer, w, 8)
+    ratio = np.abs(np.asarray(after.scale)) / np.abs(np.asarray(floats.scale))
+    assert abs(np.log(ratio).mean()) < 0.01
+    assert np.median(np.abs(ratio - 1)) < 0.01
+
+    def error(grid):
+        return float(jnp.sum((grid.decode(grid.encode(jnp.asarray(w))) - w) ** 2))
+
+    assert error(after) < 1.01 * error(floats)
+    assert distance.mean() < 3
+
+
+def test_updates_smaller_than_a_unit_count():
+    tx = quantize_weights(Uniform(bits=4), residual_bits=8)
+    params = dequantize_params(
+        quantize_params({"w": jnp.asarray(weights((200, 50)))}, Uniform(bits=4))
+    )
+    state = tx.init(params)
+    first = latent_params(params, state)["w"]
+    step = float(jnp.abs(state.grid["w"].scale).mean())
+    updates = {"w": jnp.full((200, 50), step / 2000)}  # a unit is about step / 254
+
+    def body(carry, _):
+        params, state = carry
+        emitted, state = tx.update(updates, state, params)
+        return (optax.apply_updates(params, emitted), state), None
+
+    (params, state), _ = jax.jit(lambda c: jax.lax.scan(body, c, length=400))((params, state))
+    moved = np.asarray(latent_params(params, state)["w"] - first) / step
+    np.testing.assert_allclose(moved.mean(), 0.2, rtol=0.03)
+    assert moved.std() < 0.08
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_params_are_on_the_grid_after_every_step(name):
+    tx = optimizer(quantize_weights(QUANTIZERS[name], residual_bits=8))
+    params = projected(QUANTIZERS[name])
+    state = tx.init(params)
+    step = jax.jit(make_step(tx))
+    for _ in range(4):
+        new_params, new_state, _ = step(params, state, *batch())
+        chex.assert_trees_all_equal_shapes_and_dtypes((new_params, new_state), (params, state))
+        assert jax.tree.structure(new_state) == jax.tree.structure(state)
+        params, state = new_params, new_state
+        assert_on_grid(params, state)
+
+
+def test_trains_as_the_float_latent_does():
+    losses = {}
+    for bits in (None, 8):
+        tx = optimizer(quantize_weights(Uniform(bits=4), residual_bits=bits))
+        params = projected(Uniform(bits=4))
+        state = tx.init(params)
+        step = jax.jit(make_step(tx), donate_argnums=(0, 1))
+        for i in range(300):
+            params, state, loss = step(params, state, *batch(i % 10))
+        losses[bits] = float(loss)
+    assert losses[8] < 1.1 * losses[None]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_params(dtype):
+    tx = optimizer(quantize_weights(Uniform(bits=4), residual_bits=8))
+    params = projected(Uniform(bits=4), dtype=dtype)
+    state = tx.init(params)
+    step = jax.jit(make_step(tx))
+    for _ in range(4):
+        params, state, _ = step(params, state, *batch(dtype=dtype))
+        assert_on_grid(params, state)
+    chex.assert_type(latent_params(params, state)["Dense_0"]["kernel"], jnp.float32)
+
+
+def test_a_byte_a_weight():
+    params = {"w": jnp.asarray(weights((512, 256)))}
+    tx = quantize_weights(Uniform(bits=4), residual_bits=8)
+    state = tx.init(params)
+    assert isinstance(state.latent["w"], QArray)
+    nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert nbytes == 512 * 256 + 256 * (4 + 2) + 4
+    compiled = jax.jit(tx.update, donate_argnums=(0, 1)).lower(params, state, params).compile()
+    memory = compiled.memory_analysis()
+    # Updates and params of 4 bytes a weight each, and the state.
+    assert memory.argument_size_in_bytes <= (4 + 4) * 512 * 256 + nbytes + 64
+
+
+def test_survives_msgpack():
+    tx = optimizer(quantize_weights(Uniform(bits=3), residual_bits=8))
+    params = projected(Uniform(bits=3))
+    step = jax.jit(make_step(tx))
+    params, state, _ = step(params, tx.init(params), *batch())
+    restored = flax.serialization.from_bytes(tx.init(params), flax.serialization.to_bytes(state))
+    chex.assert_trees_all_equal(restored, state)
+    chex.assert_trees_all_equal(step(params, restored, *batch()), step(params, state, *batch()))
+
+
+@pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 host devices")
+@pytest.mark.parametrize("spec", [("x", None), (None, "x")], ids=str)
+@pytest.mark.parametrize(
+    "axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit], ids=str
+)
+def test_sharded(spec, axis_type):
+    mesh = jax.make_mesh((8,), ("x",), devices=jax.devices("cpu")[:8], axis_types=(axis_type,))
+    sharding = jax.NamedSharding(mesh, jax.P(*spec))
+    quantizer = Uniform(bits=4, group_size=8)
+    tx = quantize_weights(quantizer, residual_bits=8)
+    w, u = weights((64, 32)) * 0.1, weights((64, 32), seed=1) * 0.01
+
+    def run(params, updates):
+        state = tx.init(params)
+        for _ in range(3):
+            emitted, state = jax.jit(tx.update)(updates, state, params)
+            params = optax.apply_updates(params, emitted)
+        return params, state
+
+    expected, _ = run({"w": jnp.asarray(w)}, {"w": jnp.asarray(u)})
+    with jax.set_mesh(mesh):
+        params, state = run({"w": jax.device_put(w, sharding)}, {"w": jax.device_put(u, sharding)})
+        assert state.latent["w"].qvalue.sharding.is_equivalent_to(sharding, 2)
+    np.testing.assert_array_equal(np.asarray(params["w"]), np.asarray(expected["w"]))
+
+
+@pytest.mark.parametrize("bits", [4, 16, 7.5, "8"])
+def test_refuses_other_widths(bits):
+    with pytest.raises(ValueError, match="residual_bits must be 8, or None for float32, got"):
+        quantize_weights(Uniform(bits=4), residual_bits=bits)
