@@ -294,9 +294,10 @@ def plot(path: pathlib.Path, args: argparse.Namespace, results: list[Result]) ->
         "o-", color="#0072B2", linewidth=2, label="optax_clipquant",
     )  # fmt: skip
     for result in quantized:
+        left = result.width == "ternary"  # the label of 2 bits is to its right
         axes.annotate(
-            name_of(result.width), (result.bits, 100 * result.accuracy), (0, 9),
-            textcoords="offset points", ha="center", color="#0072B2",
+            name_of(result.width), (result.bits, 100 * result.accuracy), (-7, 5) if left else (7, -11),
+            textcoords="offset points", ha="right" if left else "left", color="#0072B2",
         )  # fmt: skip
     if (args.model, args.epochs, args.batch, args.limit) == ("mlp", 5, 256, None):
         for (name, peer), marker, color in zip(
