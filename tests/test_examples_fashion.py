@@ -1,0 +1,98 @@
+"""The Fashion-MNIST example, on scikit-learn's digits written as IDX files, and on its own data."""
+
+import gzip
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+SCRIPT = pathlib.Path(__file__).parent.parent / "examples" / "fashion_mnist.py"
+DEBIAN = pathlib.Path("/usr/share/datasets/fashion-mnist")
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"COLUMNS": "160"}
+    return subprocess.run(
+        [sys.executable, SCRIPT, *args], capture_output=True, text=True, check=False, env=env
+    )
+
+
+def write_idx(path: pathlib.Path, array: np.ndarray, packed: bool) -> None:
+    raw = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.tobytes()
+    path = path.with_name(path.name + ".gz") if packed else path
+    path.write_bytes(gzip.compress(raw) if packed else raw)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """1,797 digits of 28 x 28 pixels; half of the files gzipped."""
+    folder = tmp_path_factory.mktemp("digits")
+    images, labels = load_digits(return_X_y=True)
+    images = images.reshape(-1, 8, 8).repeat(3, 1).repeat(3, 2) * 15
+    images = np.pad(images, ((0, 0), (2, 2), (2, 2))).astype(np.uint8)
+    for name, part, packed in (("train", slice(1200), True), ("t10k", slice(1200, None), False)):
+        write_idx(folder / f"{name}-images-idx3-ubyte", images[part], packed)
+        write_idx(folder / f"{name}-labels-idx1-ubyte", labels[part].astype(np.uint8), packed)
+    return folder
+
+
+def accuracies(out: str) -> dict[str, float]:
+    rows = re.findall(r"│ (float|ternary|\d bits?) +│ +([\d.]+) │", out)
+    return {name: float(value) for name, value in rows}
+
+
+@pytest.mark.parametrize(
+    ("model", "widths"),
+    [("cnn", {"float": "float", "ternary": "ternary"}), ("mlp", {"1": "1 bit", "4": "4 bits"})],
+)
+def test_digits(tmp_path: pathlib.Path, digits: pathlib.Path, model: str, widths: dict[str, str]):
+    process = run(
+        "--data-dir", str(digits), "--model", model, "--widths", *widths,
+        "--epochs", "3", "--batch", "40", "--out", str(tmp_path),
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    found = accuracies(process.stdout)
+    assert list(found) == list(widths.values()), process.stdout
+    assert all(value > 0.7 for value in found.values()), found
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    assert (tmp_path / f"fashion-{model}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_few_steps(tmp_path: pathlib.Path, digits: pathlib.Path):
+    process = run(
+        "--data-dir", str(digits), "--model", "mlp", "--widths", "ternary", "--epochs", "1",
+        "--limit", "300", "--out", str(tmp_path),
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert "ternary" in accuracies(process.stdout)
+
+
+@pytest.mark.skipif(not DEBIAN.is_dir(), reason=f"no Fashion-MNIST in {DEBIAN}")
+def test_fashion(tmp_path: pathlib.Path):
+    process = run(
+        "--model", "mlp", "--widths", "float", "2", "--epochs", "3", "--limit", "4000",
+        "--out", str(tmp_path),
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert all(value > 0.7 for value in accuracies(process.stdout).values()), process.stdout
+
+
+def test_refuses(tmp_path: pathlib.Path, digits: pathlib.Path):
+    process = run("--data-dir", str(tmp_path))
+    assert process.returncode == 1
+    assert "lacks train-images-idx3-ubyte" in process.stderr
+    for name in ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"):
+        (tmp_path / name).write_bytes((digits / name).read_bytes())
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03" + bytes(20))
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(b"not an IDX file")
+    process = run("--data-dir", str(tmp_path))
+    assert process.returncode == 1
+    assert "is cut short" in process.stderr
+    process = run("--epochs", "0")
+    assert process.returncode == 2
+    assert "--epochs must be at least 1" in process.stderr
