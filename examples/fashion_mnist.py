@@ -22,10 +22,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import matplotlib.figure
 import matplotlib.ticker
 import numpy as np
 import optax
@@ -60,8 +57,9 @@ REPORT = 20  # steps between two updates of the progress bar
 WIDTHS: dict[str, Quantizer | None] = {
     "float": None,
     "1": Binary(),
-    "ternary": Ternary(),
-    "2": Uniform(bits=2),
+    # Their scales for training; the least-squares ones serve best without it.
+    "ternary": Ternary(scale_rule="absmax"),
+    "2": Uniform(bits=2, scale_rule="absmax"),
     "3": Uniform(bits=3),
     "4": Uniform(bits=4),
     "8": Uniform(bits=8),
@@ -69,8 +67,8 @@ WIDTHS: dict[str, Quantizer | None] = {
 
 # On the net of --model mlp in 5 epochs, as tests/benchmarks/lowbit.py measures them.
 PEERS: dict[str, dict[str, float]] = {
-    "torchao PARQ": {"1": 0.8728, "ternary": 0.8767, "2": 0.8800, "3": 0.8836, "4": 0.8842},
-    "qwix": {"2": 0.8827, "3": 0.8844, "4": 0.8858},
+    "torchao PARQ": {"1": 0.8726, "ternary": 0.8815, "2": 0.8821, "3": 0.8832, "4": 0.8836},
+    "qwix": {"2": 0.8790, "3": 0.8822, "4": 0.8835},
 }
 
 Data = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
@@ -287,7 +285,8 @@ def tabulate(args: argparse.Namespace, results: list[Result], count: int) -> ric
 
 
 def plot(path: pathlib.Path, args: argparse.Namespace, results: list[Result]) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
     quantized = [result for result in results if result.width != "float"]
     axes.plot(
         [result.bits for result in quantized], [100 * result.accuracy for result in quantized],
@@ -323,7 +322,6 @@ def plot(path: pathlib.Path, args: argparse.Namespace, results: list[Result]) ->
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

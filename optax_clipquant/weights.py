@@ -71,7 +71,8 @@ def quantize_weights(
     accuracy.
 
     With a ``softness`` that falls from 1 to 0, the params pass from the latent weights to the levels
-    gradually, which serves accuracy at 3 bits and below. They are on the grid where it is exactly
+    gradually, which serves accuracy at 2 bits and below, best with the larger scales of
+    ``scale_rule="absmax"`` for ternary and 2 bits. They are on the grid where softness is exactly
     0, from about the third such step; where training stops before, ``export_params`` moves them
     there and warns with the number of weights that were off.
 

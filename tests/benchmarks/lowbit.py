@@ -72,7 +72,9 @@ def same(**spec: Any) -> dict[str, Spec]:
 METHODS: dict[str, dict[str, Spec]] = {
     "float": {"float": {}},
     "ours, hard": same(),
-    "ours, annealed": same(anneal=(0.0, 0.75, 20)),
+    # The larger scale of absmax is better for ternary and 2 bits, by 0.13 to 0.18 points (5 seeds).
+    "ours, annealed": same(anneal=(0.0, 0.75, 20))
+    | {width: {"anneal": (0.0, 0.75, 20), "rule": "absmax"} for width in ("ternary", "2")},
     "qwix": {width: {} for width in QWIX_TYPES},
     "torch float": {"float": {}},
     "PARQ, hard": same(quantizer="uniform"),
@@ -96,7 +98,7 @@ def variants(method: str, width: str) -> list[Spec]:
         # At 2 bits "max" has 3 levels, and at 1 bit one.
         names = ("uniform", "lsbq", "max") if width in ("3", "4") else ("uniform", "lsbq")
         return [{"quantizer": name} | ({"anneal": anneal} if anneal else {}) for name in names]
-    other = [{"rule": "mse" if width == "4" else "absmax"}] if width in ("2", "3", "4") else []
+    other = [{"rule": "mse" if width == "4" else "absmax"}] if width != "1" else []
     if method == "ours, annealed":
         best = METHODS[method][width]["anneal"]
         return [{"anneal": a} for a in ANNEALINGS] + [rule | {"anneal": best} for rule in other]
@@ -135,7 +137,7 @@ def make_quantizer(width: str, spec: Spec) -> Quantizer:
     if width == "1":
         return Binary(channel_axis=axis)
     if width == "ternary":
-        return Ternary(channel_axis=axis)
+        return Ternary(channel_axis=axis, scale_rule=spec.get("rule", "mse"))
     return Uniform(bits=int(width), channel_axis=axis, scale_rule=spec.get("rule"))
 
 
