@@ -55,7 +55,7 @@ def save(
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     save(folder + "/model.safetensors", qparams)
       ...     os.path.getsize(folder + "/model.safetensors")
-      2032
+      2040
     """
     for key, value in (metadata or {}).items():
         if not (isinstance(key, str) and isinstance(value, str)):

@@ -13,8 +13,8 @@ def softness_schedule(start: int, end: int, steepness: float = 20.0) -> optax.Sc
 
     A sigmoid, scaled so that it meets both ends: with ``r = (count - start) / (end - start)`` and
     ``f(r) = 1 / (1 + exp(steepness * (r - 1/2)))``, it is ``(f(r) - f(1)) / (f(0) - f(1))``; exactly 1
-    up to ``start`` and exactly 0 from ``end``. Give the levels some of the last steps, so that the
-    params settle on them: ``end`` at nine tenths of training, say.
+    up to ``start`` and exactly 0 from ``end``. Give the levels the last steps, so that the params
+    settle on them: ``start`` at 0 and ``end`` at three quarters of training serve well.
 
     Args:
       start: the number of updates at which it begins to fall.

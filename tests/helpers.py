@@ -42,9 +42,14 @@ QUANTIZERS = {
     "zscore7": ZScore(R=7),
     "zscore3-fine": ZScore(R=3, resolution=2.0),
     "zscore1": ZScore(R=1),
-    "normalfloat4": NormalFloat(),
     "normalfloat3-groups": NormalFloat(bits=3, group_size=5),
 }
+
+# One of each kind, where a test compiles much.
+CORE = [
+    *("binary", "ternary", "uniform2", "uniform3", "uniform4", "uniform8", "zscore7"),
+    *("uniform4-groups", "uniform4-asymmetric", "ternary-absmax", "normalfloat3-groups"),
+]
 
 
 def weights(shape: tuple[int, ...], kind: str = "normal", seed: int = 0) -> np.ndarray:

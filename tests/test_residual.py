@@ -6,7 +6,17 @@ import numpy as np
 import optax
 import pytest
 import scipy.stats
-from helpers import QUANTIZERS, assert_on_grid, batch, make_step, optimizer, projected, weights
+from flax import nnx
+from helpers import (
+    CORE,
+    QUANTIZERS,
+    assert_on_grid,
+    batch,
+    make_step,
+    optimizer,
+    projected,
+    weights,
+)
 
 from optax_clipquant import (
     Binary,
@@ -19,6 +29,7 @@ from optax_clipquant import (
     latent_params,
     quantize_params,
     quantize_weights,
+    softness_schedule,
 )
 from optax_clipquant.residual import advance, draws, start
 
@@ -229,7 +240,7 @@ def test_updates_smaller_than_a_unit_count():
     assert moved.std() < 0.08
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("name", CORE)
 def test_params_are_on_the_grid_after_every_step(name):
     tx = optimizer(quantize_weights(QUANTIZERS[name], residual_bits=8))
     params = projected(QUANTIZERS[name])
@@ -321,3 +332,27 @@ def test_sharded(spec, axis_type):
 def test_refuses_other_widths(bits):
     with pytest.raises(ValueError, match="residual_bits must be 8, or None for float32, got"):
         quantize_weights(Uniform(bits=4), residual_bits=bits)
+
+
+def test_nnx_optimizer_with_softness():
+    x, y = batch()
+    rules = {"kernel": Uniform(bits=3)}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        model = nnx.Sequential(
+            nnx.Linear(12, 10, rngs=nnx.Rngs(0)), nnx.Linear(10, 4, rngs=nnx.Rngs(1))
+        )
+        last = quantize_weights(rules, softness=softness_schedule(2, 8), residual_bits=8)
+        opt = nnx.Optimizer(model, optax.chain(optax.adam(1e-2), last), wrt=nnx.Param)
+
+        @nnx.jit
+        def step(model, opt):
+            loss, grads = nnx.value_and_grad(lambda m: jnp.mean((m(x) - y) ** 2))(model)
+            opt.update(model, grads)
+            return loss
+
+        losses = [float(step(model, opt)) for _ in range(60)]
+        assert losses[-1] < 0.8 * losses[0]
+        params = nnx.state(model, nnx.Param)
+        assert_on_grid(nnx.as_pure(params), opt)
+        latent = nnx.to_pure_dict(latent_params(params, opt))
+        assert latent["layers"][0]["kernel"].shape == (12, 10)
