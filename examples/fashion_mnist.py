@@ -57,7 +57,7 @@ REPORT = 20  # steps between two updates of the progress bar
 WIDTHS: dict[str, Quantizer | None] = {
     "float": None,
     "1": Binary(),
-    # Their scales for training; the least-squares ones serve best without it.
+    # The scales that tests/benchmarks/lowbit.py has: better for the MLP, no better for the CNN.
     "ternary": Ternary(scale_rule="absmax"),
     "2": Uniform(bits=2, scale_rule="absmax"),
     "3": Uniform(bits=3),

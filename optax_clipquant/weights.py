@@ -71,8 +71,8 @@ def quantize_weights(
     accuracy.
 
     With a ``softness`` that falls from 1 to 0, the params pass from the latent weights to the levels
-    gradually, which serves accuracy at 2 bits and below, best with the larger scales of
-    ``scale_rule="absmax"`` for ternary and 2 bits. They are on the grid where softness is exactly
+    gradually, which serves accuracy at 2 bits and below. For ternary and 2 bits the larger scales of
+    ``scale_rule="absmax"`` may then serve better still. The params are on the grid where softness is exactly
     0, from about the third such step; where training stops before, ``export_params`` moves them
     there and warns with the number of weights that were off.
 
