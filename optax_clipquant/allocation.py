@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
 
-from optax_clipquant.params import PyTree, Where, path_of, select
+from optax_clipquant.params import PyTree, Where, leaves_of, select
 from optax_clipquant.quantizers import Quantizer, Uniform
 
 
@@ -66,7 +66,7 @@ def allocate_bits(
     if not 0 < bits_per_param < float("inf"):
         raise ValueError(f"bits_per_param must be a positive number, got {bits_per_param}")
     rules = [quantizer(bits=bits) for bits in choices]
-    leaves = {path_of(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    leaves = dict(leaves_of(params))
     paths = list(select(params, rules[0], where))
     weights = _sensitivities(sensitivity, {path: leaves[path] for path in paths})
     sizes = np.array(
@@ -141,9 +141,7 @@ def squared_gradients(
 
 
 def _sensitivities(sensitivity: PyTree, leaves: dict[str, Any]) -> dict[str, jax.Array]:
-    found = {
-        path_of(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(sensitivity)[0]
-    }
+    found = dict(leaves_of(sensitivity))
     weights = {}
     for path, leaf in leaves.items():
         if path not in found:

@@ -18,6 +18,7 @@ bits, for no group and for no code book. ``nodes`` tells by name what is not a d
 
 import math
 import zlib
+from functools import partial
 from typing import Any
 
 import jax
@@ -84,20 +85,15 @@ def rebuild(tensors: Tensors, header: dict[str, Any]) -> PyTree:
     count = 0
     for name, entry in list(zip(names, header["leaves"], strict=True)):
         if isinstance(entry, int):
-            checksum, used = entry, [name]
-            found[_keys(name)] = _device(tensors[name])
+            checksum, parts, make = entry, {}, _device
         else:
             checksum, grid, shape = entry
-            kinds = ("s", "z", "m")
-            parts = {k: tensors[f"~{k}{count}"] for k in kinds if f"~{k}{count}" in tensors}
-            used = [name, *(f"~{kind}{count}" for kind in parts)]
-            found[_keys(name)] = (tensors[name], parts, header["grids"][grid], shape)
+            parts = {k: tensors[f"~{k}{count}"] for k in "szm" if f"~{k}{count}" in tensors}
+            make = partial(_qarray, parts=parts, static=header["grids"][grid], shape=shape)
             count += 1
-        if _crc32(*(tensors[part] for part in used)) != checksum:
+        if _crc32(tensors[name], *parts.values()) != checksum:
             raise Altered(name)
-    for keys, content in found.items():
-        if isinstance(content, tuple):
-            found[keys] = _qarray(*content)
+        found[_keys(name)] = make(tensors[name])
     return _assemble(found, {_keys(name): kind for name, kind in nodes.items()})
 
 
@@ -167,11 +163,11 @@ def _is_part(name: str) -> bool:
 
 def _assemble(leaves: dict[tuple[str, ...], Any], nodes: dict[tuple[str, ...], str]) -> PyTree:
     """The tree with ``leaves`` at their keys."""
-    children: dict[tuple[str, ...], dict[str, Any]] = {(): {}}
+    # Dicts as sets that keep their order.
+    children: dict[tuple[str, ...], dict[str, None]] = {}
     for keys in (*leaves, *nodes):
-        for depth in range(len(keys)):
-            inner = children.setdefault(keys[:depth], {})
-            inner.setdefault(keys[depth], keys[: depth + 1])
+        for depth, key in enumerate(keys):
+            children.setdefault(keys[:depth], {})[key] = None
 
     def build(keys: tuple[str, ...]) -> PyTree:
         if keys in leaves:
@@ -179,7 +175,7 @@ def _assemble(leaves: dict[tuple[str, ...], Any], nodes: dict[tuple[str, ...], s
         kind = nodes.get(keys)
         if kind == "none":
             return None
-        inner = {key: build(child) for key, child in children.get(keys, {}).items()}
+        inner = {key: build((*keys, key)) for key in children.get(keys, {})}
         if kind in ("list", "tuple"):
             items = [inner[str(index)] for index in range(len(inner))]
             return items if kind == "list" else tuple(items)

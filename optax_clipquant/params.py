@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_clipquant.qarray import is_qarray
+from optax_clipquant.grids import Grid
+from optax_clipquant.qarray import QArray, is_qarray
 from optax_clipquant.quantizers import Quantizer, Uniform
 
 PyTree = Any
@@ -100,6 +101,16 @@ def path_of(path: jax.tree_util.KeyPath) -> str:
     in some places and not in others, so it is dropped.
     """
     return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+
+
+def leaves_of(tree: PyTree) -> Iterator[tuple[str, Any]]:
+    """Path and value of each leaf; a ``QArray`` or a ``Grid`` is one."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)[0]:
+        yield path_of(path), leaf
+
+
+def is_quantized(x: Any) -> bool:
+    return isinstance(x, (Grid, QArray))
 
 
 @contextlib.contextmanager

@@ -377,12 +377,11 @@ class Ternary(Granular):
         dtype, w = w.dtype, w.astype(jnp.float32)
         high, low = extremes(w, axes)
         largest = jnp.maximum(high, -low)
-        grid = Grid(largest, bits=_bits_of(3), lower=-1, upper=1, dtype=dtype)
-        if self.scale_rule == "absmax":
-            # No weight is then more than half a step beyond a level, as with 2 bits.
-            return dataclasses.replace(grid, scale=round_scale(largest / 1.5, 1, dtype))
-        grid = dataclasses.replace(grid, scale=round_scale(largest, 1, dtype))
-        return least_squares(w, axes, start, grid)
+        absmax = self.scale_rule == "absmax"
+        # No weight is then more than half a step beyond a level, as with 2 bits.
+        scale = round_scale(largest / 1.5 if absmax else largest, 1, dtype)
+        grid = Grid(scale, bits=_bits_of(3), lower=-1, upper=1, dtype=dtype)
+        return grid if absmax else least_squares(w, axes, start, grid)
 
 
 @jax.tree_util.register_static

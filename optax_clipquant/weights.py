@@ -1,7 +1,6 @@
 """Training on the grid: transforms after which the params stand on levels, and what they ship."""
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +11,17 @@ from flax import nnx
 from optax_clipquant import residual
 from optax_clipquant.clipping import Bound, clip_by_value
 from optax_clipquant.grids import Grid
-from optax_clipquant.params import PyTree, Rules, Where, naming, path_of, rule_for, select
+from optax_clipquant.params import (
+    PyTree,
+    Rules,
+    Where,
+    is_quantized,
+    leaves_of,
+    naming,
+    path_of,
+    rule_for,
+    select,
+)
 from optax_clipquant.qarray import QArray
 from optax_clipquant.quantizers import Uniform
 from optax_clipquant.softness import check_softness, soften
@@ -242,21 +251,12 @@ def clipquant(
     return optax.chain(clip_by_value(c), optimizer, quantize_weights(quantizer))
 
 
-def _is_leaf(x: Any) -> bool:
-    return isinstance(x, (Grid, QArray))
-
-
 def unboxed(tree: PyTree) -> PyTree:
     """``tree`` with the arrays in place of NNX's variables.
 
     ``nnx.Optimizer`` shows the variables to ``init`` alone, and cannot hold a ``Grid`` in one.
     """
     return nnx.as_pure(tree)
-
-
-def leaves_of(tree: PyTree) -> Iterator[tuple[str, Any]]:
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)[0]:
-        yield path_of(path), leaf
 
 
 def _init_grids(params: PyTree, quantizer: Rules, where: Where | None) -> PyTree:
@@ -308,7 +308,7 @@ def _map_quantized(
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf: outputs[path_of(path)][index] if path_of(path) in outputs else leaf,
             tree,
-            is_leaf=_is_leaf,
+            is_leaf=is_quantized,
         )
 
     count = len(next(iter(outputs.values())))
