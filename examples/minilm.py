@@ -610,7 +610,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--finetune", action="store_true", help="also train at each width, by distillation"
     )
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=32, help="sentences; of words four times it")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument(

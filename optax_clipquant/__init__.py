@@ -1,6 +1,14 @@
 """Clamp gradients, train on a quantization grid, ship a small model."""
 
-from optax_clipquant.clipping import ClipByValueState, clip_by_value, clip_fractions
+from optax_clipquant.clipping import (
+    ClipByQuantileState,
+    ClipByValueState,
+    ClipByZScoreState,
+    clip_by_quantile,
+    clip_by_value,
+    clip_by_zscore,
+    clip_fractions,
+)
 from optax_clipquant.grids import Grid
 from optax_clipquant.qarray import QArray, narrow
 from optax_clipquant.quantizers import Binary, NormalFloat, Quantizer, Ternary, Uniform, ZScore
@@ -20,8 +28,12 @@ from optax_clipquant.report import Summary, summarize
 
 __all__ = [
     "clip_by_value",
+    "clip_by_quantile",
+    "clip_by_zscore",
     "clip_fractions",
     "ClipByValueState",
+    "ClipByQuantileState",
+    "ClipByZScoreState",
     "Grid",
     "QArray",
     "narrow",

@@ -1,5 +1,8 @@
 """Gradients in, clamped gradients out."""
 
+import math
+import statistics
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +11,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+from optax_clipquant.paths import path_of
 from optax_clipquant.sharding import split_axis
 
 PyTree = Any
@@ -65,7 +69,11 @@ def clip_by_value(c: Bound, *, telemetry: bool = True) -> optax.GradientTransfor
       Pascanu et al., On the difficulty of training recurrent neural networks, 2013
       (arXiv:1211.5063).
     """
-    jax.tree.map(_check_bound, c, is_leaf=lambda x: x is None)
+    jax.tree.map(
+        lambda bound: callable(bound) or _check_positive("clip_by_value", "c", bound, _BOUND_HELP),
+        c,
+        is_leaf=lambda x: x is None,
+    )
     scheduled = any(callable(bound) for bound in jax.tree.leaves(c))
 
     def init(params: PyTree) -> PyTree:
@@ -86,7 +94,7 @@ def clip_by_value(c: Bound, *, telemetry: bool = True) -> optax.GradientTransfor
             nonlocal size
             if _is_float0(g):
                 return g
-            clipped, count = _clip(g, bound, telemetry)
+            clipped, count = _clip("clip_by_value", g, bound, telemetry)
             counts.append(count)
             size += g.size
             return clipped
@@ -99,6 +107,255 @@ def clip_by_value(c: Bound, *, telemetry: bool = True) -> optax.GradientTransfor
         return clipped, ClipByValueState(
             count=None if state.count is None else optax.safe_increment(state.count),
             clip_fraction=_fraction(counts, size) if telemetry else None,
+        )
+
+    return optax.GradientTransformation(init, update)
+
+
+class ClipByQuantileState(NamedTuple):
+    """State of ``clip_by_quantile``.
+
+    Attributes:
+      threshold: the bound of the next update, a float32 scalar; with ``per_leaf`` a dict with one for
+        each leaf, by its path.
+      clip_fraction: the share of all elements that the last update clamped, a float32 scalar.
+    """
+
+    threshold: jax.Array | dict[str, jax.Array]
+    clip_fraction: jax.Array
+
+
+def clip_by_quantile(
+    q: float = 0.99, *, learning_rate: float = 0.2, initial: float = 1.0, per_leaf: bool = False
+) -> optax.GradientTransformation:
+    """Clamps each element of the gradients to a bound that finds itself.
+
+    The bound ``c`` follows the quantile ``q`` of the magnitudes, so that a share ``1 - q`` of the
+    elements is clamped, by a geometric step after each update, with ``f`` the share that was::
+
+        g -> min(max(g, -c), c)
+        c <- c * exp(learning_rate * clip(k * (f - (1 - q)) / min(q, 1 - q), -1, 1))
+
+    It needs one look at the gradients and no sort, and arrives from 1000 times too small or too
+    large within about 100 steps at any ``q``. ``k`` is 1, except for a ``learning_rate`` with which
+    ``c`` would swing about the quantile of normal gradients (at the default, for ``q`` from 0.994):
+    it is smaller there. The bound stays where the gradients are all zero or some are not finite, and
+    is always a positive, finite float32.
+
+    Args:
+      q: the quantile of the magnitudes, in (0, 1).
+      learning_rate: the largest change of ``log(c)`` in a step.
+      initial: the first bound.
+      per_leaf: whether each leaf has a bound of its own.
+
+    Returns:
+      A ``GradientTransformation`` with a ``ClipByQuantileState``. Dtypes, NaN, infinities, complex
+      gradients and leaves that pass are as in ``clip_by_value``; elements are counted as there.
+
+    Raises:
+      ValueError: ``q`` is outside (0, 1), or ``learning_rate`` or ``initial`` is not positive and
+        finite.
+      TypeError: a gradient is an integer.
+
+    Examples:
+      >>> tx = clip_by_quantile(0.9)
+      >>> g = jax.random.normal(jax.random.key(0), (1000,))
+      >>> state = tx.init(g)
+      >>> for _ in range(20):
+      ...     _, state = tx.update(g, state)
+      >>> print(f"{state.threshold:.2f} {state.clip_fraction:.2f}")
+      1.59 0.10
+
+    References:
+      Andrew et al., Differentially private learning with adaptive clipping, 2021 (arXiv:1905.03871).
+    """
+    if not 0 < q < 1:
+        raise ValueError(f"clip_by_quantile: q must be between 0 and 1, got {q}")
+    for name, value in (("learning_rate", learning_rate), ("initial", initial)):
+        _check_positive("clip_by_quantile", name, value)
+        if math.isinf(value):
+            raise ValueError(f"clip_by_quantile: {name} must be finite, got {value}")
+    share = 1 - q
+    normal = statistics.NormalDist()
+    z = normal.inv_cdf((1 + q) / 2)
+    # By how much the step's argument changes with log(c), for normal gradients. The tracking is a
+    # fixed-point iteration, which contracts for 0 < learning_rate * slope < 2.
+    slope = 2 * normal.pdf(z) * z / min(q, share)
+    gain = min(1.0, 1.6 / (learning_rate * slope)) / min(q, share)
+
+    def init(params: PyTree) -> PyTree:
+        start = jnp.asarray(initial, jnp.float32)
+        return ClipByQuantileState(
+            threshold={
+                path_of(path): start + 0  # an array each, so that all can be donated
+                for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]
+            }
+            if per_leaf
+            else start,
+            clip_fraction=jnp.zeros((), jnp.float32),
+        )
+
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree | None = None
+    ) -> tuple[PyTree, PyTree]:
+        del params
+        thresholds = state.threshold if per_leaf else {"": state.threshold}
+        seen: dict[str, list[tuple[jax.Array, int, jax.Array]]] = {}
+
+        def clip(path: jax.tree_util.KeyPath, g: Any) -> Any:
+            if _is_float0(g):
+                return g
+            name = path_of(path) if per_leaf else ""
+            if name not in thresholds:
+                raise ValueError(
+                    f"clip_by_quantile: updates have a leaf {name!r}, which the params of init had not"
+                )
+            clipped, count = _clip("clip_by_quantile", g, thresholds[name], True)
+            assert count is not None
+            seen.setdefault(name, []).append((count, g.size, _largest(g)))
+            return clipped
+
+        clipped = jax.tree_util.tree_map_with_path(clip, updates)
+        tracked = dict(thresholds)
+        for name, found in seen.items():
+            counts, sizes, largest = zip(*found, strict=True)
+            off = _fraction(counts, sum(sizes)) - share
+            step = learning_rate * jnp.clip(off * gain, -1, 1)
+            moved = jnp.clip(thresholds[name] * jnp.exp(step), _TINY, _HUGE)
+            peak = jnp.max(jnp.stack(largest))
+            tracked[name] = jnp.where((peak > 0) & (peak < jnp.inf), moved, thresholds[name])
+        every = [leaf for found in seen.values() for leaf in found]
+        return clipped, ClipByQuantileState(
+            threshold=tracked if per_leaf else tracked[""],
+            clip_fraction=_fraction(
+                [count for count, _, _ in every], sum(size for _, size, _ in every)
+            ),
+        )
+
+    return optax.GradientTransformation(init, update)
+
+
+class ClipByZScoreState(NamedTuple):
+    """State of ``clip_by_zscore``.
+
+    Attributes:
+      count: the number of norms recorded so far.
+      mean: the running mean of the norms.
+      variance: their running variance.
+      norm: the global norm of the last gradients, before clipping.
+      threshold: the norm above which the last gradients would have been rescaled.
+      clipped: whether they were, a bool.
+    """
+
+    count: jax.typing.ArrayLike
+    mean: jax.Array
+    variance: jax.Array
+    norm: jax.Array
+    threshold: jax.Array
+    clipped: jax.Array
+
+
+def clip_by_zscore(
+    z: float = 2.5, *, decay: float = 0.97, warmup_steps: int = 25, max_norm: float = 1.0
+) -> optax.GradientTransformation:
+    """Rescales gradients whose global norm is a spike among the norms before (ZClip).
+
+    With ``m`` and ``s`` the running mean and standard deviation of the norms, gradients of a norm
+    ``g > m + z * s`` are rescaled to the norm::
+
+        m + z * s / ((g - m) / (s * z))
+
+    which is the smaller the larger the spike. The running moments then take the norm after
+    clipping: ``m <- decay * m + (1 - decay) * g``, and the same for the variance, from the new mean.
+    For the first ``warmup_steps`` the norms are only collected, whose mean and variance are the
+    start, and a norm above ``max_norm`` is rescaled to it.
+
+    Norms that are zero or not finite are not recorded. Gradients with NaN pass unchanged. Where the
+    norm is infinite, finite gradients become 0 and infinite ones NaN, so that
+    ``optax.apply_if_finite`` and ``optax.zero_nans`` still see them. Norms are summed in float32 in
+    units of the running mean: one 1e19 times as large counts as infinite.
+
+    Args:
+      z: how many standard deviations above the mean a norm is a spike.
+      decay: of the running moments, in [0, 1).
+      warmup_steps: how many norms are collected first, at least 2.
+      max_norm: the largest norm meanwhile; ``math.inf`` for none.
+
+    Returns:
+      A ``GradientTransformation`` with a ``ClipByZScoreState``. Gradients keep their dtypes; ``None``,
+      ``optax.MaskedNode`` and ``float0`` leaves pass.
+
+    Raises:
+      ValueError: ``z`` or ``max_norm`` is not positive, ``decay`` is outside [0, 1), or
+        ``warmup_steps`` is below 2.
+      TypeError: a gradient is an integer.
+
+    Examples:
+      >>> tx = clip_by_zscore(warmup_steps=2, max_norm=10.0)
+      >>> state = tx.init(jnp.zeros(2))
+      >>> for norm in (4.0, 6.0, 100.0):
+      ...     g, state = tx.update(jnp.array([0.0, norm]), state)
+      >>> g, state.threshold, state.clipped
+      (Array([0.       , 5.0657897], dtype=float32), Array(7.5, dtype=float32), Array(True, dtype=bool))
+
+    References:
+      Kumar et al., ZClip: adaptive spike mitigation for LLM pre-training, 2025 (arXiv:2504.02507).
+    """
+    _check_positive("clip_by_zscore", "z", z)
+    _check_positive("clip_by_zscore", "max_norm", max_norm, "; for no bound give math.inf")
+    if not 0 <= decay < 1:
+        raise ValueError(f"clip_by_zscore: decay must be in [0, 1), got {decay}")
+    if not isinstance(warmup_steps, int) or warmup_steps < 2:
+        raise ValueError(
+            f"clip_by_zscore: warmup_steps must be an integer of at least 2, since one norm has no "
+            f"spread, got {warmup_steps!r}"
+        )
+
+    def init(params: PyTree) -> PyTree:
+        del params
+        zero = jnp.zeros((), jnp.float32)
+        return ClipByZScoreState(
+            count=jnp.zeros((), jnp.int32),
+            mean=zero,
+            variance=zero + 0,  # an array each, so that all can be donated
+            norm=zero + 0,
+            threshold=jnp.asarray(max_norm, jnp.float32),
+            clipped=jnp.zeros((), bool),
+        )
+
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree | None = None
+    ) -> tuple[PyTree, PyTree]:
+        del params
+        count, mean, variance = state.count, state.mean, state.variance
+        norm = _norm(updates, jnp.where(count == 0, 1, mean))
+        warming = count < warmup_steps
+        threshold = jnp.where(warming, max_norm, mean + z * jnp.sqrt(variance))
+        spike = norm > threshold
+        above = jnp.where(spike, norm - mean, 1)
+        limit = jnp.where(warming, max_norm, mean + z**2 * variance / above)
+        scale = jnp.where(spike, limit / norm, 1)
+
+        def rescale(g: Any) -> Any:
+            if _is_float0(g):
+                return g
+            wide = jnp.promote_types(g.dtype, jnp.float32)
+            return (g.astype(wide) * scale.astype(wide)).astype(g.dtype)
+
+        # While they are collected, moments of all norms; then exponential ones of those clipped.
+        taken = jnp.where(spike & ~warming, limit, norm)
+        keep = jnp.where(warming, count / (count + 1), decay)
+        new_mean = keep * mean + (1 - keep) * taken
+        off = jnp.where(warming, taken - mean, taken - new_mean)
+        new_variance = keep * variance + (1 - keep) * off * (taken - new_mean)
+        recorded = (norm > 0) & (norm < jnp.inf)
+        return jax.tree.map(rescale, updates), ClipByZScoreState(
+            count=jnp.where(recorded, optax.safe_increment(count), count),
+            mean=jnp.where(recorded, new_mean, mean),
+            variance=jnp.where(recorded, new_variance, variance),
+            norm=norm,
+            threshold=threshold,
+            clipped=spike,
         )
 
     return optax.GradientTransformation(init, update)
@@ -122,41 +379,53 @@ def clip_fractions(opt_state: PyTree) -> list[jax.Array]:
     ]
 
 
-def _check_bound(c: Any) -> None:
-    if callable(c) or isinstance(c, Tracer):
+_BOUND_HELP = (
+    "; for a leaf that is not to be clamped give math.inf, for a bound a leaf a tree of scalars"
+)
+
+
+def _check_positive(transform: str, name: str, value: Any, help: str = "") -> None:
+    """Raises where ``value`` is concrete and no positive scalar."""
+    if isinstance(value, Tracer):
         return
-    if not isinstance(c, (int, float, np.generic, np.ndarray, jax.Array)) or isinstance(c, bool):
-        raise TypeError(
-            f"clip_by_value: c must be a positive number or a schedule, got {c!r}; "
-            "for a leaf that is not to be clamped give math.inf"
-        )
-    if np.ndim(c) != 0:
+    if not isinstance(value, (int, float, np.generic, np.ndarray, jax.Array)) or isinstance(
+        value, bool
+    ):
+        raise TypeError(f"{transform}: {name} must be a positive number, got {value!r}{help}")
+    if np.ndim(value) != 0:
         raise ValueError(
-            f"clip_by_value: c must be a scalar, got an array of shape {np.shape(c)}; "
-            "for a bound a leaf give a tree of scalars"
+            f"{transform}: {name} must be a scalar, got an array of shape {np.shape(value)}{help}"
         )
-    if not float(c) > 0:
-        raise ValueError(f"clip_by_value: c must be positive, got {c}")
+    if not float(value) > 0:
+        raise ValueError(f"{transform}: {name} must be positive, got {value}{help}")
 
 
 def _is_float0(g: Any) -> bool:
     return getattr(g, "dtype", None) == jax.dtypes.float0
 
 
-def _clip(g: jax.Array, c: Any, count: bool) -> tuple[jax.Array, jax.Array | None]:
+_TINY = float(jnp.finfo(jnp.float32).tiny)
+_HUGE = float(jnp.finfo(jnp.float32).max)
+
+
+def _check_gradient(transform: str, g: jax.Array) -> None:
+    if not jnp.issubdtype(g.dtype, jnp.inexact):
+        raise TypeError(
+            f"{transform}: gradients must be floating or complex, got {g.dtype}; "
+            "leave other leaves out with optax.masked"
+        )
+
+
+def _clip(transform: str, g: jax.Array, c: Any, count: bool) -> tuple[jax.Array, jax.Array | None]:
     """``g`` clamped to ``[-c, c]``, and the number of elements that were outside."""
+    _check_gradient(transform, g)
     if jnp.issubdtype(g.dtype, jnp.complexfloating):
-        real, real_count = _clip(jnp.real(g), c, False)
-        imag, _ = _clip(jnp.imag(g), c, False)
+        real, real_count = _clip(transform, jnp.real(g), c, False)
+        imag, _ = _clip(transform, jnp.imag(g), c, False)
         clipped = jax.lax.complex(real, imag)
         # NaN differs from itself, but was not clamped.
         outside = (clipped != g) & ~jnp.isnan(g)
         return clipped, _count(outside) if count else real_count
-    if not jnp.issubdtype(g.dtype, jnp.floating):
-        raise TypeError(
-            f"clip_by_value: gradients must be floating or complex, got {g.dtype}; "
-            "leave other leaves out with optax.masked"
-        )
     # A half-precision bound must stay finite for an infinity to become it.
     bound = jnp.minimum(jnp.asarray(c, jnp.float32), float(jnp.finfo(g.dtype).max)).astype(g.dtype)
     bound = jnp.where(bound >= 0, bound, jnp.nan)
@@ -181,7 +450,28 @@ def _count(mask: jax.Array) -> jax.Array:
     return jnp.sum(mask, dtype=jnp.int32)
 
 
-def _fraction(counts: list[jax.Array], size: int) -> jax.Array:
+def _fraction(counts: Iterable[jax.Array], size: int) -> jax.Array:
     """The share of elements counted. Each count is exact, the sum a float32 that cannot overflow."""
     total = sum((count.astype(jnp.float32) for count in counts), jnp.zeros((), jnp.float32))
     return total / max(size, 1)
+
+
+def _largest(g: jax.Array) -> jax.Array:
+    """The largest magnitude, of a real or imaginary part, in float32; NaN where there is one."""
+    parts = (g.real, g.imag) if jnp.issubdtype(g.dtype, jnp.complexfloating) else (g,)
+    peaks = [jnp.max(jnp.abs(part), initial=0).astype(jnp.float32) for part in parts]
+    return jnp.max(jnp.stack(peaks))
+
+
+def _norm(updates: PyTree, unit: jax.Array) -> jax.Array:
+    """The global norm, from squares in units of the power of two at ``unit``."""
+    unit = jax.lax.reduce_precision(unit, 8, 0)
+    total = jnp.zeros((), jnp.float32)
+    for g in jax.tree.leaves(updates):
+        if _is_float0(g):
+            continue
+        _check_gradient("clip_by_zscore", g)
+        parts = (g.real, g.imag) if jnp.issubdtype(g.dtype, jnp.complexfloating) else (g,)
+        for part in parts:
+            total += jnp.sum(jnp.square(part.astype(jnp.float32) / unit))
+    return unit * jnp.sqrt(total)

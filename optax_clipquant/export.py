@@ -10,7 +10,8 @@ from flax import nnx
 from jax.core import Tracer
 
 from optax_clipquant.grids import Grid
-from optax_clipquant.params import PyTree, leaves_of, path_of
+from optax_clipquant.params import PyTree, leaves_of
+from optax_clipquant.paths import path_of
 from optax_clipquant.qarray import QArray
 from optax_clipquant.weights import (
     QuantizeWeightsState,

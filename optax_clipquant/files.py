@@ -19,7 +19,8 @@ import safetensors
 import safetensors.numpy
 
 from optax_clipquant.layout import Altered, Tensors, describe, rebuild
-from optax_clipquant.params import PyTree, path_of
+from optax_clipquant.params import PyTree
+from optax_clipquant.paths import path_of
 from optax_clipquant.qarray import is_qarray
 from optax_clipquant.qarray import narrow as narrow_codes
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_clipquant.grids import Grid
+from optax_clipquant.paths import path_of
 from optax_clipquant.qarray import QArray, is_qarray
 from optax_clipquant.quantizers import Quantizer, Uniform
 
@@ -92,15 +93,6 @@ def dequantize_params(qparams: PyTree, dtype: Any = None) -> PyTree:
         return leaf.dequantize() if dtype is None else leaf.astype(dtype)
 
     return jax.tree.map(dequantize, qparams, is_leaf=is_qarray)
-
-
-def path_of(path: jax.tree_util.KeyPath) -> str:
-    """A path as text, such as ``"Dense_0/kernel"``.
-
-    Boxes around a param (Flax NNX's variables, linen's ``Partitioned``) add a last part ``value``
-    in some places and not in others, so it is dropped.
-    """
-    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
 
 
 def leaves_of(tree: PyTree) -> Iterator[tuple[str, Any]]:

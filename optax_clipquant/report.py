@@ -12,7 +12,8 @@ import rich.box
 import rich.console
 import rich.table
 
-from optax_clipquant.params import PyTree, path_of
+from optax_clipquant.params import PyTree
+from optax_clipquant.paths import path_of
 from optax_clipquant.qarray import is_qarray
 
 

@@ -18,10 +18,10 @@ from optax_clipquant.params import (
     is_quantized,
     leaves_of,
     naming,
-    path_of,
     rule_for,
     select,
 )
+from optax_clipquant.paths import path_of
 from optax_clipquant.qarray import QArray
 from optax_clipquant.quantizers import Uniform
 from optax_clipquant.softness import check_softness, soften
