@@ -11,13 +11,12 @@ from jax.core import Tracer
 
 from optax_clipquant.grids import Grid
 from optax_clipquant.params import PyTree, leaves_of
-from optax_clipquant.paths import path_of
+from optax_clipquant.paths import path_of, unboxed
 from optax_clipquant.qarray import QArray
 from optax_clipquant.weights import (
     QuantizeWeightsState,
     RoundWeightsState,
     latent_of,
-    unboxed,
 )
 
 

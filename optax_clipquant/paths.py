@@ -1,6 +1,9 @@
-"""Names of leaves."""
+"""Leaves, and names for them, whatever boxes they come in."""
+
+from typing import Any
 
 import jax
+from flax import nnx
 
 
 def path_of(path: jax.tree_util.KeyPath) -> str:
@@ -10,3 +13,11 @@ def path_of(path: jax.tree_util.KeyPath) -> str:
     in some places and not in others, so it is dropped.
     """
     return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+
+
+def unboxed(tree: Any) -> Any:
+    """``tree`` with the arrays in place of NNX's variables.
+
+    ``nnx.Optimizer`` shows the variables to ``init`` alone, and cannot hold a ``Grid`` in one.
+    """
+    return nnx.as_pure(tree)

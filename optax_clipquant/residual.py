@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_clipquant.dither import dither
 from optax_clipquant.grids import Grid
 from optax_clipquant.qarray import QArray
 from optax_clipquant.quantizers import Granular
 from optax_clipquant.scales import extremes, round_scale
-from optax_clipquant.sharding import reshard, spec_of
 
 
 def start(residual: jax.Array, grid: Grid) -> QArray:
@@ -25,33 +25,12 @@ def start(residual: jax.Array, grid: Grid) -> QArray:
     return _units(grid, residual.shape).quantize(residual)
 
 
-def advance(residual: jax.Array, grid: Grid, before: QArray, seed: jax.Array) -> QArray:
+def advance(
+    residual: jax.Array, grid: Grid, before: QArray, stream: int, step: jax.typing.ArrayLike
+) -> QArray:
     """``residual``, of weights on ``grid``, rounded stochastically; ``before`` is that of the last step."""
     units = _units(grid, residual.shape).fit(residual, start=before.grid)
-    return QArray(units.encode(residual, draws=draws(residual, seed)), units)
-
-
-def draws(like: jax.Array, seed: jax.Array) -> jax.Array:
-    """Numbers in [0, 1) of the shape and sharding of ``like``, each a hash of ``seed`` and its index.
-
-    JAX's own generators cost more than all the rest of a training step on a CPU (20 times this one),
-    and not all give the same numbers on every mesh. This one is computed where it is used.
-    """
-    index = _mix(seed.astype(jnp.uint32))
-    # An odd multiplier for each axis spreads neighbours over all bits; the mixing does the rest.
-    multiplier = 0x9E3779B1
-    for axis in range(like.ndim):
-        along = jax.lax.broadcasted_iota(jnp.uint32, like.shape, axis)
-        index += reshard(along, spec_of(like, like.shape)) * jnp.uint32(multiplier)
-        multiplier = multiplier * 0x85EBCA77 % 2**32
-    return (_mix(index) >> 8).astype(jnp.float32) * 2.0**-24
-
-
-def _mix(x: jax.Array) -> jax.Array:
-    """The 32-bit finalizer ``lowbias32`` of Wellons' hash prospector (public domain)."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)
+    return QArray(units.encode(residual, draws=dither(residual, stream, step)), units)
 
 
 @jax.tree_util.register_static

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from optax_clipquant import residual
 from optax_clipquant.clipping import Bound, clip_by_value
@@ -21,7 +20,7 @@ from optax_clipquant.params import (
     rule_for,
     select,
 )
-from optax_clipquant.paths import path_of
+from optax_clipquant.paths import path_of, unboxed
 from optax_clipquant.qarray import QArray
 from optax_clipquant.quantizers import Uniform
 from optax_clipquant.softness import check_softness, soften
@@ -165,8 +164,7 @@ def quantize_weights(
             if not isinstance(kept, QArray):
                 kept = latent
             else:
-                seed = jnp.asarray(state.count).astype(jnp.uint32) * len(index) + index[path]
-                kept = residual.advance(latent - level, grid, kept, seed)
+                kept = residual.advance(latent - level, grid, kept, index[path], state.count)
             return target - p.astype(jnp.float32), grid, kept
 
         updates, grid, latent = _map_quantized(
@@ -249,14 +247,6 @@ def clipquant(
       >>> tx = clipquant(optax.adam(1e-3), c=1.0, quantizer=Uniform(bits=4))
     """
     return optax.chain(clip_by_value(c), optimizer, quantize_weights(quantizer))
-
-
-def unboxed(tree: PyTree) -> PyTree:
-    """``tree`` with the arrays in place of NNX's variables.
-
-    ``nnx.Optimizer`` shows the variables to ``init`` alone, and cannot hold a ``Grid`` in one.
-    """
-    return nnx.as_pure(tree)
 
 
 def _init_grids(params: PyTree, quantizer: Rules, where: Where | None) -> PyTree:
