@@ -22,6 +22,7 @@ from optax_clipquant.weights import (
     round_weights,
 )
 from optax_clipquant.export import export_params, latent_params
+from optax_clipquant.state import CompandedArray, QuantizeStateState, quantize_state
 from optax_clipquant.allocation import allocate_bits, squared_gradients
 from optax_clipquant.files import load, save
 from optax_clipquant.report import Summary, summarize
@@ -53,6 +54,9 @@ __all__ = [
     "clipquant",
     "export_params",
     "latent_params",
+    "quantize_state",
+    "QuantizeStateState",
+    "CompandedArray",
     "allocate_bits",
     "squared_gradients",
     "save",

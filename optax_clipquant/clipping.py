@@ -1,7 +1,7 @@
 """Gradients in, clamped gradients out."""
 
 import math
-import statistics
+import operator
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -169,19 +169,11 @@ def clip_by_quantile(
     References:
       Andrew et al., Differentially private learning with adaptive clipping, 2021 (arXiv:1905.03871).
     """
-    if not 0 < q < 1:
-        raise ValueError(f"clip_by_quantile: q must be between 0 and 1, got {q}")
-    for name, value in (("learning_rate", learning_rate), ("initial", initial)):
+    for name, value in (("q", q), ("learning_rate", learning_rate), ("initial", initial)):
         _check_positive("clip_by_quantile", name, value)
-        if math.isinf(value):
-            raise ValueError(f"clip_by_quantile: {name} must be finite, got {value}")
-    share = 1 - q
-    normal = statistics.NormalDist()
-    z = normal.inv_cdf((1 + q) / 2)
-    # By how much the step's argument changes with log(c), for normal gradients. The tracking is a
-    # fixed-point iteration, which contracts for 0 < learning_rate * slope < 2.
-    slope = 2 * normal.pdf(z) * z / min(q, share)
-    gain = min(1.0, 1.6 / (learning_rate * slope)) / min(q, share)
+        limit = 1 if name == "q" else math.inf
+        if not isinstance(value, Tracer) and not value < limit:
+            raise ValueError(f"clip_by_quantile: {name} must be below {limit}, got {value}")
 
     def init(params: PyTree) -> PyTree:
         start = jnp.asarray(initial, jnp.float32)
@@ -199,6 +191,9 @@ def clip_by_quantile(
         updates: PyTree, state: PyTree, params: PyTree | None = None
     ) -> tuple[PyTree, PyTree]:
         del params
+        share = 1 - q
+        rarer = jnp.minimum(q, share)
+        gain = _quantile_gain(share, learning_rate) / rarer
         thresholds = state.threshold if per_leaf else {"": state.threshold}
         seen: dict[str, list[tuple[jax.Array, int, jax.Array]]] = {}
 
@@ -288,7 +283,7 @@ def clip_by_zscore(
     Raises:
       ValueError: ``z`` or ``max_norm`` is not positive, ``decay`` is outside [0, 1), or
         ``warmup_steps`` is below 2.
-      TypeError: a gradient is an integer.
+      TypeError: ``warmup_steps`` is no integer, or a gradient is one.
 
     Examples:
       >>> tx = clip_by_zscore(warmup_steps=2, max_norm=10.0)
@@ -303,12 +298,12 @@ def clip_by_zscore(
     """
     _check_positive("clip_by_zscore", "z", z)
     _check_positive("clip_by_zscore", "max_norm", max_norm, "; for no bound give math.inf")
-    if not 0 <= decay < 1:
+    if not isinstance(decay, Tracer) and not 0 <= decay < 1:
         raise ValueError(f"clip_by_zscore: decay must be in [0, 1), got {decay}")
-    if not isinstance(warmup_steps, int) or warmup_steps < 2:
+    if not isinstance(warmup_steps, Tracer) and operator.index(warmup_steps) < 2:
         raise ValueError(
-            f"clip_by_zscore: warmup_steps must be an integer of at least 2, since one norm has no "
-            f"spread, got {warmup_steps!r}"
+            "clip_by_zscore: warmup_steps must be at least 2, since one norm has no spread, got "
+            f"{warmup_steps}"
         )
 
     def init(params: PyTree) -> PyTree:
@@ -339,8 +334,10 @@ def clip_by_zscore(
         def rescale(g: Any) -> Any:
             if _is_float0(g):
                 return g
-            wide = jnp.promote_types(g.dtype, jnp.float32)
-            return (g.astype(wide) * scale.astype(wide)).astype(g.dtype)
+            if jnp.issubdtype(g.dtype, jnp.complexfloating):
+                return jax.lax.complex(rescale(g.real), rescale(g.imag))
+            wide = g.astype(jnp.float32) if g.dtype.itemsize < 4 else g
+            return (wide * scale.astype(wide.dtype)).astype(g.dtype)
 
         # While they are collected, moments of all norms; then exponential ones of those clipped.
         taken = jnp.where(spike & ~warming, limit, norm)
@@ -461,6 +458,18 @@ def _largest(g: jax.Array) -> jax.Array:
     parts = (g.real, g.imag) if jnp.issubdtype(g.dtype, jnp.complexfloating) else (g,)
     peaks = [jnp.max(jnp.abs(part), initial=0).astype(jnp.float32) for part in parts]
     return jnp.max(jnp.stack(peaks))
+
+
+def _quantile_gain(share: Any, learning_rate: Any) -> jax.Array:
+    """1, or less where the tracking of a bound would swing about the quantile of normal gradients.
+
+    The tracking is a fixed-point iteration: near the quantile, a step takes ``learning_rate * slope``
+    of the distance away, which must be below 2.
+    """
+    z = -jax.scipy.special.ndtri(jnp.asarray(share, jnp.float32) / 2)
+    density = jnp.exp(-jnp.square(z) / 2) * (2 / math.pi) ** 0.5
+    slope = density * z / jnp.minimum(share, 1 - share)
+    return jnp.minimum(1.0, 1.6 / (learning_rate * slope))
 
 
 def _norm(updates: PyTree, unit: jax.Array) -> jax.Array:

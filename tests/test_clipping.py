@@ -9,8 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.stats
+from flax import nnx
 
-from optax_clipquant import ClipByValueState, clip_by_value, clip_fractions
+from optax_clipquant import (
+    ClipByValueState,
+    clip_by_quantile,
+    clip_by_value,
+    clip_by_zscore,
+    clip_fractions,
+)
 
 FLOATS = [jnp.float32, jnp.bfloat16, jnp.float16]
 
@@ -229,3 +237,303 @@ def test_large_counts_are_exact():
     g = jnp.full(2**24 + 2**20, 2.0, jnp.float16)
     _, state = update(1.0, g)
     assert float(state.clip_fraction) == 1.0
+
+
+TRACKING = {
+    "quantile": clip_by_quantile(),
+    "quantile-per-leaf": clip_by_quantile(per_leaf=True),
+    "zscore": clip_by_zscore(warmup_steps=2),
+}
+DRAWS = {
+    "normal": (jax.random.normal, scipy.stats.norm()),
+    "laplace": (jax.random.laplace, scipy.stats.laplace()),
+    "student": (lambda key, shape: jax.random.t(key, 2.0, shape), scipy.stats.t(2.0)),
+    "cauchy": (jax.random.cauchy, scipy.stats.cauchy()),
+}
+
+
+@pytest.mark.parametrize("off", [1e-3, 1e3])
+@pytest.mark.parametrize("q", [0.1, 0.5, 0.9, 0.99, 0.999])
+@pytest.mark.parametrize("draw", DRAWS)
+def test_quantile_arrives_from_far_off(draw, q, off):
+    """At the true quantile within 100 steps, and then at the right share of 2 million elements."""
+    sample, distribution = DRAWS[draw]
+    true = distribution.ppf((1 + q) / 2)
+    tx = clip_by_quantile(q, initial=off * true)
+
+    @jax.jit
+    def run():
+        def step(state, key):
+            _, state = tx.update({"w": sample(key, (200, 200))}, state)
+            return state, state
+
+        return jax.lax.scan(step, tx.init({"w": 0}), jax.random.split(jax.random.key(0), 150))[1]
+
+    states = run()
+    share = float(np.mean(np.asarray(states.clip_fraction[100:], np.float64)))
+    assert abs(share / (1 - q) - 1) < 0.02
+    threshold = float(np.exp(np.mean(np.log(states.threshold[100:]))))
+    # The quantile of 2 million numbers is itself uncertain, in units of the density there.
+    density = 2 * distribution.pdf(true) * true
+    assert abs(threshold / true - 1) < 5 * (q * (1 - q) / 2e6) ** 0.5 / density + 0.01
+
+
+def test_quantile_step_is_the_formula_in_float64():
+    g = np.random.default_rng(0).standard_normal(10_000).astype(np.float32)
+    for q, c in ((0.99, 2.5), (0.99, 2.0), (0.99, 10.0), (0.9, 1.6), (0.2, 0.3)):
+        tx = clip_by_quantile(q, learning_rate=0.1, initial=c)
+        clipped, state = tx.update(jnp.asarray(g), tx.init(None))
+        np.testing.assert_array_equal(clipped, np.clip(g, -np.float32(c), np.float32(c)))
+        f = np.mean(np.abs(g) > np.float32(c))
+        np.testing.assert_allclose(state.clip_fraction, f, rtol=1e-6)
+        off = np.clip((f - (1 - q)) / min(q, 1 - q), -1, 1)
+        np.testing.assert_allclose(state.threshold, c * np.exp(0.1 * off), rtol=1e-5)
+
+
+def test_quantile_does_not_swing_at_the_tail():
+    """With the undamped step the bound would jump about the quantile 0.9999 for ever."""
+    tx = clip_by_quantile(0.9999, initial=3.9)
+
+    def step(state, key):
+        _, state = tx.update(jax.random.normal(key, (1000, 400)), state)
+        return state, state.threshold
+
+    keys = jax.random.split(jax.random.key(0), 60)
+    thresholds = jax.jit(lambda: jax.lax.scan(step, tx.init(None), keys)[1])()
+    assert np.std(np.log(thresholds[20:])) < 0.05
+
+
+def test_quantile_follows_a_drift():
+    tx = clip_by_quantile(0.95, initial=2.0)
+
+    def step(state, i):
+        scale = jnp.exp(0.05 * i.astype(jnp.float32))
+        _, state = tx.update(scale * jax.random.normal(jax.random.key(i), (20_000,)), state)
+        return state, (state.clip_fraction, state.threshold / scale)
+
+    _, (share, ratio) = jax.lax.scan(step, tx.init(None), jnp.arange(120))
+    # It lags behind: what makes up for 5% a step is a share of 0.05 * (1 + 0.05 / 0.2).
+    np.testing.assert_allclose(np.mean(share[60:]), 0.0625, rtol=0.03)
+    assert np.ptp(ratio[60:]) < 0.15
+
+
+@pytest.mark.parametrize("per_leaf", [False, True])
+def test_quantile_bound_survives_anything(per_leaf):
+    tx = clip_by_quantile(0.9, per_leaf=per_leaf)
+    state = tx.init({"w": jnp.zeros(4)})
+    before = jax.tree.leaves(state.threshold)
+    for bad in (jnp.zeros(4), jnp.array([1, 2, jnp.nan, 3]), jnp.array([1, jnp.inf, 2, 3])):
+        clipped, state = jax.jit(tx.update)({"w": bad}, state)
+        chex.assert_trees_all_equal(jax.tree.leaves(state.threshold), before)
+        np.testing.assert_array_equal(np.isnan(clipped["w"]), np.isnan(bad))
+    extremes = jnp.array([1e-38, 3e38, 1e-45, 1.0, 1e30], jnp.float32)
+    for magnitude in extremes:
+
+        def step(state, _, magnitude=magnitude):
+            _, state = tx.update({"w": jnp.full(4, magnitude)}, state)
+            return state, state.threshold
+
+        state, thresholds = jax.lax.scan(step, state, length=1500)
+        values = np.concatenate([np.ravel(x) for x in jax.tree.leaves(thresholds)])
+        assert np.all(values > 0)
+        assert np.all(np.isfinite(values))
+
+
+def test_quantile_per_leaf_has_a_bound_for_each():
+    params = {"a": {"kernel": jnp.zeros((300, 300))}, "b": jnp.zeros((300, 300)), "n": None}
+    scale = {"a": {"kernel": 1e-4}, "b": 50.0, "n": None}
+    tx = clip_by_quantile(0.95, per_leaf=True)
+
+    def step(state, key):
+        grads = jax.tree.map(lambda s: s * jax.random.normal(key, (300, 300)), scale)
+        return tx.update(grads, state)[1], None
+
+    state, _ = jax.lax.scan(step, tx.init(params), jax.random.split(jax.random.key(0), 80))
+    assert set(state.threshold) == {"a/kernel", "b"}
+    true = scipy.stats.norm.ppf(0.975)
+    np.testing.assert_allclose(state.threshold["a/kernel"], 1e-4 * true, rtol=0.02)
+    np.testing.assert_allclose(state.threshold["b"], 50 * true, rtol=0.02)
+    assert abs(float(state.clip_fraction) - 0.05) < 0.003
+    with pytest.raises(ValueError, match="'c'"):
+        tx.update({"c": jnp.zeros(3)}, state)
+
+
+def test_quantile_per_leaf_in_an_nnx_optimizer():
+    model = nnx.Linear(64, 32, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(
+        model, optax.chain(clip_by_quantile(per_leaf=True), optax.sgd(0.1)), wrt=nnx.Param
+    )
+    grads = nnx.grad(lambda m: jnp.mean(jnp.square(m(jnp.ones((4, 64))))))(model)
+    optimizer.update(model, grads)
+    assert len(clip_fractions(nnx.as_pure(optimizer.opt_state))) == 1
+
+
+def zclip(norms, z, decay, warmup_steps, max_norm):
+    """The algorithm of arXiv:2504.02507 in float64: norms after clipping, and thresholds."""
+    clipped, thresholds, collected = [], [], []
+    for g in norms:
+        if len(collected) < warmup_steps:
+            collected.append(g)
+            clipped.append(min(g, max_norm))
+            thresholds.append(max_norm)
+            if len(collected) == warmup_steps:
+                mean, variance = np.mean(collected), np.var(collected)
+            continue
+        std = np.sqrt(variance)
+        thresholds.append(mean + z * std)
+        score = (g - mean) / std
+        g = mean + z * std / (score / z) if score > z else g
+        clipped.append(g)
+        mean = decay * mean + (1 - decay) * g
+        variance = decay * variance + (1 - decay) * (g - mean) ** 2
+    return np.array(clipped), np.array(thresholds)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-15, 1e15])
+@pytest.mark.parametrize(
+    ("z", "decay", "warmup_steps", "max_norm"), [(2.5, 0.97, 25, 1.0), (2.0, 0.9, 5, 5.0)]
+)
+def test_zscore_is_zclip_in_float64(z, decay, warmup_steps, max_norm, size):
+    rng = np.random.default_rng(0)
+    norms = 2 * np.exp(0.2 * rng.standard_normal(300)) * np.linspace(1, 0.3, 300)
+    norms[[10, 60, 61, 150, 299]] *= [20, 5, 50, 1000, 1e6]
+    norms *= size
+    expected, thresholds = zclip(norms, z, decay, warmup_steps, max_norm * size)
+    tx = clip_by_zscore(z, decay=decay, warmup_steps=warmup_steps, max_norm=max_norm * size)
+    direction = rng.standard_normal(17)
+    direction = {"a": direction[:5].reshape(5, 1), "b": direction[5:]}
+    length = np.sqrt(sum(np.sum(d**2) for d in direction.values()))
+
+    def step(state, norm):
+        grads = {k: jnp.asarray(d / length, jnp.float32) * norm for k, d in direction.items()}
+        updates, state = tx.update(grads, state)
+        # In units of the size, whose square may not be a float32.
+        return state, (optax.tree.norm(optax.tree.scale(1 / size, updates)), state)
+
+    _, (found, states) = jax.jit(
+        lambda: jax.lax.scan(step, tx.init(None), jnp.asarray(norms, jnp.float32))
+    )()
+    np.testing.assert_allclose(np.asarray(found, np.float64) * size, expected, rtol=3e-5)
+    np.testing.assert_allclose(states.norm, norms, rtol=1e-5)
+    np.testing.assert_allclose(states.threshold, thresholds, rtol=1e-4)
+    np.testing.assert_array_equal(states.clipped, norms > thresholds)
+    assert 0 < np.sum(states.clipped[warmup_steps:]) < 150
+
+
+def test_zscore_records_neither_zero_nor_what_is_not_finite():
+    tx = clip_by_zscore(warmup_steps=2, max_norm=10.0)
+    state = tx.init(None)
+    for value in (3.0, 0.0, jnp.nan, 5.0, 0.0, jnp.inf):
+        _, state = tx.update(jnp.array([value, 0.0]), state)
+    assert int(state.count) == 2
+    np.testing.assert_allclose([state.mean, state.variance], [4, 1])
+    g = jnp.array([jnp.nan, 100.0])
+    updates, state = tx.update(g, state)
+    np.testing.assert_array_equal(updates, g)
+    updates, _ = tx.update(jnp.array([jnp.inf, 100.0]), state)
+    np.testing.assert_array_equal(updates, [np.nan, 0])
+    # Finite, and the square is not: not let through.
+    updates, _ = tx.update(jnp.array([1e30, 100.0]), state)
+    np.testing.assert_array_equal(updates, [0, 0])
+    updates, after = tx.update(jnp.array([1e18, 0.0]), state)
+    np.testing.assert_allclose(updates, [4, 0], rtol=1e-5)
+    assert bool(after.clipped)
+
+
+def test_zscore_does_not_change_what_is_no_spike():
+    g = jax.random.normal(jax.random.key(0), (1000,))
+    tx = clip_by_zscore(max_norm=math.inf)
+    updates, state = tx.update(g, tx.init(None))
+    chex.assert_trees_all_equal(updates, g)
+    np.testing.assert_allclose(state.norm, np.linalg.norm(np.asarray(g, np.float64)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, jnp.complex64])
+@pytest.mark.parametrize("name", TRACKING)
+def test_tracking_keeps_dtypes_and_state_types(platform, variant, name, dtype):
+    tx = TRACKING[name]
+    params = {"w": jnp.zeros((30, 20), dtype), "f": jnp.zeros(3, int), "n": optax.MaskedNode()}
+    state = tx.init(params)
+    for step in range(4):
+        w = jax.random.normal(jax.random.key(step), (30, 20), dtype) * 10.0
+        grads = {"w": w.astype(dtype), "f": np.zeros(3, jax.dtypes.float0), "n": optax.MaskedNode()}
+        w, new = variant(lambda w, s, g=grads: _pick(tx.update({**g, "w": w}, s)))(
+            grads["w"], state
+        )
+        chex.assert_equal_shape([w, grads["w"]])
+        assert w.dtype == dtype
+        chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+        state = new
+    assert np.all(np.abs(np.asarray(w, np.complex128)) <= np.abs(np.asarray(grads["w"])) * 1.01)
+
+
+def _pick(output):
+    """Without the float0, which no jitted function returns."""
+    updates, state = output
+    assert updates["f"].dtype == jax.dtypes.float0
+    return updates["w"], state
+
+
+@pytest.mark.parametrize("name", TRACKING)
+def test_tracking_compiles_once_and_scans(name):
+    tx = TRACKING[name]
+    params = {"a": jnp.ones((3, 4)), "b": jnp.ones(5)}
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(1)
+    def step(g, state):
+        return tx.update(g, state)[1]
+
+    state = tx.init(params)
+    for _ in range(4):
+        state = step(params, state)
+    scanned, _ = jax.lax.scan(
+        lambda s, _: (tx.update(params, s)[1], None), tx.init(params), length=4
+    )
+    chex.assert_trees_all_close(scanned, state, rtol=1e-6)
+    batched = jax.vmap(lambda g: tx.update(g, tx.init(g)))(jax.tree.map(lambda p: p[None], params))
+    chex.assert_trees_all_close(
+        jax.tree.map(lambda x: x[0], batched), tx.update(params, tx.init(params)), rtol=1e-6
+    )
+    with pytest.raises(TypeError, match="int32"):
+        tx.update({"a": jnp.arange(3), "b": jnp.ones(5)}, tx.init(params))
+
+
+@pytest.mark.parametrize("name", TRACKING)
+def test_tracking_state_may_be_donated(name):
+    params = {"a": jnp.ones((3, 4)), "b": jnp.ones(5)}
+    state = TRACKING[name].init(params)
+    step = jax.jit(lambda p, s: TRACKING[name].update(p, s), donate_argnums=(0, 1))
+    for _ in range(2):
+        params, state = step(params, state)
+
+
+def test_tracking_takes_injected_hyperparams():
+    g = jax.random.normal(jax.random.key(0), (1000,))
+    for factory, kwargs in ((clip_by_quantile, {"q": 0.9}), (clip_by_zscore, {"z": 2.0})):
+        plain, injected = factory(**kwargs), optax.inject_hyperparams(factory)(**kwargs)
+        expected, _ = plain.update(g, plain.init(g))
+        found, _ = jax.jit(injected.update)(g, injected.init(g))
+        chex.assert_trees_all_close(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: clip_by_quantile(0.0), "q must be positive, got 0.0"),
+        (lambda: clip_by_quantile(1), "q must be below 1, got 1"),
+        (lambda: clip_by_quantile(math.nan), "q must be positive, got nan"),
+        (lambda: clip_by_quantile(learning_rate=-1.0), "learning_rate must be positive, got -1.0"),
+        (lambda: clip_by_quantile(initial=0), "initial must be positive, got 0"),
+        (lambda: clip_by_quantile(initial=math.inf), "initial must be below inf, got inf"),
+        (lambda: clip_by_zscore(0), "z must be positive, got 0"),
+        (lambda: clip_by_zscore(decay=1.0), r"decay must be in \[0, 1\), got 1.0"),
+        (lambda: clip_by_zscore(decay=math.nan), r"decay must be in \[0, 1\), got nan"),
+        (lambda: clip_by_zscore(warmup_steps=1), "warmup_steps must be at least 2, .* got 1"),
+        (lambda: clip_by_zscore(max_norm=-1), "max_norm must be positive, got -1; for no bound"),
+    ],
+)
+def test_tracking_refuses(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

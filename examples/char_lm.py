@@ -1,0 +1,387 @@
+"""A character-level language model: clipping that finds its own bound, and optimizer state in bytes.
+
+A small transformer learns a text, first at a learning rate that is too high for it, with four kinds of
+clipping; then at a good one, with the state of AdamW in float, in 8 and in 4 bits a number, and with
+the weights on a 4-bit grid as well. All runs of a seed have the same start and the same batches.
+
+    python examples/char_lm.py                      # the topics of Python's help(), one seed
+    python examples/char_lm.py --text FILE --seeds 3
+    python examples/char_lm.py --part state --steps 200
+"""
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+import pydoc_data
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import matplotlib.figure
+import numpy as np
+import optax
+import rich.box
+import rich.console
+import rich.progress
+import rich.table
+from flax.training.train_state import TrainState
+
+from optax_clipquant import (
+    Uniform,
+    clip_by_quantile,
+    clip_by_value,
+    clip_by_zscore,
+    clip_fractions,
+    dequantize_params,
+    export_params,
+    load,
+    quantize_params,
+    quantize_state,
+    quantize_weights,
+    save,
+)
+
+LENGTH = 96  # characters in a window
+COMMON = 95  # characters with a code of their own
+WIDTH, HEADS, BLOCKS = 96, 4, 3
+GRID = Uniform(bits=4, group_size=32)
+REPORT = 10  # steps between two updates of the progress bar
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        attention = nn.MultiHeadDotProductAttention(num_heads=HEADS)
+        x = x + attention(nn.LayerNorm()(x), mask=mask)
+        hidden = nn.gelu(nn.Dense(4 * WIDTH)(nn.LayerNorm()(x)))
+        return x + nn.Dense(WIDTH)(hidden)
+
+
+class Transformer(nn.Module):
+    vocabulary: int
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Logits of the next character, at each."""
+        x = nn.Embed(self.vocabulary, WIDTH)(tokens)
+        x = x + self.param("positions", nn.initializers.normal(0.02), (LENGTH, WIDTH))[None]
+        mask = nn.make_causal_mask(tokens)
+        for _ in range(BLOCKS):
+            x = Block()(x, mask)
+        return nn.Dense(self.vocabulary)(nn.LayerNorm()(x))
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    training: np.ndarray
+    validation: np.ndarray  # windows of LENGTH + 1 characters
+    vocabulary: int
+    title: str
+
+
+def load_text(path: pathlib.Path | None) -> Text:
+    """The text as codes; the last tenth is for validation."""
+    title = "the topics of Python's help()" if path is None else path.name
+    source = path or pathlib.Path(pydoc_data.__path__[0]) / "topics.py"
+    text = source.read_text(encoding="utf-8", errors="replace")
+    found, counts = np.unique(np.array(list(text)), return_counts=True)
+    common = found[np.argsort(-counts, kind="stable")[:COMMON]]
+    code = {c: i + 1 for i, c in enumerate(common)}  # 0: any other
+    codes = np.array([code.get(c, 0) for c in text], np.int32)
+    cut = len(codes) * 9 // 10
+    windows = (len(codes) - cut) // (LENGTH + 1)
+    if windows < 32:
+        raise SystemExit(f"{source}: {len(text):,} characters are too few; give 40,000 and more")
+    validation = codes[cut : cut + windows * (LENGTH + 1)].reshape(windows, LENGTH + 1)
+    return Text(codes[:cut], validation[:: max(windows // 512, 1)], len(common) + 1, title)
+
+
+def batches(text: Text, size: int, steps: int, seed: int) -> np.ndarray:
+    """Windows from anywhere in the training part: (steps, size, LENGTH + 1)."""
+    starts = np.random.default_rng(seed).integers(
+        0, len(text.training) - LENGTH - 1, (steps, size, 1)
+    )
+    return text.training[starts + np.arange(LENGTH + 1)]
+
+
+def loss_of(apply_fn: Callable[..., jax.Array], params: Any, windows: jax.Array) -> jax.Array:
+    """Bits a character."""
+    logits = apply_fn({"params": params}, windows[:, :-1])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
+    return jnp.mean(losses) / jnp.log(2)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def train_step(state: TrainState, windows: jax.Array) -> tuple[TrainState, jax.Array]:
+    loss, grads = jax.value_and_grad(lambda p: loss_of(state.apply_fn, p, windows))(state.params)
+    return state.apply_gradients(grads=grads), loss
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def validate(apply_fn: Callable[..., jax.Array], params: Any, windows: jax.Array) -> jax.Array:
+    return loss_of(apply_fn, params, windows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One optimizer, from a schedule."""
+
+    name: str
+    make: Callable[[optax.Schedule], optax.GradientTransformation]
+    on_grid: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    losses: np.ndarray
+    bits: float  # a character, on the validation part
+    clipped: float  # the mean clip fraction, or the share of steps that were rescaled
+    bound: float  # the last, of those that find it
+    bytes: float  # of the params (in the file, on a grid) and the state, a weight
+    state_bytes: float
+    seconds: float
+
+
+def clipping_runs(c: float) -> list[Run]:
+    def then_sgd(*first: optax.GradientTransformation) -> Any:
+        return lambda schedule: optax.chain(*first, optax.sgd(schedule, momentum=0.9))
+
+    return [
+        Run("no clipping", then_sgd()),
+        Run(f"clip_by_value({c:g})", then_sgd(clip_by_value(c))),
+        Run("clip_by_quantile()", then_sgd(clip_by_quantile())),
+        Run("clip_by_zscore()", then_sgd(clip_by_zscore())),
+    ]
+
+
+def state_runs() -> list[Run]:
+    def shrunk(bits: int) -> Any:
+        return lambda schedule: optax.chain(
+            clip_by_quantile(), quantize_state(optax.adamw(schedule), bits=bits, block_size=128)
+        )
+
+    def all_three(schedule: optax.Schedule) -> optax.GradientTransformation:
+        return optax.chain(
+            clip_by_quantile(),
+            quantize_state(optax.adamw(schedule), block_size=128),
+            quantize_weights(GRID, residual_bits=8),
+        )
+
+    return [
+        Run("float state", lambda s: optax.chain(clip_by_quantile(), optax.adamw(s))),
+        Run("8-bit state", shrunk(8)),
+        Run("4-bit state", shrunk(4)),
+        Run("8-bit state, 4-bit weights", all_three, on_grid=True),
+    ]
+
+
+def train(
+    run: Run, text: Text, rate: float, seed: int, args: argparse.Namespace, progress: Any
+) -> Result:
+    started = time.perf_counter()
+    model = Transformer(text.vocabulary)
+    params = model.init(jax.random.key(seed), text.validation[:1, :-1])["params"]
+    if run.on_grid:
+        params = dequantize_params(quantize_params(params, GRID))
+    schedule = optax.warmup_cosine_decay_schedule(0, rate, args.warmup, args.steps)
+    state = TrainState.create(apply_fn=model.apply, params=params, tx=run.make(schedule))
+    losses, shares = [], []
+    for step, windows in enumerate(batches(text, args.batch, args.steps, seed), 1):
+        state, loss = train_step(state, windows)
+        losses.append(loss)
+        shares.append(clip_share(state.opt_state))
+        if step % REPORT == 0 or step == args.steps:
+            recent = np.mean([float(x) for x in losses[-REPORT:]])
+            note = f"{run.name}, seed {seed}: {recent:.3f} bits a character"
+            progress.update(args.task, advance=(step - 1) % REPORT + 1, note=note)
+    params = state.params
+    if run.on_grid:
+        params = through_file(state, args.out / "char-lm-4-bits.safetensors")
+    weights = sum(p.size for p in jax.tree.leaves(params))
+    state_bytes = sum(x.nbytes for x in jax.tree.leaves(state.opt_state))
+    threshold = [x for _, x in optax.tree.get_all_with_path(state.opt_state, "threshold")]
+    return Result(
+        losses=np.array(jax.device_get(losses)),
+        bits=float(validate(model.apply, params, text.validation)),
+        clipped=float(np.mean(jax.device_get(shares))),
+        bound=float(threshold[0]) if threshold else np.nan,
+        bytes=sum(p.nbytes for p in jax.tree.leaves(state.params)) / weights
+        + state_bytes / weights,
+        state_bytes=state_bytes / weights,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def clip_share(opt_state: Any) -> jax.Array | float:
+    """The clip fraction; of ``clip_by_zscore``, whether it rescaled."""
+    rescaled = [x for _, x in optax.tree.get_all_with_path(opt_state, "clipped")]
+    return (clip_fractions(opt_state) or rescaled or [0.0])[0]
+
+
+def through_file(state: TrainState, file: pathlib.Path) -> Any:
+    """The params as the file gives them, which are those of the training, bit for bit."""
+    save(file, export_params(state.params, state.opt_state))
+    loaded = load(file)
+    for a, b in zip(
+        jax.tree.leaves(dequantize_params(loaded)), jax.tree.leaves(state.params), strict=True
+    ):
+        assert np.array_equal(a, b), "the file does not hold the params"
+    return loaded
+
+
+Results = dict[str, list[Result]]
+
+
+def run_all(
+    runs: list[Run], text: Text, rate: float, args: argparse.Namespace, progress: Any
+) -> Results:
+    return {
+        run.name: [train(run, text, rate, seed, args, progress) for seed in range(args.seeds)]
+        for run in runs
+    }
+
+
+def smooth(losses: np.ndarray) -> np.ndarray:
+    """The mean of the last 20."""
+    sums = np.cumsum(np.insert(losses, 0, 0))
+    ends = np.arange(1, len(losses) + 1)
+    starts = np.maximum(ends - 20, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def mean_and_spread(values: list[float]) -> str:
+    spread = f" ±{np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{spread}"
+
+
+def clipping_table(results: Results, rate: float, args: argparse.Namespace) -> rich.table.Table:
+    table = make_table(f"Learning rate {rate:g}, {args.steps} steps", args)
+    for column in ("bits a character,\nvalidation", "worst jump\nof the loss", "clipped", "last c"):
+        table.add_column(column, justify="right")
+    for name, found in results.items():
+        # By how much a step's loss exceeds the mean of the 20 before.
+        jumps = [np.max(r.losses[20:] - smooth(r.losses)[19:-1]) for r in found]
+        bound = np.mean([r.bound for r in found])
+        table.add_row(
+            name,
+            mean_and_spread([r.bits for r in found]),
+            f"{np.max(jumps):.2f}",
+            f"{np.mean([r.clipped for r in found]):.2%}",
+            f"{bound:.2g}" if np.isfinite(bound) else "",
+        )
+    return table
+
+
+def state_table(results: Results, rate: float, args: argparse.Namespace) -> rich.table.Table:
+    table = make_table(f"Learning rate {rate:g}, {args.steps} steps", args)
+    for column in (
+        *("bits a character,\nvalidation", "state, bytes\na weight"),
+        *("with params,\nbytes a weight", "seconds\na run"),
+    ):
+        table.add_column(column, justify="right")
+    for name, found in results.items():
+        table.add_row(
+            name,
+            mean_and_spread([r.bits for r in found]),
+            f"{found[0].state_bytes:.2f}",
+            f"{found[0].bytes:.2f}",
+            f"{np.mean([r.seconds for r in found]):.0f}",
+        )
+    return table
+
+
+def make_table(title: str, args: argparse.Namespace) -> rich.table.Table:
+    seeds = "seed 0" if args.seeds == 1 else f"seeds 0 to {args.seeds - 1}, mean and spread"
+    table = rich.table.Table(
+        title=f"{title}, {seeds}", box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
+    table.add_column("run")
+    return table
+
+
+def plot(path: pathlib.Path, parts: dict[str, Results]) -> None:
+    figure = matplotlib.figure.Figure(figsize=(11, 4.2), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, len(parts)))
+    styles = (("#666666", "-"), ("#D55E00", "--"), ("#0072B2", "-"), ("#009E73", "-."))
+    for axis, (title, results) in zip(axes, parts.items(), strict=True):
+        top = 0.0
+        for (name, found), (color, line) in zip(results.items(), styles, strict=True):
+            for i, result in enumerate(found):
+                curve = smooth(result.losses)
+                axis.plot(curve, line, color=color, alpha=0.8, label=None if i else name)
+                top = max(top, curve[len(curve) // 10])
+        axis.set(title=title, xlabel="step", ylabel="training loss, bits a character")
+        axis.set_ylim(None, top)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--text", type=pathlib.Path, help="a text file, in place of Python's help")
+    parser.add_argument("--part", choices=("clipping", "state"), help="only one of the two")
+    parser.add_argument("--seeds", type=int, default=1, help="how many (default 1)")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--warmup", type=int, default=20, help="steps in which the rate rises")
+    parser.add_argument("--batch", type=int, default=24, help="windows in a step")
+    parser.add_argument("--rate", type=float, default=3e-3, help="a good learning rate")
+    parser.add_argument("--high-rate", type=float, default=2e-2, help="one that is too high")
+    parser.add_argument("--c", type=float, default=1e-2, help="the bound of clip_by_value")
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder for file and plot"
+    )
+    args = parser.parse_args(argv)
+    if args.text and not args.text.is_file():
+        parser.error(f"--text: there is no file {args.text}")
+    for name in ("seeds", "steps", "batch"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if not 0 <= args.warmup < args.steps:
+        parser.error(f"--warmup must be from 0 to below --steps, got {args.warmup}")
+    for name in ("rate", "high_rate", "c"):
+        if not getattr(args, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    text = load_text(args.text)
+    args.out.mkdir(parents=True, exist_ok=True)
+    console = rich.console.Console()
+    columns = (
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        "{task.fields[note]}",
+    )
+    plans = {
+        "clipping": ("A learning rate that is too high", clipping_runs(args.c), args.high_rate),
+        "state": ("Optimizer state", state_runs(), args.rate),
+    }
+    parts = {name: plan for name, plan in plans.items() if args.part in (None, name)}
+    total = sum(len(runs) for _, runs, _ in parts.values()) * args.seeds * args.steps
+    found = {}
+    with rich.progress.Progress(*columns, console=console) as progress:
+        args.task = progress.add_task("", total=total, note="")
+        for name, (_, runs, rate) in parts.items():
+            found[name] = run_all(runs, text, rate, args, progress)
+    console.print(
+        f"{text.title}: {len(text.training):,} characters to learn from; validation on "
+        f"{text.validation[:, 1:].size:,} others."
+    )
+    for name, make in (("clipping", clipping_table), ("state", state_table)):
+        if name in parts:
+            console.print(make(found[name], parts[name][2], args))
+    plot(args.out / "char_lm.png", {parts[name][0]: results for name, results in found.items()})
+    console.print(f"Plot: {args.out}/char_lm.png")
+
+
+if __name__ == "__main__":
+    main()
