@@ -45,11 +45,13 @@ class CompandedArray:
     With ``s`` the largest magnitude in a block, the levels of a block that has negative numbers are
     those on the left, of one that has none those on the right::
 
-        sign(k) * (k / n)**2 * s,  abs(k) <= n = 2**(bits - 1) - 1
-        (k / n)**4 * s,            0 <= k <= n = 2**bits - 1
+        sign(k) * (k / n)**2 * s,           abs(k) <= n = 2**(bits - 1) - 1
+        ((k + 1) / (n + 1))**4 * s, or 0,   0 <= k <= n = 2**bits - 1, 0 at k = 0
 
-    so the largest number of a block is kept exactly, zero is kept, and second moments, which span
-    many decades, do not become zero: their least level is at least 1, unless they are zero.
+    so the largest number of a block is kept exactly, and zero is. Second moments span twice as many
+    decades as first ones, and in the least levels one stands to the other as in the largest: Adam's
+    steps do not grow where both are small. A number that is not zero gets a code that is not, where
+    there are no negative ones: a step would divide by nothing.
 
     Invariants:
       * ``scale`` is ``-s`` for a block that has negative numbers; it has the array's rank, and as
@@ -58,7 +60,7 @@ class CompandedArray:
         holds two neighbours, the first in its low bits.
 
     Attributes:
-      codes: ``k``, or ``k + n + 1`` where there are negative numbers, uint8.
+      codes: ``k``, or ``k + n + 1`` where there are negative numbers; uint8.
       scale: float32.
       block: the axis along which blocks lie, counted from the last, and their size.
       bits: 8 or 4.
@@ -71,6 +73,7 @@ class CompandedArray:
     bits: int
     dtype: np.dtype
 
+    @jax.jit
     def decode(self) -> jax.Array:
         """The array, in its dtype."""
         axis, size = self.block
@@ -79,16 +82,17 @@ class CompandedArray:
         spec = spec_of(codes, codes.shape)
         k = split_axis(codes, axis, 0, codes.shape[axis], size).astype(jnp.float32)
         scale = jnp.expand_dims(self.scale, axis + 1)
-        signed, unsigned = _counts(self.bits)
-        shifted = k - (signed + 1)
-        square = jnp.square(jnp.where(scale < 0, shifted / signed, k / unsigned))
+        shifted = k - 2.0 ** (self.bits - 1)
+        first = jnp.square(shifted / (2.0 ** (self.bits - 1) - 1)) * -scale
+        second = jnp.square(jnp.square((k + 1) / 2.0**self.bits)) * scale
         # Not even the least level of a small scale is flushed to zero.
-        fourth = jnp.where(k > 0, jnp.maximum(jnp.square(square) * scale, _TINY), 0 * scale)
-        values = jnp.where(scale < 0, jnp.sign(shifted) * square * -scale, fourth)
+        second = jnp.where(k > 0, jnp.maximum(second, _TINY), 0 * scale)
+        values = jnp.where(scale < 0, jnp.sign(shifted) * first, second)
         values = jnp.where(jnp.isfinite(scale), values, jnp.nan).astype(self.dtype)
         return merge_axis(values, axis, spec)
 
 
+@partial(jax.jit, static_argnames=("block", "bits"))
 def compand(
     x: jax.Array, block: tuple[int, int], bits: int, draws: jax.Array | None = None
 ) -> CompandedArray:
@@ -105,23 +109,20 @@ def compand(
     low, high = (f(w, axis=axis + 1, keepdims=True) for f in (jnp.min, jnp.max))
     negative = low < 0
     largest = jnp.maximum(high, -low)
-    signed, unsigned = _counts(bits)
+    n = 2.0 ** (bits - 1) - 1
     ratio = jnp.abs(w) / jnp.where(largest == 0, 1, largest)
     root = jnp.sqrt(ratio)
-    position = jnp.where(negative, root * signed, jnp.sqrt(root) * unsigned)
-    below = jnp.floor(position)
+    below = jnp.floor(jnp.where(negative, root * n, jnp.sqrt(root) * 2.0**bits - 1))
 
     def level(k: jax.Array) -> jax.Array:
-        square = jnp.square(k)
-        return jnp.where(negative, square / signed**2, jnp.square(square) / unsigned**4)
+        fourth = jnp.square(jnp.square((k + 1) / 2.0**bits))
+        return jnp.where(negative, jnp.square(k / n), fourth)
 
     chance = (ratio - level(below)) / (level(below + 1) - level(below))
-    k = below + (chance > (0.5 if draws is None else view(draws)))
-    # What is not zero stays so: a second moment of zero would divide by nothing.
-    k = jnp.where(ratio > 0, jnp.maximum(k, 1), 0)
-    n = jnp.where(negative, signed, unsigned)
-    k = jnp.minimum(k, n)
-    k = jnp.where(negative, jnp.sign(w) * k + (signed + 1), k)
+    up = chance > (0.5 if draws is None else view(draws))
+    k = below + up.astype(jnp.float32)
+    unsigned = jnp.where(w == 0, 0, jnp.clip(k, 1, 2.0**bits - 1))
+    k = jnp.where(negative, jnp.sign(w) * jnp.minimum(k, n) + (n + 1), unsigned)
     codes = jnp.where(jnp.isfinite(largest), k, 0).astype(jnp.uint8)
     codes = merge_axis(codes, axis, spec_of(x, x.shape))
     scale = jnp.squeeze(jnp.where(negative, -largest, largest), axis + 1)
@@ -173,12 +174,14 @@ def quantize_state(
       al., Memory efficient optimizers with 4-bit states, 2023 (arXiv:2309.01507).
 
     Examples:
-      >>> tx = quantize_state(optax.adam(1e-3))
+      >>> tx = quantize_state(optax.sgd(0.1, momentum=0.9))
       >>> params = {"kernel": jnp.zeros((512, 512))}
       >>> state = tx.init(params)
       >>> round(sum(x.nbytes for x in jax.tree.leaves(state)) / 512**2, 2)
-      2.03
-      >>> updates, state = tx.update({"kernel": jnp.ones((512, 512))}, state, params)
+      1.02
+      >>> updates, state = jax.jit(tx.update)({"kernel": jnp.ones((512, 512))}, state, params)
+      >>> updates["kernel"][0, 0]
+      Array(-0.1, dtype=float32)
     """
     if bits not in (4, 8):
         raise ValueError(f"quantize_state: bits must be 8 or 4, got {bits!r}")
@@ -207,7 +210,8 @@ def quantize_state(
             if is_quantized(x) or not jnp.issubdtype(dtype, jnp.floating) or x.size < min_size:
                 return x
             found = True
-            return compand(x, *_blocks(x.shape, block_size, bits))
+            # Under jit these are mostly constants, which the compiler would take seconds to fold.
+            return compand(jax.lax.optimization_barrier(x), *_blocks(x.shape, block_size, bits))
 
         inner = jax.tree.map(shrink, inner, is_leaf=is_quantized)
         if not found:
@@ -242,11 +246,6 @@ def quantize_state(
 
 def _is_companded(x: Any) -> bool:
     return isinstance(x, CompandedArray)
-
-
-def _counts(bits: int) -> tuple[float, float]:
-    """The largest ``k`` with negative numbers and without."""
-    return 2.0 ** (bits - 1) - 1, 2.0**bits - 1
 
 
 def _blocks(shape: tuple[int, ...], block_size: int, bits: int) -> tuple[tuple[int, int], int]:
