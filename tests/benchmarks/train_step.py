@@ -26,7 +26,9 @@ import rich.table
 from optax_clipquant import (
     Ternary,
     Uniform,
+    clip_by_quantile,
     clip_by_value,
+    clip_by_zscore,
     quantize_weights,
     softness_schedule,
 )
@@ -46,9 +48,13 @@ class Net(nn.Module):
 
 
 def stepper(
-    model: nn.Module, tx: optax.GradientTransformation, x: jax.Array, y: jax.Array
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    x: jax.Array,
+    y: jax.Array,
+    calls: int = CALLS,
 ) -> Callable[[], Any]:
-    """A function that runs ``CALLS`` steps, with params and state donated."""
+    """A function that runs ``calls`` steps, with params and state donated."""
     params = model.init(jax.random.key(0), x)["params"]
     state = tx.init(params)
 
@@ -64,7 +70,7 @@ def stepper(
     held = [(params, state)]
 
     def run() -> Any:
-        for _ in range(CALLS):
+        for _ in range(calls):
             held[0] = compiled(*held[0])
         return held[0]
 
@@ -87,6 +93,9 @@ def candidates(
         "optax.clip": (make(optax.clip(1.0), adam), "adam", None),
         "clip_by_value": (make(clip_by_value(1.0), adam), "optax.clip", 1.02),
         "clip_by_value, no telemetry": (make(clip_by_value(1.0, telemetry=False), adam), "optax.clip", 1.0),
+        "clip_by_quantile": (make(clip_by_quantile(), adam), "optax.clip", None),
+        "clip_by_zscore": (make(clip_by_zscore(), adam), "optax.clip_by_global_norm", None),
+        "optax.clip_by_global_norm": (make(optax.clip_by_global_norm(1.0), adam), "adam", None),
         "4 bits": (make(adam, quantize_weights(Uniform(bits=4))), "adam", 1.10),
         "4 bits, groups of 32": (make(adam, quantize_weights(Uniform(bits=4, group_size=32))), "adam", 1.10),
         "3 bits (mse)": (make(adam, quantize_weights(Uniform(bits=3))), "adam", 1.10),

@@ -1,0 +1,161 @@
+"""Adam with its state in 8 and 4 bits: bytes, step time, and how near it stays to float Adam.
+
+Nearness is measured on bitsandbytes' own terms: 50 steps on normal gradients of size .01, params of
+size .1, learning rate 1e-3; the error of the params after each step, when both start it from the same
+params, and after 50 steps on their own. With --torch-python, bitsandbytes and torchao do the same.
+
+    python tests/benchmarks/optimizer_state.py
+    python -m venv torchenv && torchenv/bin/pip install torch torchao bitsandbytes
+    python tests/benchmarks/optimizer_state.py --torch-python torchenv/bin/python
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import rich.box
+import rich.console
+import rich.progress
+import rich.table
+from train_step import Net, stepper
+
+from optax_clipquant import Uniform, clip_by_quantile, quantize_state, quantize_weights
+
+WIDTHS = (2048, 2048, 2048)
+BATCHES = {256: 4, 1024: 2, 4096: 1}  # and the steps in one timing
+SHAPE, STEPS, SEEDS = (1024, 1024), 50, 3
+RATE = 1e-3
+OPTIMIZERS = {
+    "float": optax.adam(RATE),
+    "8 bits": quantize_state(optax.adam(RATE)),
+    "4 bits": quantize_state(optax.adam(RATE), bits=4, block_size=128),
+}
+ALL_THREE = optax.chain(
+    clip_by_quantile(),
+    quantize_state(optax.adamw(RATE)),
+    quantize_weights(Uniform(bits=4), residual_bits=8),
+)
+
+
+def nearness(tx: optax.GradientTransformation, seed: int, together: bool) -> tuple[float, float]:
+    """Mean error of the params, and its mean relative to each: the largest and the median step if
+    ``together``, else after the last.
+    """
+    exact = OPTIMIZERS["float"]
+
+    def step(carry: Any, key: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+        found, state, params, exact_state = carry
+        grads = 0.01 * jax.random.normal(key, SHAPE)
+        updates, state = tx.update(grads, state, found)
+        found = optax.apply_updates(found, updates)
+        updates, exact_state = exact.update(grads, exact_state, params)
+        params = optax.apply_updates(params, updates)
+        error = jnp.abs(found - params)
+        relative = jnp.mean(error / (jnp.abs(params) + 1e-9))
+        return (params if together else found, state, params, exact_state), (error.mean(), relative)
+
+    def run(params: jax.Array, keys: jax.Array) -> Any:
+        start = (params, tx.init(params), params, exact.init(params))
+        return jax.lax.scan(step, start, keys)[1]
+
+    keys = jax.random.split(jax.random.key(seed), STEPS + 1)
+    errors, relatives = jax.jit(run)(0.1 * jax.random.normal(keys[0], SHAPE), keys[1:])
+    if together:
+        return float(errors.max()), float(jnp.median(relatives))
+    return float(errors[-1]), float(relatives[-1])
+
+
+def times(progress: rich.progress.Progress, repeats: int) -> dict[int, dict[str, list[float]]]:
+    """Seconds a step, in turns."""
+    rng = np.random.default_rng(0)
+    found = {}
+    task = progress.add_task("step time", total=len(BATCHES) * (repeats + 1))
+    for batch, calls in BATCHES.items():
+        x = jnp.asarray(rng.standard_normal((batch, 784), np.float32))
+        y = jnp.asarray(rng.integers(0, 10, batch))
+        runs = {name: stepper(Net(WIDTHS), tx, x, y, calls) for name, tx in OPTIMIZERS.items()}
+        found[batch] = {name: [] for name in runs}
+        for turn in range(repeats + 1):
+            for name, run in runs.items():
+                begin = time.perf_counter()
+                jax.block_until_ready(run())
+                if turn:  # the first compiles
+                    found[batch][name].append((time.perf_counter() - begin) / calls)
+            progress.update(task, advance=1)
+    return found
+
+
+def bytes_a_weight(tx: optax.GradientTransformation) -> float:
+    params = jax.eval_shape(Net(WIDTHS).init, jax.random.key(0), jnp.zeros((1, 784)))["params"]
+    weights = sum(p.size for p in jax.tree.leaves(params))
+    state = jax.eval_shape(tx.init, params)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) / weights
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--torch-python", help="a Python with torch, torchao and bitsandbytes")
+    parser.add_argument("--repeats", type=int, default=9)
+    args = parser.parse_args()
+    console = rich.console.Console()
+    with rich.progress.Progress(console=console) as progress:
+        seconds = times(progress, args.repeats)
+        near = {}
+        for name, tx in progress.track(list(OPTIMIZERS.items())[1:], description="nearness"):
+            near[name] = [
+                np.mean([nearness(tx, seed, together) for seed in range(SEEDS)], axis=0)
+                for together in (True, False)
+            ]
+    peers = {}
+    if args.torch_python:
+        script = pathlib.Path(__file__).with_name("optimizer_state_torch.py")
+        out = subprocess.run(
+            [args.torch_python, script], capture_output=True, text=True, check=True
+        )
+        peers = json.loads(out.stdout.splitlines()[-1])
+    table = rich.table.Table(
+        title=f"Adam, MLP 784-2048-2048-2048-10, {os.cpu_count()} cores, jax {jax.__version__}",
+        caption="Step times are ratios to float's. Errors are means over 3 seeds.",
+        box=rich.box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column("state")
+    for column in (
+        "bytes a\nweight",
+        *(f"batch\n{batch}" for batch in BATCHES),
+        *("error of\na step", "relative\n(median)", "after 50\nsteps"),
+    ):
+        table.add_column(column, justify="right")
+    for name, tx in OPTIMIZERS.items():
+        ratios = [
+            np.median(np.array(found[name]) / np.array(found["float"]))
+            for found in seconds.values()
+        ]
+        shown = [f"{r:.2f}" if name != "float" else f"{1e3 * np.median(f[name]):.0f} ms" for r, f in zip(ratios, seconds.values(), strict=True)]  # fmt: skip
+        errors = ["", "", ""]
+        if name in near:
+            (step, relative), (last, _) = near[name]
+            errors = [f"{step:.1e}", f"{relative:.1e}", f"{last:.1e}"]
+        table.add_row(name, f"{bytes_a_weight(tx):.2f}", *shown, *errors)
+    for name, (size, step, relative, last) in peers.items():
+        table.add_row(name, f"{size:.2f}", *[""] * len(BATCHES), f"{step:.1e}", f"{relative:.1e}", f"{last:.1e}")  # fmt: skip
+    table.add_row("targets", "2.1, 1.2", *["1.15"] * len(BATCHES), "6.0e-05", "6.0e-04", "")
+    console.print(table)
+    weights = 4 + bytes_a_weight(ALL_THREE)
+    console.print(
+        f"Params, 8-bit state of AdamW and latent weights in 8 bits: {weights:.2f} bytes a weight "
+        "(target 7.2), of 12 for AdamW in float."
+    )
+
+
+if __name__ == "__main__":
+    main()
