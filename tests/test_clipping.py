@@ -244,38 +244,51 @@ TRACKING = {
     "quantile-per-leaf": clip_by_quantile(per_leaf=True),
     "zscore": clip_by_zscore(warmup_steps=2),
 }
+
+
+def student(key, shape):
+    """With 2 degrees of freedom."""
+    a, b = jax.random.split(key)
+    return jax.random.normal(a, shape) / jnp.sqrt(jax.random.exponential(b, shape))
+
+
 DRAWS = {
     "normal": (jax.random.normal, scipy.stats.norm()),
     "laplace": (jax.random.laplace, scipy.stats.laplace()),
-    "student": (lambda key, shape: jax.random.t(key, 2.0, shape), scipy.stats.t(2.0)),
+    "student": (student, scipy.stats.t(2.0)),
     "cauchy": (jax.random.cauchy, scipy.stats.cauchy()),
 }
 
 
-@pytest.mark.parametrize("off", [1e-3, 1e3])
-@pytest.mark.parametrize("q", [0.1, 0.5, 0.9, 0.99, 0.999])
+@pytest.mark.parametrize("q", [0.1, 0.9, 0.99, 0.999])
 @pytest.mark.parametrize("draw", DRAWS)
-def test_quantile_arrives_from_far_off(draw, q, off):
-    """At the true quantile within 100 steps, and then at the right share of 2 million elements."""
+def test_quantile_arrives_from_far_off(draw, q):
+    """From 1000 times too small or large at the true quantile within 100 steps, and then at the right
+    share of 2 million elements.
+    """
     sample, distribution = DRAWS[draw]
     true = distribution.ppf((1 + q) / 2)
-    tx = clip_by_quantile(q, initial=off * true)
+    keys = jax.random.split(jax.random.key(0), 150)
 
     @jax.jit
-    def run():
+    @jax.vmap
+    def run(initial):
+        tx = clip_by_quantile(q, initial=initial)
+
         def step(state, key):
             _, state = tx.update({"w": sample(key, (200, 200))}, state)
             return state, state
 
-        return jax.lax.scan(step, tx.init({"w": 0}), jax.random.split(jax.random.key(0), 150))[1]
+        return jax.lax.scan(step, tx.init({"w": 0}), keys)[1]
 
-    states = run()
-    share = float(np.mean(np.asarray(states.clip_fraction[100:], np.float64)))
-    assert abs(share / (1 - q) - 1) < 0.02
-    threshold = float(np.exp(np.mean(np.log(states.threshold[100:]))))
+    states = run(jnp.array([1e-3, 1e3]) * true)
+    shares = np.mean(np.asarray(states.clip_fraction[:, 100:], np.float64), axis=1)
+    assert np.all(np.abs(shares / (1 - q) - 1) < 0.02)
+    thresholds = np.exp(np.mean(np.log(states.threshold[:, 100:]), axis=1))
     # The quantile of 2 million numbers is itself uncertain, in units of the density there.
     density = 2 * distribution.pdf(true) * true
-    assert abs(threshold / true - 1) < 5 * (q * (1 - q) / 2e6) ** 0.5 / density + 0.01
+    bound = 5 * (q * (1 - q) / 2e6) ** 0.5 / density + 0.01
+    assert np.all(np.abs(thresholds / true - 1) < bound)
 
 
 def test_quantile_step_is_the_formula_in_float64():

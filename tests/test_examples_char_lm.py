@@ -1,0 +1,52 @@
+"""examples/char_lm.py runs as a user would run it, in a quick mode."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+SCRIPT = pathlib.Path(__file__).parent.parent / "examples" / "char_lm.py"
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, SCRIPT, *args],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": "/usr/bin:/bin", "COLUMNS": "160"},
+    )
+
+
+def test_char_lm(tmp_path: pathlib.Path):
+    # A text that is easy to learn, to see that it is learnt.
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{i} and {i + 1} are two. " for i in range(4000)))
+    process = run(
+        "--text", str(text), "--steps", "40", "--batch", "8", "--out", str(tmp_path)
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    rows = {
+        name.strip(): [float(x) for x in rest.split()]
+        for name, rest in re.findall(r"(?m)^ (\S.*?)  +([\d. ]+) *$", process.stdout)
+    }
+    for name in ("8-bit state", "4-bit state", "the same, annealed"):
+        assert abs(rows[name][0] - rows["float"][0]) < 0.3, process.stdout
+        assert rows[name][0] < 3
+    assert rows["float"][1] == 8
+    assert rows["8-bit state"][1] < 2.3
+    assert rows["4-bit state"][1] < 1.3
+    assert rows["the same, annealed"][2] < 7.4
+    assert (tmp_path / "char_lm.png").stat().st_size > 10_000
+    assert (tmp_path / "char-lm-4-bits.safetensors").exists()
+
+
+def test_bad_arguments_are_refused(tmp_path: pathlib.Path):
+    process = run("--steps", "10", "--warmup", "10")
+    assert process.returncode == 2
+    assert "--warmup must be from 0 to below --steps, got 10" in process.stderr
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    process = run("--text", str(short))
+    assert process.returncode == 1
+    assert "9 characters are too few" in process.stderr
