@@ -1,5 +1,6 @@
 """Clamp gradients, train on a quantization grid, ship a small model."""
 
+from optax_clipquant.collectives import AverageGradientsState, average_gradients, state_specs
 from optax_clipquant.clipping import (
     ClipByQuantileState,
     ClipByValueState,
@@ -22,12 +23,16 @@ from optax_clipquant.weights import (
     round_weights,
 )
 from optax_clipquant.export import export_params, latent_params
-from optax_clipquant.state import CompandedArray, QuantizeStateState, quantize_state
+from optax_clipquant.companding import CompandedArray
+from optax_clipquant.state import QuantizeStateState, quantize_state
 from optax_clipquant.allocation import allocate_bits, squared_gradients
 from optax_clipquant.files import load, save
 from optax_clipquant.report import Summary, summarize
 
 __all__ = [
+    "average_gradients",
+    "state_specs",
+    "AverageGradientsState",
     "clip_by_value",
     "clip_by_quantile",
     "clip_by_zscore",
@@ -54,9 +59,9 @@ __all__ = [
     "clipquant",
     "export_params",
     "latent_params",
+    "CompandedArray",
     "quantize_state",
     "QuantizeStateState",
-    "CompandedArray",
     "allocate_bits",
     "squared_gradients",
     "save",

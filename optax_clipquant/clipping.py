@@ -12,6 +12,7 @@ import optax
 from jax.core import Tracer
 
 from optax_clipquant.paths import path_of
+from optax_clipquant.reductions import extremes
 from optax_clipquant.sharding import split_axis
 
 PyTree = Any
@@ -207,17 +208,17 @@ def clip_by_quantile(
                 )
             clipped, count = _clip("clip_by_quantile", g, thresholds[name], True)
             assert count is not None
-            seen.setdefault(name, []).append((count, g.size, _largest(g)))
+            seen.setdefault(name, []).append((count, g.size, _peak(g)))
             return clipped
 
         clipped = jax.tree_util.tree_map_with_path(clip, updates)
         tracked = dict(thresholds)
         for name, found in seen.items():
-            counts, sizes, largest = zip(*found, strict=True)
+            counts, sizes, peaks = zip(*found, strict=True)
             off = _fraction(counts, sum(sizes)) - share
             step = learning_rate * jnp.clip(off * gain, -1, 1)
             moved = jnp.clip(thresholds[name] * jnp.exp(step), _TINY, _HUGE)
-            peak = jnp.max(jnp.stack(largest))
+            peak = sum(peaks, jnp.zeros((), jnp.float32))
             tracked[name] = jnp.where((peak > 0) & (peak < jnp.inf), moved, thresholds[name])
         every = [leaf for found in seen.values() for leaf in found]
         return clipped, ClipByQuantileState(
@@ -453,11 +454,11 @@ def _fraction(counts: Iterable[jax.Array], size: int) -> jax.Array:
     return total / max(size, 1)
 
 
-def _largest(g: jax.Array) -> jax.Array:
-    """The largest magnitude, of a real or imaginary part, in float32; NaN where there is one."""
+def _peak(g: jax.Array) -> jax.Array:
+    """A float32: 0 where all elements are, not finite where one is not."""
     parts = (g.real, g.imag) if jnp.issubdtype(g.dtype, jnp.complexfloating) else (g,)
-    peaks = [jnp.max(jnp.abs(part), initial=0).astype(jnp.float32) for part in parts]
-    return jnp.max(jnp.stack(peaks))
+    ends = [jnp.maximum(high, -low) for high, low in map(extremes, parts)]
+    return sum((jnp.squeeze(end).astype(jnp.float32) for end in ends), jnp.zeros((), jnp.float32))
 
 
 def _quantile_gain(share: Any, learning_rate: Any) -> jax.Array:

@@ -8,7 +8,7 @@ from optax_clipquant.sharding import reshard, spec_of
 _GOLDEN = 0x9E3779B9  # 2**32 over the golden ratio
 
 
-def dither(like: jax.Array, stream: int, step: jax.typing.ArrayLike) -> jax.Array:
+def dither(like: jax.Array, stream: jax.typing.ArrayLike, step: jax.typing.ArrayLike) -> jax.Array:
     """Numbers in [0, 1) of the shape and sharding of ``like``.
 
     Each element starts at a hash of its index, and moves on by the golden ratio (modulo 1) in each
@@ -24,7 +24,7 @@ def dither(like: jax.Array, stream: int, step: jax.typing.ArrayLike) -> jax.Arra
       stream: a number of its own for each array, so that two of them do not get the same numbers.
       step: the number of the step, an integer.
     """
-    index = _mix(jnp.asarray(stream, jnp.uint32))
+    index = _mix(jnp.asarray(stream).astype(jnp.uint32))
     # An odd multiplier for each axis spreads neighbours over all bits; the mixing does the rest.
     multiplier = 0x9E3779B1
     for axis in range(like.ndim):

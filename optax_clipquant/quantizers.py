@@ -15,7 +15,8 @@ from jax.core import Tracer
 
 from optax_clipquant.grids import Grid
 from optax_clipquant.qarray import QArray
-from optax_clipquant.scales import extremes, least_squares, mean_magnitude, moments, round_scale
+from optax_clipquant.reductions import extremes
+from optax_clipquant.scales import least_squares, mean_magnitude, moments, round_scale
 from optax_clipquant.sharding import split_axis
 
 

@@ -150,4 +150,7 @@ def _errors(before: jax.Array, after: jax.Array) -> tuple[jax.Array, jax.Array, 
     magnitude = jnp.abs(before).astype(jnp.float32)
     unit = jnp.max(magnitude, initial=0)
     unit = jnp.where(unit == 0, 1, unit)
-    return jnp.max(error, initial=0), jnp.sum((error / unit) ** 2), jnp.sum((magnitude / unit) ** 2)
+    noise = jnp.sum((error / unit) ** 2)
+    # A maximum may drop NaN, a sum does not.
+    largest = jnp.where(jnp.isnan(noise), jnp.nan, jnp.max(error, initial=0))
+    return largest, noise, jnp.sum((magnitude / unit) ** 2)

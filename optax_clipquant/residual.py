@@ -17,7 +17,8 @@ from optax_clipquant.dither import dither
 from optax_clipquant.grids import Grid
 from optax_clipquant.qarray import QArray
 from optax_clipquant.quantizers import Granular
-from optax_clipquant.scales import extremes, round_scale
+from optax_clipquant.reductions import extremes
+from optax_clipquant.scales import round_scale
 
 
 def start(residual: jax.Array, grid: Grid) -> QArray:

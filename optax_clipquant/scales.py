@@ -50,7 +50,8 @@ def moments(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     between = jnp.square(means / largest - mean / largest)
     spread = jnp.sqrt(jnp.mean(squares * jnp.square(unit / largest) + between))
     std = jnp.minimum(largest * jnp.minimum(spread, 1), _LARGEST)
-    constant = jnp.max(high) == jnp.min(low)
+    # A maximum may drop NaN, a sum does not.
+    constant = (jnp.max(high) == jnp.min(low)) & ~jnp.isnan(mean)
     return jnp.where(constant, jnp.max(high), mean), std, constant
 
 
@@ -59,14 +60,6 @@ def mean_magnitude(w: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     count = math.prod(w.shape[axis] for axis in axes)
     half = jnp.sum(jnp.abs(w) * (0.5 / max(count, 1)), axis=axes, keepdims=True)
     return 2 * jnp.where(jnp.isinf(half), half, jnp.minimum(half, _LARGEST / 4))
-
-
-def extremes(w: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """The largest and the least element along ``axes``, 0 among them."""
-    return (
-        jnp.max(w, axis=axes, keepdims=True, initial=0),
-        jnp.min(w, axis=axes, keepdims=True, initial=0),
-    )
 
 
 def least_squares(w: jax.Array, axes: tuple[int, ...], start: Grid | None, absmax: Grid) -> Grid:

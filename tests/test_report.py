@@ -59,3 +59,13 @@ def test_other_leaves_or_shapes():
         summarize(params, {"v": params["w"]})
     with pytest.raises(ValueError, match="leaf 'w' has shape"):
         summarize(params, {"w": jnp.ones((4, 3))})
+
+
+def test_a_leaf_with_nan_shows_it():
+    """In a large array XLA's CPU backend drops NaN from a maximum."""
+    w = weights((192, 256))
+    w[7, 255] = np.nan
+    params = {"kernel": jnp.asarray(w)}
+    (row,) = summarize(params, quantize_params(params, Uniform(bits=8))).rows
+    assert math.isnan(row.max_error)
+    assert math.isnan(row.snr_db)
