@@ -1,0 +1,176 @@
+"""Killed at any moment, nothing is lost: training resumes bit for bit, and a file is whole or absent.
+
+The script forks its workers from a process that has imported everything and started no backend, so
+that a kill costs as little as it can.
+"""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+
+COMMON = """
+import os, pathlib, random, shutil, signal, sys, time, warnings
+import jax, jax.numpy as jnp, numpy as np, optax
+import orbax.checkpoint as ocp
+from optax_clipquant import *
+
+folder, kills = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+warnings.filterwarnings("ignore", message="os.fork")
+rng = random.Random(0)
+
+
+def forked(work, seconds=None):
+    \"\"\"Whether the work came to its end before it was killed.\"\"\"
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+    if seconds is not None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                break
+            time.sleep(0.005)
+        else:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return False
+    else:
+        _, status = os.waitpid(pid, 0)
+    assert status == 0, f"a worker failed: {status}"
+    return True
+"""
+
+TRAINING = (
+    COMMON
+    + """
+STEPS = 40
+tx = optax.chain(
+    clip_by_quantile(),
+    quantize_state(optax.adam(1e-2), min_size=64, block_size=16),
+    quantize_weights(Uniform(4), residual_bits=8),
+)
+
+
+def train(where):
+    @jax.jit
+    def step(params, state, i):
+        x = jax.random.normal(jax.random.fold_in(jax.random.key(1), i), (16, 16))
+        grads = jax.grad(lambda p: jnp.mean(jnp.square(jnp.tanh(x @ p["w"]) - jnp.sin(x))))(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = {"w": jax.random.normal(jax.random.key(0), (16, 16))}
+    carry, done = (params, tx.init(params)), 0
+    with ocp.CheckpointManager(where, options=ocp.CheckpointManagerOptions(max_to_keep=2)) as manager:
+        if manager.latest_step() is not None:
+            done = manager.latest_step()
+            carry = manager.restore(done, args=ocp.args.StandardRestore(carry))
+        for i in range(done, STEPS):
+            carry = step(*carry, i)
+            time.sleep(0.01)
+            if i % 4 == 3:
+                manager.save(i + 1, args=ocp.args.StandardSave(carry))
+    with open(where.with_suffix(".tmp"), "wb") as file:
+        for leaf in jax.tree.leaves(carry):
+            file.write(np.asarray(leaf).tobytes())
+    os.replace(where.with_suffix(".tmp"), where.with_suffix(".bytes"))
+
+
+assert forked(lambda: train(folder / "whole"))
+expected = (folder / "whole.bytes").read_bytes()
+killed = ended = resumed = 0
+where = folder / "killed"
+while killed < kills or not ended:
+    before = where.exists() and any(p.name.isdigit() for p in where.iterdir())
+    resumed += before
+    if not forked(lambda: train(where), rng.uniform(0.3, 2.5) if killed < kills else None):
+        killed += 1
+        continue
+    ended += 1
+    assert where.with_suffix(".bytes").read_bytes() == expected, "another end than without a kill"
+    shutil.rmtree(where)
+    where.with_suffix(".bytes").unlink()
+print(killed, ended, resumed)
+"""
+)
+
+SAVING = (
+    COMMON
+    + """
+path = folder / "model.safetensors"
+
+
+def tree(seed):
+    w = np.random.default_rng(seed).standard_normal((400, 500)).astype(np.float32)
+    return {"w": jnp.asarray(w), "q": quantize_params({"a": jnp.asarray(w)}, Uniform(4))["a"]}
+
+
+def work():
+    trees = [tree(0), tree(1)]
+    (folder / "ready").touch()
+    for i in range(10**6):
+        save(path, trees[i % 2])
+
+
+def check():
+    expected = [jax.tree.leaves(dequantize_params(tree(seed))) for seed in (0, 1)]
+    found = jax.tree.leaves(dequantize_params(load(path)))
+    same = [all(np.array_equal(a, b) for a, b in zip(found, e, strict=True)) for e in expected]
+    assert any(same), "the file holds neither tree"
+
+
+killed = 0
+while killed < kills:
+    # From when it saves, not from when it starts.
+    (folder / "ready").unlink(missing_ok=True)
+    pid = os.fork()
+    if pid == 0:
+        work()
+        os._exit(1)
+    while not (folder / "ready").exists():
+        time.sleep(0.005)
+    time.sleep(rng.uniform(0.02, 0.3))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    killed += 1
+    if path.exists():
+        assert forked(check)
+print(killed, path.exists(), len([p for p in folder.iterdir() if p.name not in ("ready", path.name)]))
+"""
+)
+
+
+def run(script: str, folder: pathlib.Path, kills: int) -> list[str]:
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    process = subprocess.run(
+        [sys.executable, "-c", script, str(folder), str(kills)],
+        capture_output=True, text=True, check=False, env=env, timeout=300,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr[-3000:]
+    return process.stdout.split()
+
+
+def test_training_resumes_bit_for_bit(tmp_path: pathlib.Path):
+    killed, ended, resumed = map(int, run(TRAINING, tmp_path, 20))
+    assert killed == 20
+    assert ended >= 1
+    assert resumed >= 5  # many began from a checkpoint
+
+
+def test_save_leaves_a_whole_file(tmp_path: pathlib.Path):
+    killed, exists, left = run(SAVING, tmp_path, 20)
+    assert (killed, exists) == ("20", "True")
+    # A temporary file of a save that was killed stays beside it, under another name.
+    assert int(left) <= 20
