@@ -251,10 +251,7 @@ def run_all(
 
 def smooth(losses: np.ndarray) -> np.ndarray:
     """The mean of the last 20."""
-    sums = np.cumsum(np.insert(losses, 0, 0))
-    ends = np.arange(1, len(losses) + 1)
-    starts = np.maximum(ends - 20, 0)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+    return np.array([losses[max(0, end - 20) : end].mean() for end in range(1, len(losses) + 1)])
 
 
 def mean_and_spread(values: list[float]) -> str:
@@ -317,14 +314,19 @@ def plot(path: pathlib.Path, parts: dict[str, Results]) -> None:
         ("#CC79A7", ":"),
     )
     for axis, (title, results) in zip(axes, parts.items(), strict=True):
-        top = 0.0
+        top, bottom = 0.0, np.inf
         for (name, found), (color, line) in zip(results.items(), styles, strict=False):
             for i, result in enumerate(found):
                 curve = smooth(result.losses)
                 axis.plot(curve, line, color=color, alpha=0.8, label=None if i else name)
-                top = max(top, curve[len(curve) // 10])
+                bottom = min(bottom, np.nanmin(curve) - 0.1)
+                if np.isfinite(curve[len(curve) // 10]):
+                    top = max(top, curve[len(curve) // 10])
+        # What diverges leaves the picture: no net need be worse than at its start.
+        first = next(iter(results.values()))[0].losses[0]
+        top = min(top, first)
         axis.set(title=title, xlabel="step", ylabel="training loss, bits a character")
-        axis.set_ylim(None, top)
+        axis.set_ylim(bottom, top)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=9)
     figure.savefig(path, dpi=120)

@@ -1,0 +1,126 @@
+"""Long and large: 10,000 steps, and nets of up to 1,000 leaves.
+
+Memory must not grow nor the step time drift over the steps; the time to trace and compile a training
+step must grow with the number of leaves as it does for the plain optimizer.
+
+    python tests/benchmarks/long.py
+"""
+
+import argparse
+import os
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import rich.box
+import rich.console
+import rich.progress
+import rich.table
+
+from optax_clipquant import (
+    Uniform,
+    clip_by_quantile,
+    clip_by_value,
+    quantize_state,
+    quantize_weights,
+)
+
+GRID = quantize_weights(Uniform(bits=4))
+TRANSFORMS = {
+    "adam": optax.adam(1e-3),
+    "clip_by_value": optax.chain(clip_by_value(1.0), optax.adam(1e-3)),
+    "4 bits": optax.chain(optax.adam(1e-3), GRID),
+    "clip_by_value, 4 bits": optax.chain(clip_by_value(1.0), optax.adam(1e-3), GRID),
+    "clip_by_quantile, 8-bit state, 4 bits, residual": optax.chain(
+        clip_by_quantile(),
+        quantize_state(optax.adam(1e-3), min_size=0),
+        quantize_weights(Uniform(bits=4), residual_bits=8),
+    ),
+}
+LEAVES = (10, 100, 1000)
+TARGET = 1.3
+
+
+def resident_bytes() -> int:
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def net_of(leaves: int) -> dict[str, jax.Array]:
+    return {f"kernel_{i}": jnp.full((32, 32), 0.1) for i in range(leaves)}
+
+
+def step_of(tx: optax.GradientTransformation) -> Any:
+    def loss(params: Any, x: jax.Array) -> jax.Array:
+        for kernel in params.values():
+            x = jnp.tanh(x @ kernel)
+        return jnp.mean(jnp.square(x - 0.5))
+
+    def step(params: Any, state: Any, x: jax.Array) -> Any:
+        updates, state = tx.update(jax.grad(loss)(params, x), state, params)
+        return optax.apply_updates(params, updates), state
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+def compile_seconds(tx: optax.GradientTransformation, leaves: int) -> float:
+    params = net_of(leaves)
+    state = jax.eval_shape(tx.init, params)
+    step = step_of(tx)
+    begin = time.perf_counter()
+    step.lower(params, state, jnp.ones((8, 32))).compile()
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--leaves", type=int, nargs="+", default=list(LEAVES))
+    args = parser.parse_args()
+    console = rich.console.Console()
+    name, tx = list(TRANSFORMS.items())[-1]
+    params = net_of(6)
+    state, step, x = tx.init(params), step_of(tx), jnp.ones((64, 32))
+    params, state = step(params, state, x)
+    part = max(args.steps // 10, 1)
+    seconds, memory = [], []
+    for _ in rich.progress.track(range(10), description=f"{args.steps} steps", console=console):
+        times = []
+        for _ in range(part):
+            begin = time.perf_counter()
+            params, state = step(params, state, x)
+            jax.block_until_ready(params)
+            times.append(time.perf_counter() - begin)
+        seconds.append(np.median(times))
+        memory.append(resident_bytes())
+    console.print(
+        f"{name}: {args.steps} steps; a step takes {1e3 * seconds[0]:.2f} ms in the first tenth and "
+        f"{1e3 * seconds[-1]:.2f} in the last ({seconds[-1] / seconds[0]:.2f}x); memory after them "
+        f"{memory[0] / 1e6:.1f} and {memory[-1] / 1e6:.1f} MB; {step._cache_size()} compilation."
+    )
+    table = rich.table.Table(
+        title="seconds to trace and compile a training step, and as a ratio to adam's",
+        box=rich.box.SIMPLE_HEAD,
+    )
+    table.add_column("step")
+    for leaves in args.leaves:
+        table.add_column(f"{leaves} leaves", justify="right")
+    rows: dict[str, list[float]] = {name: [] for name in TRANSFORMS}
+    total = [(leaves, name) for leaves in args.leaves for name in TRANSFORMS]
+    for leaves, name in rich.progress.track(total, description="compiling", console=console):
+        rows[name].append(compile_seconds(TRANSFORMS[name], leaves))
+    for name, found in rows.items():
+        cells = [
+            f"{s:.1f} ({s / plain:.2f}x)" for s, plain in zip(found, rows["adam"], strict=True)
+        ]
+        table.add_row(name, *cells)
+    table.add_row("target", *[f"{TARGET}x"] * len(args.leaves))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
