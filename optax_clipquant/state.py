@@ -128,7 +128,11 @@ def quantize_state(
             state.inner_state,
             is_leaf=_is_companded,
         )
-        updates, inner = optimizer.update(updates, inner, params, **extra_args)
+        # The state is that of bare arrays; NNX's variables are put around the updates again.
+        boxes = jax.tree.structure(updates)
+        updates, inner = optimizer.update(unboxed(updates), inner, unboxed(params), **extra_args)
+        if jax.tree.structure(updates) != boxes:
+            updates = jax.tree.unflatten(boxes, jax.tree.leaves(updates))
         streams = itertools.count()
 
         def keep(before: Any, x: Any) -> Any:

@@ -145,7 +145,12 @@ def arrays() -> tuple[jax.Array, jax.Array, jax.Array]:
 def haiku() -> Case:
     first, second, bias = arrays()
     tree = {"mlp/~/linear_0": {"w": first}, "mlp/~/linear_1": {"w": second, "b": bias}}
-    return plain(tree, lambda p: (p["mlp/~/linear_0"]["w"], *p["mlp/~/linear_1"].values()))
+
+    def leaves(params: Any) -> tuple[jax.Array, ...]:
+        last = params["mlp/~/linear_1"]
+        return params["mlp/~/linear_0"]["w"], last["w"], last["b"]
+
+    return plain(tree, leaves)
 
 
 TREES = {
@@ -222,8 +227,20 @@ FULL = chain(quantize_weights(GRID))
 # Whether both of the layers end up on a grid.
 WRAPPERS: dict[str, tuple[optax.GradientTransformation, bool]] = {
     "MultiSteps": (optax.MultiSteps(FULL, 2).gradient_transformation(), True),
-    "masked": (optax.masked(FULL, lambda p: {k: k == "Dense_0" for k in p}), False),
+    "masked": (
+        optax.chain(
+            optax.masked(FULL, lambda p: {k: k == "Dense_0" for k in p}),
+            optax.masked(optax.sgd(0.1), lambda p: {k: k != "Dense_0" for k in p}),
+        ),
+        False,
+    ),
     "partition": (optax.partition({"q": FULL, "f": optax.sgd(0.1)}, labels), False),
+    "two partitions": (
+        optax.partition(
+            {"q": FULL, "f": optax.chain(optax.sgd(0.1), quantize_weights(GRID))}, labels
+        ),
+        True,
+    ),
     "inject_hyperparams": (
         optax.chain(
             optax.inject_hyperparams(clip_by_quantile)(q=0.99),

@@ -240,55 +240,6 @@ def test_nnx_optimizer():
         assert latent_params(params, opt)["first"]["kernel"].shape == (12, 10)
 
 
-def wrapped(kind: str, quantizer) -> optax.GradientTransformation:
-    inner = optimizer(quantize_weights(quantizer))
-    labels = lambda params: {k: "q" if k == "Dense_0" else "f" for k in params}  # noqa: E731
-    return {
-        "MultiSteps": lambda: optax.MultiSteps(inner, 2).gradient_transformation(),
-        "masked": lambda: optax.masked(inner, lambda p: {k: k == "Dense_0" for k in p}),
-        "partition": lambda: optax.partition({"q": inner, "f": optax.sgd(0.1)}, labels),
-        "inject_hyperparams": lambda: optax.chain(
-            optax.inject_hyperparams(optax.sgd)(learning_rate=0.05),
-            optax.inject_hyperparams(quantize_weights)(quantizer=quantizer),
-        ),
-        "apply_if_finite": lambda: optax.chain(
-            optax.apply_if_finite(optax.sgd(0.05), 3), quantize_weights(quantizer)
-        ),
-        "two partitions": lambda: optax.partition(
-            {"q": inner, "f": optax.chain(optax.sgd(0.1), quantize_weights(Ternary()))}, labels
-        ),
-    }[kind]()
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "MultiSteps",
-        "masked",
-        "partition",
-        "inject_hyperparams",
-        "apply_if_finite",
-        "two partitions",
-    ],
-)
-def test_inside_wrappers(kind):
-    quantizer = Uniform(bits=3)
-    tx = wrapped(kind, quantizer)
-    params = projected({"Dense_0": quantizer, "Dense_1": Ternary() if "two" in kind else quantizer})
-    # Optax's wrappers multiply floats by booleans.
-    with jax.numpy_dtype_promotion("standard"):
-        state = tx.init(params)
-        step = jax.jit(make_step(tx))
-        start = params["Dense_0"]["kernel"]
-        for _ in range(5):
-            params, state, _ = step(params, state, *batch())
-            assert_on_grid(params, state)
-        assert np.any(params["Dense_0"]["kernel"] != start)
-        exported = export_params(params, state)
-    quantized = [isinstance(exported[layer]["kernel"], QArray) for layer in exported]
-    assert quantized == [True, kind not in ("masked", "partition")]
-
-
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("name", ["uniform4", "ternary", "zscore7", "uniform2-groups"])
 def test_round_weights_is_on_the_grid(platform, variant, stochastic, name):
