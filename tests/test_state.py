@@ -2,9 +2,6 @@ import warnings
 
 import chex
 import flax.serialization
-import hypothesis
-import hypothesis.extra.numpy as hnp
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,8 +20,6 @@ from optax_clipquant import (
     quantize_state,
     quantize_weights,
 )
-from optax_clipquant.companding import compand
-from optax_clipquant.dither import dither
 from optax_clipquant.state import _blocks
 
 BITS = [8, 4]
@@ -35,95 +30,6 @@ def _standard_promotion():
     """Optimizers of optax do not hold strict promotion."""
     with jax.numpy_dtype_promotion("standard"):
         yield
-
-
-def levels(bits: int, negative: bool) -> np.ndarray:
-    """For a largest magnitude of 1, in float64."""
-    if negative:
-        k = np.arange(-(2 ** (bits - 1)) + 1, 2 ** (bits - 1))
-        return np.sign(k) * (k / k[-1]) ** 2
-    k = np.arange(2**bits)
-    return np.where(k > 0, ((k + 1) / 2**bits) ** 4, 0)
-
-
-def blocks_of(x: np.ndarray, block: tuple[int, int]) -> np.ndarray:
-    """(blocks, size), in float64."""
-    axis, size = block
-    return np.moveaxis(x.astype(np.float64), axis, -1).reshape(-1, size)
-
-
-@pytest.mark.parametrize("bits", BITS)
-@hypothesis.given(
-    x=hnp.arrays(
-        np.float32,
-        st.sampled_from([(6, 32), (32, 6), (4, 3, 16), (64,)]),
-        elements=st.one_of(
-            st.floats(-1, 1, width=32),
-            st.sampled_from([0.0, 1.0, -1.0, 1e-20, 1e-6, -1e-6, 2.0**100, 1e-30]),
-        ),
-    ),
-    positive=st.booleans(),
-)
-def test_nearest_level_in_float64(bits, x, positive):
-    x = np.abs(x) if positive else x
-    x = np.where(np.abs(x) < 2.0**-126, 0, x)  # XLA flushes denormals
-    block, used = _blocks(x.shape, 16, bits)
-    with jax.numpy_dtype_promotion("strict"):
-        kept = compand(jnp.asarray(x), block, used, dither(jnp.asarray(x), 0, 0) * 0 + 0.5)
-        decoded = np.asarray(kept.decode())
-    assert kept.codes.nbytes == x.size * used // 8
-    chex.assert_equal_shape([decoded, x])
-    for w, found in zip(blocks_of(x, block), blocks_of(decoded, block), strict=True):
-        largest = np.abs(w).max()
-        if largest == 0:
-            assert np.all(found == 0)
-            continue
-        table = levels(used, w.min() < 0)
-        nearest = np.abs(table[None] - w[:, None] / largest).min(1)
-        error = np.abs(found - w) / largest
-        # Where there are no negative numbers, what is nearest to zero takes the first level.
-        kept = (w == 0) | (w.min() < 0) | (w / largest >= table[table > 0].min())
-        assert np.all(error[kept] <= nearest[kept] + 1e-6)
-        np.testing.assert_allclose(
-            found[~kept], table[table > 0].min() * largest, rtol=1e-5, atol=0
-        )
-        assert np.all(found[w == 0] == 0)
-        assert np.all(found * w >= 0)
-        np.testing.assert_allclose(np.abs(found).max(), largest, rtol=1e-6)
-
-
-def test_small_second_moments_do_not_become_zero():
-    x = jnp.geomspace(1e-37, 1e-30, 256)[None]
-    for bits in BITS:
-        assert np.all(compand(x, (-1, 256), bits).decode() > 0)
-
-
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("positive", [False, True])
-def test_rounding_is_right_on_the_average(bits, positive):
-    x = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
-    x = x**2 if positive else x
-    tx = quantize_state(optax.trace(1.0), bits=bits, block_size=64, min_size=1)
-    zero = {"w": jnp.zeros((8, 64))}
-    start = tx.init(zero)
-    start = start._replace(
-        inner_state=jax.tree.map(lambda _: compand(jnp.asarray(x), (-1, 64), bits), start.inner_state,
-                                 is_leaf=lambda s: isinstance(s, CompandedArray))
-    )  # fmt: skip
-    exact = start.inner_state.trace["w"].decode()
-    off = jnp.asarray(x) - exact
-
-    def once(count):
-        _, state = tx.update({"w": off}, start._replace(count=count), None)
-        return state.inner_state.trace["w"].decode()
-
-    mean = np.asarray(jax.jit(jax.vmap(once))(jnp.arange(2000)), np.float64).mean(0)
-    largest = np.abs(x).max(1, keepdims=True)
-    table = levels(bits, not positive)
-    # Below the first level second moments are rounded up, always.
-    right = (np.abs(x) / largest > table[table > 0].min()) | (not positive)
-    assert right.mean() > 0.5
-    assert (np.abs(mean - x) / largest)[right].max() < 0.005 * np.diff(table).max() + 1e-6
 
 
 OPTIMIZERS = {
@@ -286,9 +192,6 @@ def test_not_finite_stays_in_its_block_and_is_seen():
         expected = np.ones((4, 32), bool)
         expected[1, 16:] = False
         np.testing.assert_array_equal(finite, expected)
-        # In a large array XLA's CPU backend drops NaN from a maximum.
-        large = compand(jnp.ones((192, 256)).at[7, 255].set(bad), (-1, 256), 8).decode()
-        np.testing.assert_array_equal(np.isfinite(large).all(1), np.arange(192) != 7)
 
 
 def test_what_is_small_or_no_float_stays_as_it_is():
