@@ -254,7 +254,8 @@ def job_of(method: str, width: str, seed: int, spec: Spec, split: str) -> dict[s
 
 
 def spec_of(job: dict[str, Any]) -> Spec:
-    return {k: v for k, v in job.items() if k in ("quantizer", "anneal", "rule", "channel_axis")}
+    names = ("quantizer", "anneal", "rule", "channel_axis", "residual_bits")
+    return {name: job[name] for name in names if name in job}
 
 
 def write_starts(args: argparse.Namespace, jobs: list[dict[str, Any]], images: int) -> None:
