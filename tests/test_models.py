@@ -166,8 +166,9 @@ TREES = {
 }
 
 
-@pytest.mark.parametrize("residual_bits", [None, 8])
-@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize(
+    ("name", "residual_bits"), [("linen layers", None), *((name, 8) for name in TREES)]
+)
 def test_trains_on_the_grid_and_ships(tmp_path, name, residual_bits):
     case = TREES[name]()
     if "Frozen" in name:
