@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from optax_clipquant.paths import path_of
+from optax_clipquant.paths import is_float0, path_of
 from optax_clipquant.reductions import extremes
 from optax_clipquant.sharding import split_axis
 
@@ -93,7 +93,7 @@ def clip_by_value(c: Bound, *, telemetry: bool = True) -> optax.GradientTransfor
 
         def clip(bound: Bound, g: Any) -> Any:
             nonlocal size
-            if _is_float0(g):
+            if is_float0(g):
                 return g
             clipped, count = _clip("clip_by_value", g, bound, telemetry)
             counts.append(count)
@@ -199,7 +199,7 @@ def clip_by_quantile(
         seen: dict[str, list[tuple[jax.Array, int, jax.Array]]] = {}
 
         def clip(path: jax.tree_util.KeyPath, g: Any) -> Any:
-            if _is_float0(g):
+            if is_float0(g):
                 return g
             name = path_of(path) if per_leaf else ""
             if name not in thresholds:
@@ -333,7 +333,7 @@ def clip_by_zscore(
         scale = jnp.where(spike, limit / norm, 1)
 
         def rescale(g: Any) -> Any:
-            if _is_float0(g):
+            if is_float0(g):
                 return g
             if jnp.issubdtype(g.dtype, jnp.complexfloating):
                 return jax.lax.complex(rescale(g.real), rescale(g.imag))
@@ -398,10 +398,6 @@ def _check_positive(transform: str, name: str, value: Any, help: str = "") -> No
         raise ValueError(f"{transform}: {name} must be positive, got {value}{help}")
 
 
-def _is_float0(g: Any) -> bool:
-    return getattr(g, "dtype", None) == jax.dtypes.float0
-
-
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 _HUGE = float(jnp.finfo(jnp.float32).max)
 
@@ -454,10 +450,14 @@ def _fraction(counts: Iterable[jax.Array], size: int) -> jax.Array:
     return total / max(size, 1)
 
 
+def _parts(g: jax.Array) -> tuple[jax.Array, ...]:
+    """The real arrays that ``g`` is made of."""
+    return (g.real, g.imag) if jnp.issubdtype(g.dtype, jnp.complexfloating) else (g,)
+
+
 def _peak(g: jax.Array) -> jax.Array:
     """A float32: 0 where all elements are, not finite where one is not."""
-    parts = (g.real, g.imag) if jnp.issubdtype(g.dtype, jnp.complexfloating) else (g,)
-    ends = [jnp.maximum(high, -low) for high, low in map(extremes, parts)]
+    ends = [jnp.maximum(high, -low) for high, low in map(extremes, _parts(g))]
     return sum((jnp.squeeze(end).astype(jnp.float32) for end in ends), jnp.zeros((), jnp.float32))
 
 
@@ -478,10 +478,9 @@ def _norm(updates: PyTree, unit: jax.Array) -> jax.Array:
     unit = jax.lax.reduce_precision(unit, 8, 0)
     total = jnp.zeros((), jnp.float32)
     for g in jax.tree.leaves(updates):
-        if _is_float0(g):
+        if is_float0(g):
             continue
         _check_gradient("clip_by_zscore", g)
-        parts = (g.real, g.imag) if jnp.issubdtype(g.dtype, jnp.complexfloating) else (g,)
-        for part in parts:
+        for part in _parts(g):
             total += jnp.sum(jnp.square(part.astype(jnp.float32) / unit))
     return unit * jnp.sqrt(total)

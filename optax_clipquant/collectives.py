@@ -8,6 +8,7 @@ import optax
 
 from optax_clipquant.companding import CompandedArray, compand
 from optax_clipquant.dither import dither
+from optax_clipquant.paths import is_float0
 
 PyTree = Any
 AxisName = str | tuple[str, ...]
@@ -113,7 +114,7 @@ def average_gradients(
         errors = treedef.flatten_up_to(state.error) if error_feedback else [None] * len(leaves)
         means, left = [], []
         for stream, (g, error) in enumerate(zip(leaves, errors, strict=True)):
-            if getattr(g, "dtype", None) == jax.dtypes.float0:
+            if is_float0(g):
                 mean = g
             else:
                 _check_differs(g, axis_name)

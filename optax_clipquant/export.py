@@ -11,13 +11,9 @@ from jax.core import Tracer
 
 from optax_clipquant.grids import Grid
 from optax_clipquant.params import PyTree, leaves_of
-from optax_clipquant.paths import path_of, unboxed
+from optax_clipquant.paths import path_of
 from optax_clipquant.qarray import QArray
-from optax_clipquant.weights import (
-    QuantizeWeightsState,
-    RoundWeightsState,
-    latent_of,
-)
+from optax_clipquant.weights import latent_of, weight_states
 
 
 def export_params(params: PyTree, opt_state: PyTree) -> PyTree:
@@ -81,12 +77,7 @@ def _find(opt_state: PyTree, field: str) -> Iterator[tuple[str, Any]]:
     """Path and value of each leaf in ``field`` of the weight transforms' states."""
     if isinstance(opt_state, nnx.Optimizer):
         opt_state = opt_state.opt_state
-    kinds = (QuantizeWeightsState, RoundWeightsState)
-    states = [
-        state
-        for state in jax.tree.leaves(unboxed(opt_state), is_leaf=lambda x: isinstance(x, kinds))
-        if isinstance(state, kinds) and hasattr(state, field)
-    ]
+    states = [state for state in weight_states(opt_state) if hasattr(state, field)]
     if not states:
         raise ValueError(
             f"opt_state holds no state of quantize_weights with a {field}; give the state of an "

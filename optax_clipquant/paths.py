@@ -15,6 +15,11 @@ def path_of(path: jax.tree_util.KeyPath) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
 
 
+def is_float0(x: Any) -> bool:
+    """Whether ``x`` is the gradient of an integer param, which holds nothing."""
+    return getattr(x, "dtype", None) == jax.dtypes.float0
+
+
 def unboxed(tree: Any) -> Any:
     """``tree`` with the arrays in place of NNX's variables.
 

@@ -15,6 +15,7 @@ import rich.table
 from optax_clipquant.params import PyTree
 from optax_clipquant.paths import path_of
 from optax_clipquant.qarray import is_qarray
+from optax_clipquant.reductions import extremes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +151,9 @@ def _errors(before: jax.Array, after: jax.Array) -> tuple[jax.Array, jax.Array, 
     magnitude = jnp.abs(before).astype(jnp.float32)
     unit = jnp.max(magnitude, initial=0)
     unit = jnp.where(unit == 0, 1, unit)
-    noise = jnp.sum((error / unit) ** 2)
-    # A maximum may drop NaN, a sum does not.
-    largest = jnp.where(jnp.isnan(noise), jnp.nan, jnp.max(error, initial=0))
-    return largest, noise, jnp.sum((magnitude / unit) ** 2)
+    largest, _ = extremes(error)
+    return (
+        jnp.squeeze(largest),
+        jnp.sum((error / unit) ** 2),
+        jnp.sum((magnitude / unit) ** 2),
+    )

@@ -12,7 +12,7 @@ from optax_clipquant.companding import CompandedArray, compand
 from optax_clipquant.dither import dither
 from optax_clipquant.params import PyTree, is_quantized
 from optax_clipquant.paths import unboxed
-from optax_clipquant.weights import QuantizeWeightsState, RoundWeightsState
+from optax_clipquant.weights import weight_states
 
 
 class QuantizeStateState(NamedTuple):
@@ -91,11 +91,7 @@ def quantize_state(
 
     def init(params: PyTree) -> PyTree:
         inner = optimizer.init(unboxed(params))
-        kinds = (QuantizeWeightsState, RoundWeightsState)
-        if any(
-            isinstance(x, kinds)
-            for x in jax.tree.leaves(inner, is_leaf=lambda x: isinstance(x, kinds))
-        ):
+        if weight_states(inner):
             raise ValueError(
                 "quantize_state: the optimizer quantizes weights, whose state must be exact; put that "
                 "transform after: optax.chain(quantize_state(optimizer), quantize_weights(quantizer))"

@@ -249,6 +249,16 @@ def clipquant(
     return optax.chain(clip_by_value(c), optimizer, quantize_weights(quantizer))
 
 
+def weight_states(opt_state: PyTree) -> list[Any]:
+    """The states of ``quantize_weights`` and ``round_weights`` in an optimizer's state."""
+
+    def is_state(x: Any) -> bool:
+        return isinstance(x, (QuantizeWeightsState, RoundWeightsState))
+
+    found = jax.tree.leaves(unboxed(opt_state), is_leaf=is_state)
+    return [state for state in found if is_state(state)]
+
+
 def _init_grids(params: PyTree, quantizer: Rules, where: Where | None) -> PyTree:
     params = unboxed(params)
     chosen = select(params, quantizer, where)

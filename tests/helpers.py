@@ -1,5 +1,9 @@
-"""Data and float64 references that several test files use."""
+"""Data, float64 references and ways to start Python that several test files use."""
 
+import os
+import pathlib
+import subprocess
+import sys
 import warnings
 
 import chex
@@ -19,6 +23,8 @@ from optax_clipquant import (
     export_params,
     quantize_params,
 )
+
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
 # Every kind of grid: mid-rise, mid-tread, with zero points, groups with a short last one, tensors.
 QUANTIZERS = {
@@ -125,3 +131,22 @@ def assert_on_grid(params, state):
     chex.assert_trees_all_equal(dequantized, params)
     for a, b in zip(jax.tree.leaves(dequantized), jax.tree.leaves(params), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def run_python(
+    *args: str | pathlib.Path, timeout: float | None = None, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own, with ``env`` and without the 8 devices of this one."""
+    outer = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return subprocess.run(
+        [sys.executable, *args],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=outer | env,
+        timeout=timeout,
+    )
+
+
+def run_example(script: str, *args: str | pathlib.Path) -> subprocess.CompletedProcess[str]:
+    return run_python(EXAMPLES / script, *args, COLUMNS="160")

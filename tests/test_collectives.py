@@ -22,17 +22,17 @@ def mesh(shape=(8,), names=("data",)):
     )  # fmt: skip
 
 
-def averaged(tx, params, axis="data", mesh=None, check_vma=True):
+def averaged(tx, params, axis="data", on=None, check_vma=True):
     """Initial state, and a jitted update from (8, ...) gradients, a row a device."""
-    mesh = mesh or globals()["mesh"]()
+    on = on or mesh()
     specs = state_specs(jax.eval_shape(tx.init, params), axis)
-    init = jax.shard_map(tx.init, mesh=mesh, in_specs=P(), out_specs=specs, check_vma=check_vma)
+    init = jax.shard_map(tx.init, mesh=on, in_specs=P(), out_specs=specs, check_vma=check_vma)
 
     def update(grads, state):
         return tx.update(jax.tree.map(lambda g: g[0], grads), state)
 
     step = jax.shard_map(
-        update, mesh=mesh, in_specs=(P(axis), specs), out_specs=(P(), specs), check_vma=check_vma
+        update, mesh=on, in_specs=(P(axis), specs), out_specs=(P(), specs), check_vma=check_vma
     )
     return init(params), jax.jit(step)
 
@@ -205,7 +205,7 @@ def test_two_mesh_axes():
     grads = {"a": gradients((64, 128))}
     two = mesh((4, 2), ("x", "y"))
     tx = average_gradients(("x", "y"))
-    state, step = averaged(tx, {"a": jnp.zeros((64, 128))}, axis=("x", "y"), mesh=two)
+    state, step = averaged(tx, {"a": jnp.zeros((64, 128))}, axis=("x", "y"), on=two)
     found, state = step(grads, state)
     exact = np.asarray(grads["a"], np.float64).mean(0)
     assert np.abs(found["a"] - exact).max() < 0.02 * np.abs(grads["a"]).max()

@@ -6,15 +6,14 @@ that a kill costs as little as it can.
 
 import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
+from helpers import run_python
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 
 COMMON = """
-import os, pathlib, random, shutil, signal, sys, time, warnings
+import math, os, pathlib, random, shutil, signal, sys, time, warnings
 import jax, jax.numpy as jnp, numpy as np, optax
 import orbax.checkpoint as ocp
 from optax_clipquant import *
@@ -24,8 +23,11 @@ warnings.filterwarnings("ignore", message="os.fork")
 rng = random.Random(0)
 
 
-def forked(work, seconds=None):
-    \"\"\"Whether the work came to its end before it was killed.\"\"\"
+def forked(work, seconds=math.inf, after=None):
+    \"\"\"Whether the work came to its end within the seconds, or was killed.
+
+    They count from when the file ``after`` is there, or from the start.
+    \"\"\"
     pid = os.fork()
     if pid == 0:
         try:
@@ -35,21 +37,19 @@ def forked(work, seconds=None):
             import traceback
             traceback.print_exc()
             os._exit(1)
-    if seconds is not None:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                break
-            time.sleep(0.005)
-        else:
+    while after is not None and not after.exists():
+        time.sleep(0.005)
+    end = time.monotonic() + seconds
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            assert status == 0, f"a worker failed: {status}"
+            return True
+        if time.monotonic() >= end:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             return False
-    else:
-        _, status = os.waitpid(pid, 0)
-    assert status == 0, f"a worker failed: {status}"
-    return True
+        time.sleep(0.005)
 """
 
 TRAINING = (
@@ -95,7 +95,7 @@ where = folder / "killed"
 while killed < kills or not ended:
     before = where.exists() and any(p.name.isdigit() for p in where.iterdir())
     resumed += before
-    if not forked(lambda: train(where), rng.uniform(0.3, 2.5) if killed < kills else None):
+    if not forked(lambda: train(where), rng.uniform(0.3, 2.5) if killed < kills else math.inf):
         killed += 1
         continue
     ended += 1
@@ -135,15 +135,7 @@ killed = 0
 while killed < kills:
     # From when it saves, not from when it starts.
     (folder / "ready").unlink(missing_ok=True)
-    pid = os.fork()
-    if pid == 0:
-        work()
-        os._exit(1)
-    while not (folder / "ready").exists():
-        time.sleep(0.005)
-    time.sleep(rng.uniform(0.02, 0.3))
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    assert not forked(work, rng.uniform(0.02, 0.3), after=folder / "ready")
     killed += 1
     if path.exists():
         assert forked(check)
@@ -153,11 +145,7 @@ print(killed, path.exists(), len([p for p in folder.iterdir() if p.name not in (
 
 
 def run(script: str, folder: pathlib.Path, kills: int) -> list[str]:
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
-    process = subprocess.run(
-        [sys.executable, "-c", script, str(folder), str(kills)],
-        capture_output=True, text=True, check=False, env=env, timeout=300,
-    )  # fmt: skip
+    process = run_python("-c", script, folder, str(kills), timeout=300, JAX_PLATFORMS="cpu")
     assert process.returncode == 0, process.stderr[-3000:]
     return process.stdout.split()
 

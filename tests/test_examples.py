@@ -3,24 +3,9 @@
 import importlib.util
 import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
-
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
-
-
-def run(script: str, *args: str) -> str:
-    process = subprocess.run(
-        [sys.executable, EXAMPLES / script, *args],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={"PATH": "/usr/bin:/bin", "COLUMNS": "160"},
-    )
-    assert process.returncode == 0, process.stderr
-    return process.stdout
+from helpers import EXAMPLES, run_example
 
 
 @pytest.mark.parametrize(
@@ -31,7 +16,11 @@ def run(script: str, *args: str) -> str:
     ],
 )
 def test_digits(tmp_path: pathlib.Path, args: list[str], rows: list[str]):
-    out = run("digits.py", "--steps", "60", "--batch", "16", "--out", str(tmp_path), *args)
+    process = run_example(
+        "digits.py", "--steps", "60", "--batch", "16", "--out", str(tmp_path), *args
+    )
+    assert process.returncode == 0, process.stderr
+    out = process.stdout
     accuracies = {}
     for row in rows:
         match = re.search(rf"^ *{row} +([\d.]+) +([\d.]+) ", out, re.MULTILINE)

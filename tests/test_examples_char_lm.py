@@ -2,27 +2,16 @@
 
 import pathlib
 import re
-import subprocess
-import sys
 
-SCRIPT = pathlib.Path(__file__).parent.parent / "examples" / "char_lm.py"
-
-
-def run(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, SCRIPT, *args],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={"PATH": "/usr/bin:/bin", "COLUMNS": "160"},
-    )
+from helpers import run_example
 
 
 def test_char_lm(tmp_path: pathlib.Path):
     # A text that is easy to learn, to see that it is learnt.
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{i} and {i + 1} are two. " for i in range(4000)))
-    process = run(
+    process = run_example(
+        "char_lm.py",
         "--text", str(text), "--steps", "40", "--batch", "8", "--out", str(tmp_path)
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
@@ -42,11 +31,11 @@ def test_char_lm(tmp_path: pathlib.Path):
 
 
 def test_bad_arguments_are_refused(tmp_path: pathlib.Path):
-    process = run("--steps", "10", "--warmup", "10")
+    process = run_example("char_lm.py", "--steps", "10", "--warmup", "10")
     assert process.returncode == 2
     assert "--warmup must be from 0 to below --steps, got 10" in process.stderr
     short = tmp_path / "short.txt"
     short.write_text("too short")
-    process = run("--text", str(short))
+    process = run_example("char_lm.py", "--text", str(short))
     assert process.returncode == 1
     assert "9 characters are too few" in process.stderr

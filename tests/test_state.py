@@ -202,9 +202,8 @@ def test_what_is_small_or_no_float_stays_as_it_is():
     assert isinstance(adam.nu["b"], jax.Array)
     chex.assert_type(adam.count, jnp.int32)
     assert isinstance(state, QuantizeStateState)
-    state = quantize_state(optax.adam(1e-3), min_size=4097).init
     with pytest.warns(UserWarning, match="no floating array of 4097"):
-        state(params)
+        quantize_state(optax.adam(1e-3), min_size=4097).init(params)
 
 
 def test_it_works_and_warns_where_nothing_is_large():

@@ -2,11 +2,9 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+from helpers import run_python
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the extra tpu-aot (libtpu)"
@@ -75,16 +73,14 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict[str, float]]:
-    env = {
-        **{k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "JAX_PLATFORMS": "cpu",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # this process may have loaded it to look for a TPU
-    }
-    process = subprocess.run(
-        [sys.executable, "-c", SCRIPT % SIZE], capture_output=True, text=True, check=False, env=env
+    process = run_python(
+        "-c",
+        SCRIPT % SIZE,
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_ACCELERATOR_TYPE="v5litepod-4",
+        TPU_WORKER_HOSTNAMES="localhost",
+        JAX_PLATFORMS="cpu",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # this process may have loaded it to look for a TPU
     )
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout.splitlines()[-1])

@@ -51,7 +51,7 @@ def resident_bytes() -> int:
 
 
 def net_of(leaves: int) -> dict[str, jax.Array]:
-    return {f"kernel_{i}": jnp.full((32, 32), 0.1) for i in range(leaves)}
+    return {f"kernel_{i}": jnp.full((32, 32), 0.1, jnp.float32) for i in range(leaves)}
 
 
 def step_of(tx: optax.GradientTransformation) -> Any:
@@ -100,7 +100,7 @@ def main() -> None:
     console.print(
         f"{name}: {args.steps} steps; a step takes {1e3 * seconds[0]:.2f} ms in the first tenth and "
         f"{1e3 * seconds[-1]:.2f} in the last ({seconds[-1] / seconds[0]:.2f}x); memory after them "
-        f"{memory[0] / 1e6:.1f} and {memory[-1] / 1e6:.1f} MB; {step._cache_size()} compilation."
+        f"{memory[0] / 1e6:.1f} and {memory[-1] / 1e6:.1f} MB; compiled {step._cache_size()} time(s)."
     )
     table = rich.table.Table(
         title="seconds to trace and compile a training step, and as a ratio to adam's",

@@ -14,7 +14,6 @@ import json
 import os
 import pathlib
 import subprocess
-import time
 from typing import Any
 
 import jax
@@ -25,7 +24,7 @@ import rich.box
 import rich.console
 import rich.progress
 import rich.table
-from train_step import Net, stepper
+from train_step import Net, stepper, take_turns
 
 from optax_clipquant import Uniform, clip_by_quantile, quantize_state, quantize_weights
 
@@ -77,19 +76,12 @@ def times(progress: rich.progress.Progress, repeats: int) -> dict[int, dict[str,
     """Seconds a step, in turns."""
     rng = np.random.default_rng(0)
     found = {}
-    task = progress.add_task("step time", total=len(BATCHES) * (repeats + 1))
     for batch, calls in BATCHES.items():
         x = jnp.asarray(rng.standard_normal((batch, 784), np.float32))
         y = jnp.asarray(rng.integers(0, 10, batch))
         runs = {name: stepper(Net(WIDTHS), tx, x, y, calls) for name, tx in OPTIMIZERS.items()}
-        found[batch] = {name: [] for name in runs}
-        for turn in range(repeats + 1):
-            for name, run in runs.items():
-                begin = time.perf_counter()
-                jax.block_until_ready(run())
-                if turn:  # the first compiles
-                    found[batch][name].append((time.perf_counter() - begin) / calls)
-            progress.update(task, advance=1)
+        turns = progress.track(range(repeats + 1), description=f"step time, batch {batch}")
+        found[batch] = take_turns(runs, turns, calls)
     return found
 
 

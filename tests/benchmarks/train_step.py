@@ -10,7 +10,7 @@ reference in the same turn; two runs of the same program differ by 1 to 2%.
 import argparse
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -77,6 +77,20 @@ def stepper(
     return run
 
 
+def take_turns(
+    runs: dict[str, Callable[[], Any]], turns: Iterable[int], calls: int = CALLS
+) -> dict[str, list[float]]:
+    """Seconds a step of each, ``calls`` of which a run does; the first turn, 0, compiles."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in turns:
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(run())
+            if turn:
+                times[name].append((time.perf_counter() - begin) / calls)
+    return times
+
+
 def candidates(
     widths: tuple[int, ...], x: jax.Array, y: jax.Array
 ) -> dict[str, tuple[Callable[[], Any], str, float | None]]:
@@ -117,13 +131,10 @@ def main() -> None:
     y = jnp.asarray(rng.integers(0, 10, args.batch))
     for name, widths in MODELS.items():
         runs = candidates(widths, x, y)
-        times: dict[str, list[float]] = {candidate: [] for candidate in runs}
-        for turn in rich.progress.track(range(args.repeats + 1), name):
-            for candidate, (run, _, _) in runs.items():
-                begin = time.perf_counter()
-                jax.block_until_ready(run())
-                if turn:  # the first compiles
-                    times[candidate].append((time.perf_counter() - begin) / CALLS)
+        times = take_turns(
+            {candidate: run for candidate, (run, _, _) in runs.items()},
+            rich.progress.track(range(args.repeats + 1), name),
+        )
         table = rich.table.Table(
             title=f"MLP {name}, batch {args.batch}, {os.cpu_count()} cores, jax {jax.__version__}"
         )
