@@ -77,7 +77,8 @@ def _compared(reader: Reader, floats: Reader, rows: list[Row]) -> list[Row]:
     compared = []
     with _progress("comparing", sum(row.bytes_before for row in rows)) as progress:
         for row in rows:
-            found = row_of(row.path, array_of(before[row.path].read()), after[row.path].read())
+            leaf = array_of(after[row.path].read())
+            found = row_of(row.path, array_of(before[row.path].read()), leaf)
             compared.append(
                 dataclasses.replace(row, max_error=found.max_error, snr_db=found.snr_db)
             )
