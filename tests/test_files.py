@@ -175,6 +175,19 @@ def test_numbers_and_layouts(file):
     np.testing.assert_array_equal(loaded["big endian"], [0, 1, 2])
 
 
+def test_tensors_are_aligned(file):
+    tree = {"a": jnp.ones(3, jnp.uint8), "b": jnp.ones(5), "c": jnp.ones(1, jnp.bfloat16)}
+    save(file, tree | {"q": Uniform(bits=3).quantize(jnp.asarray(weights((5, 3))))})
+    content = file.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    sizes = {"U8": 1, "BF16": 2, "F32": 4}
+    header = json.loads(content[8:start])
+    assert len(header) == 6
+    for name, entry in header.items():
+        if name != "__metadata__":
+            assert (start + entry["data_offsets"][0]) % sizes[entry["dtype"]] == 0
+
+
 def test_names_that_collide(file):
     q = Uniform(bits=4).quantize(jnp.asarray(weights((4, 3))))
     tree = {
