@@ -27,6 +27,7 @@ from optax_clipquant.companding import CompandedArray
 from optax_clipquant.state import QuantizeStateState, quantize_state
 from optax_clipquant.allocation import allocate_bits, squared_gradients
 from optax_clipquant.files import load, save
+from optax_clipquant.interchange import to_qwix
 from optax_clipquant.report import Summary, summarize
 
 __all__ = [
@@ -66,6 +67,7 @@ __all__ = [
     "squared_gradients",
     "save",
     "load",
+    "to_qwix",
     "summarize",
     "Summary",
 ]

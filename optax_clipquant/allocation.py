@@ -69,29 +69,51 @@ def allocate_bits(
     leaves = dict(leaves_of(params))
     paths = list(select(params, rules[0], where))
     weights = _sensitivities(sensitivity, {path: leaves[path] for path in paths})
-    sizes = np.array(
-        [
-            [jax.eval_shape(rule.quantize, leaves[path]).nbytes_packed for rule in rules]
-            for path in paths
-        ]
+    chosen = allocate(
+        ((path, leaves[path], weights[path], rules) for path in paths), bits_per_param
     )
-    errors = np.array(
-        [[_error(rule, leaves[path], weights[path]) for rule in rules] for path in paths],
-        np.float64,
-    )
-    for path, row in zip(paths, errors, strict=True):
-        if not np.all(np.isfinite(row)):
+    return {f"^{re.escape(path)}$": rule for path, rule in chosen.items()}
+
+
+def allocate(
+    candidates: Iterable[tuple[str, Any, jax.Array, Sequence[Quantizer]]], bits_per_param: float
+) -> dict[str, Quantizer]:
+    """``allocate_bits`` for leaves that come one at a time and are not kept.
+
+    Args:
+      candidates: for each leaf its path, itself, the weight of its squared errors, and the quantizers
+        to choose from, as many for each leaf.
+      bits_per_param: as for ``allocate_bits``.
+
+    Returns:
+      The quantizer of each leaf, by path.
+
+    Raises:
+      ValueError: the budget is below the smallest size, or a leaf is not finite.
+    """
+    rules_of, sizes, errors, count = {}, [], [], 0
+    for path, leaf, weight, rules in candidates:
+        # The same quantizer again is a leaf without a choice.
+        size = {r: jax.eval_shape(r.quantize, leaf).nbytes_packed for r in dict.fromkeys(rules)}
+        error = {rule: float(_error(rule, leaf, weight)) for rule in size}
+        if not np.all(np.isfinite(list(error.values()))):
             raise ValueError(f"params leaf {path!r}: its error is not finite, nor are its weights")
-    count = sum(int(np.size(leaves[path])) for path in paths)
+        rules_of[path] = rules
+        sizes.append([size[rule] for rule in rules])
+        errors.append([error[rule] for rule in rules])
+        count += int(np.size(leaf))
+    sizes, errors = np.array(sizes), np.array(errors, np.float64)
     budget = int(bits_per_param * count // 8)
     least = int(sizes.min(1).sum())
     if least > budget:
         raise ValueError(
             f"bits_per_param is {bits_per_param}, but with the scales the smallest choices take "
-            f"{8 * least / count:.3f}; raise it, or give a quantizer with fewer scales"
+            f"{8 * least / max(count, 1):.3f}; raise it, or give a quantizer with fewer scales"
         )
     chosen = _knapsack(sizes, errors, budget)
-    return {f"^{re.escape(path)}$": rules[index] for path, index in zip(paths, chosen, strict=True)}
+    return {
+        path: rules[index] for (path, rules), index in zip(rules_of.items(), chosen, strict=True)
+    }
 
 
 def squared_gradients(

@@ -1,24 +1,28 @@
 """Small files: safetensors with the codes packed at exactly their bits.
 
-``layout.py`` says which tensors hold a tree. Beside them, the file's metadata hold the layout's JSON,
+``layout.py`` says which tensors hold a tree, ``container.py`` how tensors lie in a file. Beside them, the file's metadata hold the layout's JSON,
 with the ``version`` of the format, under ``optax_clipquant``; and under ``optax_clipquant.sha256`` the
 digest of all of the header that matters.
 """
 
-import contextlib
 import hashlib
 import json
 import os
-import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-import safetensors
-import safetensors.numpy
 
-from optax_clipquant.layout import Altered, Tensors, describe, rebuild
+from optax_clipquant.container import Reader, Spec, writing
+from optax_clipquant.layout import (
+    Altered,
+    Entry,
+    Plan,
+    entries_of,
+    leaf_of,
+)
+from optax_clipquant.names import assemble, flatten
 from optax_clipquant.params import PyTree
 from optax_clipquant.paths import path_of
 from optax_clipquant.qarray import is_qarray
@@ -58,17 +62,45 @@ def save(
       ...     os.path.getsize(folder + "/model.safetensors")
       2040
     """
+    leaves, nodes = flatten(tree)
+    write(path, leaves, leaves.items(), nodes=nodes, metadata=metadata)
+
+
+def write(
+    path: str | os.PathLike[str],
+    leaves: Mapping[str, Any],
+    contents: Iterable[tuple[str, Any]],
+    *,
+    nodes: Mapping[str, str],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a file leaf by leaf: ``save`` for a tree that need not be in memory.
+
+    Args:
+      path: as for ``save``.
+      leaves: the leaves by name, or what they will be: see ``Plan``.
+      contents: name and value of each leaf, in any order; each is asked for when the one before is
+        written.
+      nodes: the kinds of the nodes by name.
+      metadata: as for ``save``.
+    """
     for key, value in (metadata or {}).items():
         if not (isinstance(key, str) and isinstance(value, str)):
             raise TypeError(f"metadata must map text to text, got {key!r}: {value!r}")
         if key in (_HEADER, _DIGEST):
             raise ValueError(f"metadata key {key!r} is reserved; choose another")
-    tensors, content = describe(tree)
-    header = {"version": _VERSION, **content}
-    texts = {**(metadata or {}), _HEADER: json.dumps(header, separators=(",", ":"))}
-    texts[_DIGEST] = _digest(texts, {name: (t.dtype, t.shape) for name, t in tensors.items()})
-    with _replacing(os.fspath(path)) as temporary:
-        safetensors.numpy.save_file(tensors, temporary, texts)
+    plan = Plan(leaves, nodes)
+
+    def texts() -> dict[str, str]:
+        header = {"version": _VERSION, **plan.content()}
+        texts = {**(metadata or {}), _HEADER: json.dumps(header, separators=(",", ":"))}
+        return texts | {_DIGEST: _digest(texts, plan.specs)}
+
+    with writing(path, plan.specs, texts()) as file:
+        for name, leaf in contents:
+            for tensor, array in plan.tensors_of(name, leaf).items():
+                file.put(tensor, array)
+        file.texts = texts()
 
 
 def load(path: str | os.PathLike[str], *, like: PyTree = None, narrow: bool = False) -> PyTree:
@@ -100,21 +132,72 @@ def load(path: str | os.PathLike[str], *, like: PyTree = None, narrow: bool = Fa
       ...     load(folder + "/model.safetensors")["kernel"].dequantize().sum()
       Array(16., dtype=float32)
     """
-    path = os.fspath(path)
-    tensors, header = _read(path)
-    try:
-        tree = rebuild(tensors, header)
-    except Altered as error:
-        raise ValueError(
-            f"{path}: tensor {str(error)!r} was altered (its checksum differs)"
-        ) from None
-    except Exception as error:
-        raise ValueError(
-            f"{path}: the header does not describe its tensors ({error}); write it again"
-        ) from error
+    with Reader(path) as reader:
+        file = SavedFile(reader)
+        tree = file.rebuild({entry.name: file.leaf(entry) for entry in file.entries})
     if like is not None:
-        tree = _fill(like, tree, path)
+        tree = _fill(like, tree, os.fspath(path))
     return narrow_codes(tree) if narrow else tree
+
+
+class SavedFile:
+    """An open file of ``save``, whose header is checked.
+
+    Attributes:
+      entries: its leaves, in the order of names.
+      metadata: the text that was given to ``save``.
+
+    Raises:
+      ValueError: it was altered, or is not one of ``save``.
+    """
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader, path = reader, reader.path
+        if not is_saved(reader):
+            raise ValueError(
+                f"{path}: not written by optax_clipquant.save; read it with safetensors.numpy.load_file"
+            )
+        if _digest(reader.texts, reader.specs) != reader.texts[_DIGEST]:
+            raise ValueError(
+                f"{path}: the header was altered (its checksum differs); write it again"
+            )
+        try:
+            self._header = json.loads(reader.texts[_HEADER])
+            version = self._header["version"]
+        except Exception as error:
+            raise ValueError(f"{path}: the header is damaged ({error}); write it again") from error
+        if version != _VERSION:
+            raise ValueError(f"{path}: format version {version}, but this reads {_VERSION}")
+        self.entries = self._trying(lambda: entries_of(reader.specs, self._header))
+        self.metadata = {k: v for k, v in reader.texts.items() if k not in (_HEADER, _DIGEST)}
+
+    def leaf(self, entry: Entry) -> Any:
+        """A leaf, whose checksum is checked."""
+        return self._trying(lambda: leaf_of(entry, self._reader.read))
+
+    def rebuild(self, leaves: Mapping[str, Any]) -> PyTree:
+        """The tree of all leaves, given by name."""
+        return self._trying(lambda: assemble(leaves, self._header["nodes"]))
+
+    def _trying(self, fn: Callable[[], Any]) -> Any:
+        path = self._reader.path
+        try:
+            return fn()
+        except OSError:
+            raise
+        except Altered as error:
+            raise ValueError(
+                f"{path}: tensor {str(error)!r} was altered (its checksum differs)"
+            ) from None
+        except Exception as error:
+            raise ValueError(
+                f"{path}: the header does not describe its tensors ({error}); write it again"
+            ) from error
+
+
+def is_saved(reader: Reader) -> bool:
+    """Whether the file says that ``save`` wrote it."""
+    return _HEADER in reader.texts and _DIGEST in reader.texts
 
 
 def _fill(like: PyTree, tree: PyTree, file: str) -> PyTree:
@@ -155,69 +238,9 @@ def _some(found: Mapping[tuple[str, ...], Any]) -> list[str]:
     return ["/".join(parts) for parts in list(found)[:8]]
 
 
-def _read(path: str) -> tuple[Tensors, dict[str, Any]]:
-    """The tensors of a file and our header, which is checked."""
-    with open(path, "rb"):  # the errors of the file system, which safetensors would hide
-        pass
-    try:
-        with safetensors.safe_open(path, "numpy") as file:
-            texts = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:
-        raise ValueError(
-            f"{path}: truncated, altered, or not a safetensors file ({error})"
-        ) from error
-    if _HEADER not in texts or _DIGEST not in texts:
-        raise ValueError(
-            f"{path}: not written by optax_clipquant.save; read it with safetensors.numpy.load_file"
-        )
-    layout = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-    if _digest(texts, layout) != texts[_DIGEST]:
-        raise ValueError(f"{path}: the header was altered (its checksum differs); write it again")
-    try:
-        header = json.loads(texts[_HEADER])
-        version = header["version"]
-    except Exception as error:
-        raise ValueError(f"{path}: the header is damaged ({error}); write it again") from error
-    if version != _VERSION:
-        raise ValueError(f"{path}: format version {version}, but this reads {_VERSION}")
-    return tensors, header
-
-
-def _digest(
-    texts: Mapping[str, str], layout: Mapping[str, tuple[np.dtype, tuple[int, ...]]]
-) -> str:
+def _digest(texts: Mapping[str, str], specs: Mapping[str, Spec]) -> str:
     content = [
         sorted((key, text) for key, text in texts.items() if key != _DIGEST),
-        sorted((name, dtype.name, shape) for name, (dtype, shape) in layout.items()),
+        sorted((name, dtype.name, shape) for name, (dtype, shape) in specs.items()),
     ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def _replacing(path: str) -> Iterator[str]:
-    """A file to write in the folder of ``path``, which takes its place once it is whole and synced."""
-    folder, name = os.path.split(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"{path}: there is no folder {folder}")
-    temporary = os.path.join(folder, f".{name[:32]}.{secrets.token_hex(6)}.tmp")
-    try:
-        with open(temporary, "xb"):  # safetensors gives its files to their owner alone
-            mode = os.stat(temporary).st_mode
-        yield temporary
-        os.chmod(temporary, mode)
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(folder)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
-        raise
-
-
-def _sync(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,8 +1,4 @@
-"""How a tree lies in a file: its leaves as named tensors, the rest as JSON. No input or output here.
-
-Names. The name of a leaf is the keys that lead to it, each with ``~`` written ``~0`` and ``/`` written
-``~1`` (JSON pointer, RFC 6901, without the leading slash), joined by ``/``. The tree itself is ``~``;
-``__metadata__``, which safetensors keeps for itself, is ``~_metadata__``.
+"""How the leaves of a tree (``names.py``) lie in a file: as named tensors and JSON. No input or output here.
 
 Tensors. An array is stored under its name. Of a ``QArray``, the packed codes (``packing.py``) are stored
 as bytes under its name; for the ``k``-th in the order of names, ``~sk`` holds its scales, as bfloat16
@@ -18,8 +14,8 @@ bits, for no group and for no code book. ``nodes`` tells by name what is not a d
 
 import math
 import zlib
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,133 +23,135 @@ import ml_dtypes
 import numpy as np
 from jax.core import Tracer
 
+from optax_clipquant.container import DTYPES, Spec, bytes_of
 from optax_clipquant.grids import Grid
+from optax_clipquant.names import ROOT, path_of_name
 from optax_clipquant.packing import pack, unpack
-from optax_clipquant.params import PyTree
-from optax_clipquant.qarray import QArray, is_qarray
+from optax_clipquant.qarray import QArray, is_qarray, packed_size
 
-_ROOT = "~"
-_STORED = {
-    np.dtype(t)
-    for t in (
-        *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-        *("float16", "float32", "float64", "complex64"),
-        ml_dtypes.bfloat16,
-    )
-}
+_STORED = set(DTYPES.values())
 _CODES = {np.dtype(t) for t in (np.int8, ml_dtypes.int4, ml_dtypes.int2)}
+_BFLOAT16, _FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
 
 Tensors = dict[str, np.ndarray]
 
 
-def describe(tree: PyTree) -> tuple[Tensors, dict[str, Any]]:
-    """The tensors of ``tree`` and the JSON that goes with them. Raises as ``save`` does."""
-    leaves: dict[str, Any] = {}
-    nodes: dict[str, str] = {}
-    _collect(tree, (), leaves, nodes)
-    tensors: Tensors = {}
-    grids: list[list[Any]] = []
-    entries: list[Any] = []
-    count = 0
-    for name in sorted(leaves):
-        leaf, path = leaves[name]
-        if not is_qarray(leaf):
-            array = _host(leaf, path)
-            tensors[name] = np.ascontiguousarray(array).reshape(array.shape)
-            entries.append(_crc32(tensors[name]))
-            continue
-        parts = _parts_of(leaf, path)
-        static = _static(leaf.grid)
-        if static not in grids:
-            grids.append(static)
-        entries.append([_crc32(*parts.values()), grids.index(static), list(leaf.shape)])
-        tensors |= {f"~{kind}{count}" if kind else name: part for kind, part in parts.items()}
-        count += 1
-    return tensors, {"leaves": entries, "grids": grids, "nodes": nodes}
+class Entry(NamedTuple):
+    """A leaf in a file.
 
-
-def rebuild(tensors: Tensors, header: dict[str, Any]) -> PyTree:
-    """The tree that ``describe`` described.
-
-    Raises:
-      Altered: the content of a leaf has another checksum.
-      Exception: of many kinds, where ``header`` is not what ``describe`` made of ``tensors``.
+    Attributes:
+      name: its name.
+      tensors: the names of its tensors, by kind: ``""`` for codes or the whole array, else a letter.
+      checksum: the CRC-32 of these in turn.
+      static: the static part of its grid, None for an array.
+      shape: the shape of a ``QArray``, None for an array.
     """
-    names = sorted(name for name in tensors if name == _ROOT or not _is_part(name))
-    nodes = header["nodes"]
-    found: dict[tuple[str, ...], Any] = {}
-    count = 0
-    for name, entry in list(zip(names, header["leaves"], strict=True)):
-        if isinstance(entry, int):
-            checksum, parts, make = entry, {}, _device
-        else:
-            checksum, grid, shape = entry
-            parts = {k: tensors[f"~{k}{count}"] for k in "szm" if f"~{k}{count}" in tensors}
-            make = partial(_qarray, parts=parts, static=header["grids"][grid], shape=shape)
-            count += 1
-        if _crc32(tensors[name], *parts.values()) != checksum:
-            raise Altered(name)
-        found[_keys(name)] = make(tensors[name])
-    return _assemble(found, {_keys(name): kind for name, kind in nodes.items()})
+
+    name: str
+    tensors: dict[str, str]
+    checksum: int
+    static: list[Any] | None = None
+    shape: list[int] | None = None
+
+    @property
+    def path(self) -> str:
+        """The keys that lead to the leaf, joined by slashes."""
+        return path_of_name(self.name)
 
 
 class Altered(Exception):
     """The content of the leaf of this name has another checksum."""
 
 
-def _collect(
-    tree: PyTree, keys: tuple[Any, ...], leaves: dict[str, Any], nodes: dict[str, str]
-) -> None:
-    """Puts the leaves under ``tree`` and their paths in ``leaves``, and the kinds of nodes in ``nodes``."""
-    name = _name(keys)
-    if tree is None:
-        nodes[name] = "none"
-        return
-    children = None if is_qarray(tree) else _children(tree)
-    if children is None:
-        leaves[name] = (tree, "/".join(map(str, keys)))
-        return
-    for key, _ in children:
-        if type(key) not in (str, int):
-            path = "/".join(map(str, keys))
-            raise TypeError(f"{path or 'the tree'}: keys must be text or integers, got {key!r}")
-    if type(tree) in (list, tuple):
-        nodes[name] = type(tree).__name__
-    elif not children:
-        nodes[name] = "dict"
-    elif all(type(key) is int for key, _ in children):
-        nodes[name] = "int"
-    for key, child in children:
-        _collect(child, (*keys, key), leaves, nodes)
+class Plan:
+    """What the file of a tree will hold, known before any of its content is at hand.
+
+    Args:
+      leaves: the leaves by name. One may stand for what it will be, of ``jax.ShapeDtypeStruct``; then
+        the scales of a ``QArray`` must fit bfloat16.
+      nodes: the kinds of the nodes by name.
+
+    Attributes:
+      specs: dtype and shape of each tensor.
+
+    Raises:
+      TypeError, ValueError: as ``save`` does for a leaf that cannot be stored.
+    """
+
+    def __init__(self, leaves: Mapping[str, Any], nodes: Mapping[str, str]) -> None:
+        self.specs: dict[str, Spec] = {}
+        self._nodes = dict(nodes)
+        # The largest checksums take the most room.
+        self._entries: dict[str, Entry] = {}
+        count = 0
+        for name in sorted(leaves):
+            leaf = leaves[name]
+            specs = _specs_of(leaf, path_of_name(name))
+            if is_qarray(leaf):
+                tensors = {kind: f"~{kind}{count}" if kind else name for kind in specs}
+                static, shape = _static(leaf.grid), list(leaf.shape)
+                self._entries[name] = Entry(name, tensors, 2**32 - 1, static, shape)
+                count += 1
+            else:
+                tensors = {"": name}
+                self._entries[name] = Entry(name, tensors, 2**32 - 1)
+            self.specs |= {tensors[kind]: spec for kind, spec in specs.items()}
+
+    def tensors_of(self, name: str, leaf: Any) -> Tensors:
+        """The tensors of a leaf, whose checksum is noted. Raises as ``save`` does."""
+        parts = _parts_of(leaf, path_of_name(name)) if is_qarray(leaf) else {"": _host(leaf)}
+        entry = self._entries[name]._replace(checksum=_crc32(*parts.values()))
+        self._entries[name] = entry
+        return {entry.tensors[kind]: part for kind, part in parts.items()}
+
+    def content(self) -> dict[str, Any]:
+        """The JSON that goes with the tensors."""
+        grids: list[list[Any]] = []
+        leaves: list[Any] = []
+        for entry in self._entries.values():
+            if entry.static is None:
+                leaves.append(entry.checksum)
+                continue
+            if entry.static not in grids:
+                grids.append(entry.static)
+            leaves.append([entry.checksum, grids.index(entry.static), entry.shape])
+        return {"leaves": leaves, "grids": grids, "nodes": self._nodes}
 
 
-def _children(tree: PyTree) -> list[tuple[Any, PyTree]] | None:
-    """Key and value of each child of a node, None for a leaf."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
-    if len(flat) == 1 and not flat[0][0]:
-        return None
-    # A node without children has no key to show; None among children is one.
-    names = ("key", "idx", "name")
-    return [
-        (next((getattr(path[0], n) for n in names if hasattr(path[0], n)), str(path[0])), child)
-        for path, child in flat
-    ]
+def entries_of(names: Iterable[str], content: Mapping[str, Any]) -> list[Entry]:
+    """The leaves of a file with tensors of these names, in the order of names.
+
+    Raises:
+      Exception: of many kinds, where ``content`` is not that of a ``Plan``.
+    """
+    names = set(names)
+    found: list[Entry] = []
+    count = 0
+    leaves = sorted(name for name in names if name == ROOT or not _is_part(name))
+    for name, item in zip(leaves, content["leaves"], strict=True):
+        if isinstance(item, int):
+            found.append(Entry(name, {"": name}, item))
+            continue
+        checksum, grid, shape = item
+        tensors = {"": name} | {k: f"~{k}{count}" for k in "szm" if f"~{k}{count}" in names}
+        found.append(Entry(name, tensors, checksum, content["grids"][grid], shape))
+        count += 1
+    return found
 
 
-def _name(keys: tuple[Any, ...]) -> str:
-    if not keys:
-        return _ROOT
-    name = "/".join(str(key).replace("~", "~0").replace("/", "~1") for key in keys)
-    return "~_metadata__" if name == "__metadata__" else name
+def leaf_of(entry: Entry, read: Callable[[str], np.ndarray]) -> Any:
+    """The leaf, of tensors that ``read`` gives by their names.
 
-
-def _keys(name: str) -> tuple[str, ...]:
-    """The keys that ``_name`` joined."""
-    if name == _ROOT:
-        return ()
-    if name == "~_metadata__":
-        return ("__metadata__",)
-    return tuple(key.replace("~1", "/").replace("~0", "~") for key in name.split("/"))
+    Raises:
+      Altered: its content has another checksum.
+      Exception: of many kinds, where the entry does not fit its tensors.
+    """
+    parts = {kind: read(name) for kind, name in entry.tensors.items()}
+    if _crc32(*parts.values()) != entry.checksum:
+        raise Altered(entry.name)
+    if entry.static is None or entry.shape is None:
+        return _device(parts[""])
+    return _qarray(parts, entry.static, entry.shape)
 
 
 def _is_part(name: str) -> bool:
@@ -161,45 +159,47 @@ def _is_part(name: str) -> bool:
     return name[:2] in ("~s", "~z", "~m")
 
 
-def _assemble(leaves: dict[tuple[str, ...], Any], nodes: dict[tuple[str, ...], str]) -> PyTree:
-    """The tree with ``leaves`` at their keys."""
-    # Dicts as sets that keep their order.
-    children: dict[tuple[str, ...], dict[str, None]] = {}
-    for keys in (*leaves, *nodes):
-        for depth, key in enumerate(keys):
-            children.setdefault(keys[:depth], {})[key] = None
-
-    def build(keys: tuple[str, ...]) -> PyTree:
-        if keys in leaves:
-            return leaves[keys]
-        kind = nodes.get(keys)
-        if kind == "none":
-            return None
-        inner = {key: build((*keys, key)) for key in children.get(keys, {})}
-        if kind in ("list", "tuple"):
-            items = [inner[str(index)] for index in range(len(inner))]
-            return items if kind == "list" else tuple(items)
-        if kind == "int":
-            return {int(key): child for key, child in inner.items()}
-        return inner
-
-    return build(())
+def _specs_of(leaf: Any, path: str) -> dict[str, Spec]:
+    """Dtype and shape of each part of ``leaf``, by kind. Raises where one cannot be stored."""
+    if not is_qarray(leaf):
+        return {"": _spec(leaf, path)}
+    grid = leaf.grid
+    where = f"leaf {path!r}" if path else "the tree"
+    if grid.bits != math.log2(3) and grid.bits not in range(1, 9):
+        raise ValueError(f"{where}: bits must be 1 to 8 or log2(3), got {grid.bits}")
+    _, shape = _spec(leaf.qvalue, path, _CODES)
+    scale = _spec(grid.scale, path)
+    concrete = not isinstance(grid.scale, jax.ShapeDtypeStruct)
+    specs = {
+        "": (np.dtype(np.uint8), (packed_size(math.prod(shape), grid.bits),)),
+        "s": (_scale(grid).dtype if concrete else _BFLOAT16, scale[1]),
+    }
+    if grid.zero_point is not None:
+        specs["z"] = _spec(grid.zero_point, path)
+    if grid.max_code is not None:
+        specs["m"] = _spec(grid.max_code, path)
+    return specs
 
 
 def _parts_of(q: QArray, path: str) -> Tensors:
     """What is stored of ``q``, by kind; its codes have none."""
     grid = q.grid
-    codes = _host(q.qvalue, path, codes=True)
+    codes = np.asarray(q.qvalue).astype(np.int8, copy=False)
     _check_codes(codes, grid, path)
-    scale = _host(grid.scale, path).astype(np.float32)
+    parts = {"": pack(codes, grid), "s": _scale(grid)}
+    if grid.zero_point is not None:
+        parts["z"] = _host(grid.zero_point)
+    if grid.max_code is not None:
+        parts["m"] = _host(grid.max_code)
+    return parts
+
+
+def _scale(grid: Grid) -> np.ndarray:
+    """As bfloat16 where that loses nothing."""
+    scale = np.asarray(grid.scale).astype(np.float32)
     short = scale.astype(ml_dtypes.bfloat16)
     exact = np.array_equal(short.astype(np.float32), scale, equal_nan=True)
-    parts = {"": pack(codes, grid), "s": short if exact else scale}
-    if grid.zero_point is not None:
-        parts["z"] = _host(grid.zero_point, path)
-    if grid.max_code is not None:
-        parts["m"] = _host(grid.max_code, path)
-    return parts
+    return short if exact else scale
 
 
 def _static(grid: Grid) -> list[Any]:
@@ -209,7 +209,7 @@ def _static(grid: Grid) -> list[Any]:
     return [bits, grid.lower, grid.upper, grid.offset, group, grid.dtype.name, book]
 
 
-def _qarray(packed: np.ndarray, parts: Tensors, static: list[Any], shape: list[int]) -> QArray:
+def _qarray(parts: Tensors, static: list[Any], shape: list[int]) -> QArray:
     bits, lower, upper, offset, group, dtype, book = static
     grid = Grid(
         scale=_device(parts["s"].astype(np.float32)),
@@ -223,14 +223,12 @@ def _qarray(packed: np.ndarray, parts: Tensors, static: list[Any], shape: list[i
         dtype=jnp.dtype(dtype),
         code_book=tuple(book) if book else None,
     )
-    codes = unpack(packed, math.prod(shape), grid)
+    codes = unpack(parts[""], math.prod(shape), grid)
     return QArray(jnp.asarray(codes.reshape(shape)), grid)
 
 
 def _check_codes(codes: np.ndarray, grid: Grid, path: str) -> None:
     """Raises where packing would cut codes: only a ``QArray`` made by hand can hold such."""
-    if grid.bits != math.log2(3) and grid.bits not in range(1, 9):
-        raise ValueError(f"leaf {path!r}: bits must be 1 to 8 or log2(3), got {grid.bits}")
     levels = 3 if grid.bits == math.log2(3) else 2 ** int(grid.bits)
     upper = min(grid.upper, grid.lower + levels - 1)
     if codes.size and not (grid.lower <= codes.min() and codes.max() <= upper):
@@ -240,26 +238,30 @@ def _check_codes(codes: np.ndarray, grid: Grid, path: str) -> None:
         )
 
 
-def _host(leaf: Any, path: str, *, codes: bool = False) -> np.ndarray:
-    """``leaf`` as an array that safetensors can hold."""
+def _spec(leaf: Any, path: str, stored: set[np.dtype] = _STORED) -> Spec:
+    """Dtype and shape of ``leaf`` in a file. Raises where it cannot be there."""
     where = f"leaf {path!r}" if path else "the tree"
     if isinstance(leaf, Tracer):
         raise TypeError(f"{where} is traced; call save outside jax.jit")
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         raise TypeError(f"{where} is a PRNG key; store jax.random.key_data of it")
-    if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float, complex)):
+    if isinstance(leaf, (bool, int, float, complex)):
+        leaf = np.asarray(leaf)
+    if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)):
         raise TypeError(
             f"{where} is a {type(leaf).__name__}; only arrays and numbers can be stored"
         )
+    dtype = np.dtype(leaf.dtype).newbyteorder("=")
+    if dtype not in stored:
+        if stored is _CODES:
+            raise TypeError(f"{where} has codes of dtype {dtype}; cast them to int8")
+        raise TypeError(f"{where} has dtype {dtype}, which a file cannot hold; cast it first")
+    return dtype, tuple(leaf.shape)
+
+
+def _host(leaf: Any) -> np.ndarray:
     array = np.asarray(leaf)
-    if codes:
-        if array.dtype not in _CODES:
-            raise TypeError(f"{where} has codes of dtype {array.dtype}; cast them to int8")
-        return array.astype(np.int8)
-    array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    if array.dtype not in _STORED:
-        raise TypeError(f"{where} has dtype {array.dtype}, which a file cannot hold; cast it first")
-    return array
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _device(array: np.ndarray) -> Any:
@@ -272,5 +274,5 @@ def _device(array: np.ndarray) -> Any:
 def _crc32(*arrays: np.ndarray) -> int:
     checksum = 0
     for array in arrays:
-        checksum = zlib.crc32(array.reshape(-1).view(np.uint8).data, checksum)
+        checksum = zlib.crc32(bytes_of(array).data, checksum)
     return checksum

@@ -51,11 +51,24 @@ def _map_blocks(fn: Callable[[np.ndarray], np.ndarray], x: np.ndarray, size: int
 
 
 def _pack_bits(digits: np.ndarray, bits: int) -> np.ndarray:
+    if 8 % bits == 0:  # no code crosses a byte: several times as fast
+        count = 8 // bits
+        digits = np.pad(digits, (0, -digits.size % count))
+        packed = digits[::count].copy()
+        for i in range(1, count):
+            packed |= digits[i::count] << np.uint8(bits * i)
+        return packed
     spread = np.unpackbits(digits[:, None], axis=1, count=bits, bitorder="little")
     return np.packbits(spread, bitorder="little")
 
 
 def _unpack_bits(packed: np.ndarray, bits: int) -> np.ndarray:
+    if 8 % bits == 0:
+        count = 8 // bits
+        digits = np.empty((packed.size, count), np.uint8)
+        for i in range(count):
+            digits[:, i] = packed >> np.uint8(bits * i) & np.uint8(2**bits - 1)
+        return digits.ravel()
     spread = np.unpackbits(packed, bitorder="little")
     spread = spread[: spread.size // bits * bits].reshape(-1, bits)
     return np.packbits(spread, axis=1, bitorder="little").ravel()

@@ -121,7 +121,7 @@ def select(params: PyTree, quantizer: Rules, where: Where | None) -> dict[str, Q
         for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qarray)[0]
         if not is_qarray(leaf)
     ]
-    eligible = [(path, leaf) for path, leaf in leaves if (where or _is_weight)(path, leaf)]
+    eligible = [(path, leaf) for path, leaf in leaves if (where or is_weight)(path, leaf)]
     if isinstance(quantizer, Quantizer):
         rules: Mapping[str, Quantizer | None] = {"": quantizer}
     elif isinstance(quantizer, Mapping):
@@ -160,7 +160,8 @@ def rule_for(path: str, rules: Rules) -> Quantizer | None:
     return next((rule for pattern, rule in rules.items() if re.search(pattern, path)), None)
 
 
-def _is_weight(path: str, leaf: Any) -> bool:
+def is_weight(path: str, leaf: Any) -> bool:
+    """Whether a leaf is quantized unless a ``where`` says otherwise."""
     return (
         jnp.issubdtype(getattr(leaf, "dtype", jnp.int32), jnp.floating)
         and leaf.ndim >= 2

@@ -28,8 +28,9 @@ class Row:
       bits: bits of a code, or of an element where it is not quantized.
       bytes_before: its bytes in ``params``.
       bytes_after: its bytes on disk, scales included.
-      max_error: the largest absolute error.
-      snr_db: signal-to-noise ratio, ``10 log10(sum(w**2) / sum((w - w')**2))``; inf without error.
+      max_error: the largest absolute error; None where there is nothing to compare with.
+      snr_db: signal-to-noise ratio, ``10 log10(sum(w**2) / sum((w - w')**2))``; inf without error,
+        None where there is nothing to compare with.
     """
 
     path: str
@@ -37,8 +38,8 @@ class Row:
     bits: float
     bytes_before: int
     bytes_after: int
-    max_error: float
-    snr_db: float
+    max_error: float | None = None
+    snr_db: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,17 +67,18 @@ class Summary:
         )
         # Digits are folded where there is no room, never left out.
         table.add_column("leaf", "total", overflow="fold")
+        compared = any(row.max_error is not None for row in self.rows)
         for header, footer in (
             ("shape", ""),
             ("bits", ""),
             ("bytes\nbefore", f"{self.bytes_before:,}"),
             ("bytes\nafter", f"{self.bytes_after:,}"),
             ("ratio", f"{self.ratio:.2f}"),
-            ("max\nerror", ""),
-            ("SNR\n(dB)", ""),
+            *((("max\nerror", ""), ("SNR\n(dB)", "")) if compared else ()),
         ):
             table.add_column(header, footer, justify="right", overflow="fold")
         for row in self.rows:
+            errors = (row.max_error, ".2g"), (row.snr_db, ".1f")
             table.add_row(
                 row.path,
                 "x".join(map(str, row.shape)),
@@ -84,8 +86,7 @@ class Summary:
                 f"{row.bytes_before:,}",
                 f"{row.bytes_after:,}",
                 f"{row.bytes_before / max(row.bytes_after, 1):.2f}",
-                f"{row.max_error:.2g}",
-                f"{row.snr_db:.1f}",
+                *("" if x is None else f"{x:{form}}" for x, form in errors[: 2 * compared]),
             )
         return table
 
@@ -122,16 +123,17 @@ def summarize(params: PyTree, qparams: PyTree) -> Summary:
         raise ValueError(
             f"params and qparams have different leaves: {sorted(before.keys() ^ after.keys())[:8]}"
         )
-    return Summary(tuple(_row(path, before[path], after[path]) for path in before))
+    return Summary(tuple(row_of(path, before[path], after[path]) for path in before))
 
 
-def _row(path: str, before: Any, after: Any) -> Row:
+def row_of(path: str, before: Any, after: Any) -> Row:
+    """The row of one leaf, of an array and what became of it."""
+    itemsize = np.dtype(getattr(before, "dtype", np.asarray(before).dtype)).itemsize
     before = jnp.asarray(before)
     if before.shape != after.shape:
         raise ValueError(
             f"leaf {path!r} has shape {before.shape} in params and {after.shape} in qparams"
         )
-    itemsize = np.dtype(before.dtype).itemsize
     if is_qarray(after):
         max_error, noise, signal = map(float, _errors(before, after.dequantize()))
         bits, bytes_after = after.bits, after.nbytes_packed

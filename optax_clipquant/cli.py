@@ -1,0 +1,331 @@
+"""The command ``optax-clipquant``: look into safetensors files, make them small, and plain again."""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import rich.console
+import rich.progress
+
+from optax_clipquant.container import Reader, nbytes
+from optax_clipquant.conversion import (
+    WIDTHS,
+    Progress,
+    allocate_widths,
+    array_of,
+    compress,
+    decompress,
+    tensors_of,
+    widths_of,
+)
+from optax_clipquant.files import is_saved
+from optax_clipquant.quantizers import Quantizer, Uniform
+from optax_clipquant.report import Row, Summary, row_of
+
+T = TypeVar("T")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code: 0, 1 after an error, 130 after Ctrl-C."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        print("optax-clipquant: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except (OSError, ValueError, TypeError, RuntimeError, MemoryError) as error:
+        print(f"optax-clipquant: error: {_message(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    with Reader(args.file) as reader:
+        tensors = tensors_of(reader)
+        dtypes = [tensor.spec[0].name for tensor in tensors.values()]
+        rows = [
+            Row(path, tensor.spec[1], tensor.bits, nbytes(*tensor.spec), tensor.nbytes)
+            for path, tensor in tensors.items()
+        ]
+        if args.against is not None:
+            with Reader(args.against) as floats:
+                rows = _compared(reader, floats, rows)
+    summary = Summary(tuple(rows))
+    if args.json:
+        totals = {"bytes_before": summary.bytes_before, "bytes_after": summary.bytes_after}
+        _print_json({"file": args.file, **totals, "tensors": _plain(rows, dtypes)})
+    else:
+        rich.console.Console(width=None if sys.stdout.isatty() else 120).print(summary)
+
+
+def _compared(reader: Reader, floats: Reader, rows: list[Row]) -> list[Row]:
+    """The rows with the errors beside ``floats``."""
+    before, after = tensors_of(floats), tensors_of(reader)
+    if before.keys() != after.keys():
+        raise ValueError(
+            f"--against {floats.path}: {reader.path} has other tensors: "
+            f"{sorted(before.keys() ^ after.keys())[:8]}"
+        )
+    compared = []
+    with _progress("comparing", sum(row.bytes_before for row in rows)) as progress:
+        for row in rows:
+            leaf = array_of(after[row.path].read())
+            found = row_of(row.path, array_of(before[row.path].read()), leaf)
+            compared.append(
+                dataclasses.replace(row, max_error=found.max_error, snr_db=found.snr_db)
+            )
+            progress(row.bytes_before)
+    return compared
+
+
+def _compress(args: argparse.Namespace) -> None:
+    _check_output(args)
+    with Reader(args.input) as source:
+        if is_saved(source):
+            raise ValueError(f"{args.input} is compressed already; decompress it first")
+        rules = _choose(args, source)
+        total = sum(nbytes(*spec) for spec in source.specs.values())
+        with _progress("compressing", total) as progress:
+            rows = compress(source, args.output, rules, progress)
+        dtypes = [dtype.name for dtype, _ in source.specs.values()]
+    weights = sum(math.prod(row.shape) for row in rows if row.path in rules)
+    packed = sum(row.bytes_after for row in rows if row.path in rules)
+    _report(args, rows, dtypes, quantized=len(rules), bits_per_param=8 * packed / max(weights, 1))
+
+
+def _choose(args: argparse.Namespace, source: Reader) -> dict[str, Quantizer]:
+    """The quantizer of each tensor that is to have one."""
+    options = {"channel_axis": args.channel_axis, "group_size": args.group_size}
+    make = functools.partial(Uniform, **options, scale_rule=args.scale)
+    try:
+        widths = widths_of(source.specs, args.bits if args.budget is None else None, args.rule)
+        if args.budget is None:
+            return {name: make(bits=bits or 8) for name, bits in widths.items()}
+        total = sum(nbytes(*source.specs[name]) for name in widths)
+        with _progress("choosing bits", total) as progress:
+            return allocate_widths(source, widths, args.budget, make, progress)
+    except ValueError as error:
+        raise ValueError(f"{source.path}: {error}") from error
+
+
+def _decompress(args: argparse.Namespace) -> None:
+    _check_output(args)
+    with Reader(args.input) as source:
+        if not is_saved(source):
+            raise ValueError(f"{args.input} is not compressed: optax_clipquant did not write it")
+        tensors = tensors_of(source).values()
+        total = sum(nbytes(*tensor.spec) for tensor in tensors)
+        with _progress("decompressing", total) as progress:
+            rows = decompress(source, args.output, progress)
+    dtypes = [tensor.spec[0].name for tensor in tensors]
+    _report(args, rows, dtypes, quantized=sum(tensor.quantized for tensor in tensors))
+
+
+def _check_output(args: argparse.Namespace) -> None:
+    if os.path.realpath(args.input) == os.path.realpath(args.output) or (
+        os.path.exists(args.input)
+        and os.path.exists(args.output)
+        and os.path.samefile(args.input, args.output)
+    ):
+        raise ValueError(f"IN and OUT are the same file, {args.input}; name another OUT")
+    if os.path.isdir(args.output):
+        raise IsADirectoryError(f"OUT {args.output} is a folder; name a file")
+    if os.path.lexists(args.output) and not args.force:
+        raise FileExistsError(f"OUT {args.output} exists; overwrite it with --force")
+
+
+@contextlib.contextmanager
+def _progress(text: str, total: int) -> Iterator[Progress]:
+    """A bar on stderr, to be told of bytes; none where that is no terminal."""
+    console = rich.console.Console(stderr=True)
+    columns = (
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.DownloadColumn(),
+        rich.progress.TimeRemainingColumn(),
+    )
+    with rich.progress.Progress(
+        *columns, console=console, transient=True, disable=not sys.stderr.isatty()
+    ) as progress:
+        task = progress.add_task(text, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+def _report(args: argparse.Namespace, rows: list[Row], dtypes: list[str], **figures: float) -> None:
+    """What became of IN: a line, or all of it as JSON."""
+    before, after = os.path.getsize(args.input), os.path.getsize(args.output)
+    if args.json:
+        files = {"input": args.input, "output": args.output, "file_bytes": [before, after]}
+        _print_json({**files, **figures, "tensors": _plain(rows, dtypes)})
+        return
+    bits = figures.get("bits_per_param")
+    print(
+        f"{args.input}: {before:,} bytes -> {args.output}: {after:,} bytes "
+        f"({before / after:.2f} to 1); {figures['quantized']} of {len(rows)} tensors quantized"
+        + ("" if bits is None else f", {bits:.3f} bits a weight")
+    )
+
+
+def _plain(rows: list[Row], dtypes: list[str]) -> list[dict[str, Any]]:
+    """For JSON, which has no infinity: no number there."""
+    return [
+        {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in {**dataclasses.asdict(row), "dtype": dtype}.items()
+        }
+        for row, dtype in zip(rows, dtypes, strict=True)
+    ]
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    print(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="optax-clipquant",
+        description="Look into safetensors files, compress their weights to 1 to 8 bits, and back.",
+        epilog="Exit codes: 0; 1 after an error; 2 for wrong arguments; 130 after Ctrl-C.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], None], text: str, examples: str
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=text.partition("\n")[0],
+            description=text,
+            epilog=f"examples:\n{examples}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    look = command("inspect", _inspect, _INSPECT, _INSPECT_EXAMPLES)
+    look.add_argument("file", metavar="FILE", help="any safetensors file")
+    look.add_argument(
+        "--against", metavar="FLOATFILE", help="show the error beside the same tensors of this file"
+    )
+    small = command("compress", _compress, _COMPRESS, _COMPRESS_EXAMPLES)
+    plain = command("decompress", _decompress, _DECOMPRESS, _DECOMPRESS_EXAMPLES)
+    for sub, text in ((small, "any safetensors file"), (plain, "a compressed file")):
+        sub.add_argument("input", metavar="IN", help=text)
+        sub.add_argument("output", metavar="OUT", help="the file to write")
+        sub.add_argument("--force", action="store_true", help="overwrite OUT")
+    width = small.add_mutually_exclusive_group()
+    width.add_argument(
+        "--bits", type=_bits, default=8, metavar="N", help="bits of a code, 1 to 8 (default: 8)"
+    )
+    width.add_argument(
+        "--budget",
+        type=_positive(float),
+        metavar="BITS_PER_PARAM",
+        help="mean bits of a quantized weight, scales included, never exceeded: each tensor gets "
+        f"one of {', '.join(map(str, WIDTHS))} bits, so that the sum of squared errors over all "
+        "weights, each counted alike, is least",
+    )
+    small.add_argument(
+        "--group-size",
+        type=_positive(int),
+        metavar="N",
+        help="runs of N weights share a scale (default: all of a channel)",
+    )
+    small.add_argument(
+        "--channel-axis",
+        type=int,
+        default=0,
+        metavar="AXIS",
+        help="the axis with a scale for each index. Default: 0, the outputs of PyTorch's weights and "
+        "the tokens of an embedding; -1 for JAX's kernels, which have the outputs last",
+    )
+    small.add_argument(
+        "--scale",
+        choices=("mse", "absmax"),
+        help="least squared error, or up to the largest weight (default: mse up to 3 bits)",
+    )
+    small.add_argument(
+        "--rule",
+        type=_rule,
+        action="append",
+        default=[],
+        metavar="REGEX=BITS|keep",
+        help="bits for the tensors in whose name REGEX is found, or keep them as they are; may be "
+        "repeated, the first that is found decides",
+    )
+    for sub in (look, small, plain):
+        sub.add_argument("--json", action="store_true", help="print JSON for programs")
+    return parser
+
+
+_INSPECT = """Show each tensor of a safetensors file: shape, bits, bytes.
+
+With --against, also the largest error and the signal-to-noise ratio in dB beside a float file."""
+_INSPECT_EXAMPLES = """  optax-clipquant inspect model.safetensors
+  optax-clipquant inspect small.safetensors --against model.safetensors
+  optax-clipquant inspect small.safetensors --json"""
+_COMPRESS = """Quantize the weights of a safetensors file.
+
+Tensors of float16, bfloat16 or float32 with at least 2 axes are quantized, unless the last part of
+the name (after a '.' or '/') is 'bias' or 'scale'; all others are kept. OUT is for `decompress`, or for
+optax_clipquant.load, which gives a flat dict with the names of IN."""
+_COMPRESS_EXAMPLES = """  optax-clipquant compress model.safetensors small.safetensors
+  optax-clipquant compress model.safetensors small.safetensors --bits 4 --group-size 32
+  optax-clipquant compress model.safetensors small.safetensors --bits 4 --rule 'embed=8' --rule 'head=keep'
+  optax-clipquant compress model.safetensors small.safetensors --budget 4.5 --group-size 64
+  optax-clipquant compress flax.safetensors small.safetensors --channel-axis -1"""
+_DECOMPRESS = """Write a compressed file as a plain safetensors file, which any program reads.
+
+Names, shapes, dtypes and metadata are those of the file that was compressed."""
+_DECOMPRESS_EXAMPLES = """  optax-clipquant decompress small.safetensors model.safetensors
+  optax-clipquant decompress small.safetensors model.safetensors --force --json"""
+
+
+def _bits(text: str) -> int:
+    if text not in {str(bits) for bits in range(1, 9)}:
+        raise argparse.ArgumentTypeError(f"must be 1 to 8, got {text!r}")
+    return int(text)
+
+
+def _positive(kind: Callable[[str], T]) -> Callable[[str], T]:
+    def parse(text: str) -> T:
+        try:
+            value: Any = kind(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
+        return value
+
+    return parse
+
+
+def _rule(text: str) -> tuple[str, int | None]:
+    pattern, equals, bits = text.rpartition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"must be REGEX=BITS or REGEX=keep, got {text!r}")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(
+            f"{pattern!r} is not a regular expression: {error}"
+        ) from error
+    return pattern, None if bits == "keep" else _bits(bits)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
