@@ -5,6 +5,10 @@ from -127 to 127 whatever lies outside the levels: saturated weights may be many
 cutting them would shrink the grid a little in each step. Rounding is stochastic, so that what is
 smaller than a unit counts on the average; and a unit stays as long as it fits, so that a residual that
 does not change is kept to the bit.
+
+On a grid of two levels only the sign counts, and the distance is of one size where a weight changes
+it, which is where an error does most harm. There, the codes hold the signed root of the weight itself:
+fine steps around zero, coarse ones far from it.
 """
 
 import dataclasses
@@ -21,17 +25,57 @@ from optax_clipquant.reductions import extremes
 from optax_clipquant.scales import round_scale
 
 
-def start(residual: jax.Array, grid: Grid) -> QArray:
-    """``residual``, of weights on ``grid``, rounded to the nearest codes."""
-    return _units(grid, residual.shape).quantize(residual)
+def start(latent: jax.Array, level: jax.Array, grid: Grid) -> QArray:
+    """What is kept of ``latent`` weights, whose levels on ``grid`` are ``level``: the nearest codes."""
+    kept = _root(latent) if _is_binary(grid) else latent - level
+    units = _units(grid, latent.shape).fit(kept)
+    return QArray(units.encode(_between(latent, units) if _is_binary(grid) else kept), units)
 
 
 def advance(
-    residual: jax.Array, grid: Grid, before: QArray, stream: int, step: jax.typing.ArrayLike
+    latent: jax.Array,
+    level: jax.Array,
+    grid: Grid,
+    before: QArray,
+    stream: int,
+    step: jax.typing.ArrayLike,
 ) -> QArray:
-    """``residual``, of weights on ``grid``, rounded stochastically; ``before`` is that of the last step."""
-    units = _units(grid, residual.shape).fit(residual, start=before.grid)
-    return QArray(units.encode(residual, draws=dither(residual, stream, step)), units)
+    """As ``start``, rounded stochastically; ``before`` was kept in the step before."""
+    kept = _root(latent) if _is_binary(grid) else latent - level
+    units = _units(grid, latent.shape).fit(kept, start=before.grid)
+    if _is_binary(grid):
+        kept = _between(latent, units)
+    return QArray(units.encode(kept, draws=dither(latent, stream, step)), units)
+
+
+def latent_of(level: jax.Array, grid: Grid, kept: QArray) -> jax.Array:
+    """The latent weights of which ``kept`` was kept."""
+    return _square(kept.dequantize()) if _is_binary(grid) else level + kept.dequantize()
+
+
+def _is_binary(grid: Grid) -> bool:
+    """Whether the levels are two, one on each side of zero."""
+    return grid.upper - grid.lower == 1 and grid.zero_point is None
+
+
+def _root(x: jax.Array) -> jax.Array:
+    return jnp.sign(x) * jnp.sqrt(jnp.abs(x))
+
+
+def _square(x: jax.Array) -> jax.Array:
+    return x * jnp.abs(x)
+
+
+def _between(latent: jax.Array, units: Grid) -> jax.Array:
+    """The roots of ``latent``, moved between their codes so that the mean of the rounded ones' squares is
+    right: as far as ``latent`` is between the squares.
+    """
+    below = units.encode(_root(latent), draws=jnp.ones_like(latent))
+    below = jnp.minimum(below, units.upper - 1)
+    low, high = units.decode(below), units.decode(below + 1)
+    range_ = _square(high) - _square(low)
+    share = (latent - _square(low)) / jnp.where(range_ == 0, 1, range_)
+    return low + share * (high - low)
 
 
 @jax.tree_util.register_static

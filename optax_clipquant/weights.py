@@ -32,7 +32,8 @@ class QuantizeWeightsState(NamedTuple):
     Attributes:
       count: the number of updates so far.
       latent: a tree with the float32 latent weights of each quantized leaf, None at others; with
-        ``residual_bits``, a ``QArray`` of their distance to the levels. ``latent_params`` reads both.
+        ``residual_bits``, a ``QArray`` of their distance to the levels, or of their signed roots where
+        the levels are two. ``latent_params`` reads all three.
       grid: a tree with the ``Grid`` that each quantized leaf stands on, None at others.
     """
 
@@ -95,7 +96,8 @@ def quantize_weights(
         as ``softness_schedule``.
       where: which leaves may be quantized, as in ``quantize_params``.
       residual_bits: None, or 8 to keep the latent weights in a byte: as their distance to the levels,
-        in 127 parts of the largest distance in a channel or group, stochastically rounded.
+        in 127 parts of the largest distance in a channel or group, stochastically rounded; at 1 bit as
+        their signed roots, which are finest where a weight changes its sign.
 
     Returns:
       A ``GradientTransformation`` with a ``QuantizeWeightsState``. It keeps 4 bytes a quantized
@@ -140,7 +142,7 @@ def quantize_weights(
             latent = jnp.array(p, jnp.float32, copy=True)
             if residual_bits is None:
                 return latent
-            return residual.start(latent - _level(grids[path], latent), grids[path])
+            return residual.start(latent, _level(grids[path], latent), grids[path])
 
         latent = jax.tree_util.tree_map_with_path(
             lambda path, p: keep(path_of(path), p), unboxed(params)
@@ -164,7 +166,7 @@ def quantize_weights(
             if not isinstance(kept, QArray):
                 kept = latent
             else:
-                kept = residual.advance(latent - level, grid, kept, index[path], state.count)
+                kept = residual.advance(latent, level, grid, kept, index[path], state.count)
             return target - p.astype(jnp.float32), grid, kept
 
         updates, grid, latent = _map_quantized(
@@ -285,7 +287,9 @@ def _level(grid: Grid, w: jax.Array, key: jax.Array | None = None) -> jax.Array:
 
 def latent_of(p: jax.Array, grid: Grid, kept: jax.Array | QArray) -> jax.Array:
     """The latent weights, from what the state keeps of them."""
-    return _level(grid, p) + kept.dequantize() if isinstance(kept, QArray) else kept
+    if not isinstance(kept, QArray):
+        return kept
+    return residual.latent_of(_level(grid, p), grid, kept)
 
 
 def _map_quantized(

@@ -30,7 +30,7 @@ from optax_clipquant import (
     quantize_weights,
     softness_schedule,
 )
-from optax_clipquant.residual import advance, start
+from optax_clipquant.residual import advance, latent_of, start
 
 SIZES = {
     "channel": Uniform(bits=4),
@@ -45,7 +45,7 @@ SIZES = {
 def test_a_unit_for_each_scale_and_its_error_bound(variant, name):
     grid = SIZES[name].fit(jnp.asarray(weights((33, 7))))
     residual = weights((33, 7), "heavy", seed=1)
-    kept = variant(start)(jnp.asarray(residual), grid)
+    kept = variant(start)(jnp.asarray(residual), 0.0, grid)
     assert kept.grid.scale.shape == grid.scale.shape
     chex.assert_type(kept.qvalue, jnp.int8)
     size = 1 if grid.group is None else grid.group[1]
@@ -56,7 +56,7 @@ def test_a_unit_for_each_scale_and_its_error_bound(variant, name):
     assert np.all(error <= 0.5001 * unit)
     largest = np.abs(np.asarray(kept.qvalue)).max()
     assert 125 <= largest <= 127
-    moved = variant(advance)(jnp.asarray(1.3 * residual), grid, kept, 0, 1)
+    moved = variant(advance)(jnp.asarray(1.3 * residual), 0.0, grid, kept, 0, 1)
     unit = np.asarray(moved.grid.scale.astype(jnp.float32))
     if grid.group is not None:
         unit = np.repeat(unit, size, axis=0)[:33]
@@ -66,8 +66,8 @@ def test_a_unit_for_each_scale_and_its_error_bound(variant, name):
 def test_rounding_is_right_on_the_average():
     grid = Uniform(bits=4).fit(jnp.asarray(weights((64, 8))))
     residual = jnp.asarray(weights((64, 8), seed=1))
-    kept = start(residual, grid)
-    fn = jax.jit(jax.vmap(lambda step: advance(residual, grid, kept, 0, step).dequantize()))
+    kept = start(residual, 0.0, grid)
+    fn = jax.jit(jax.vmap(lambda step: advance(residual, 0.0, grid, kept, 0, step).dequantize()))
     mean = np.asarray(fn(jnp.arange(4000)), np.float64).mean(0)
     unit = np.asarray(kept.grid.scale.astype(jnp.float32))
     # Nearer than independent draws would be, whose means have errors of up to half a unit over
@@ -78,9 +78,9 @@ def test_rounding_is_right_on_the_average():
 
 def test_a_residual_that_does_not_change_is_kept_to_the_bit():
     grid = Uniform(bits=4).fit(jnp.asarray(weights((64, 8))))
-    kept = start(jnp.asarray(weights((64, 8), "heavy")), grid)
+    kept = start(jnp.asarray(weights((64, 8), "heavy")), 0.0, grid)
     for step in range(50):
-        again = advance(kept.dequantize(), grid, kept, 0, step)
+        again = advance(kept.dequantize(), 0.0, grid, kept, 0, step)
         np.testing.assert_array_equal(again.qvalue, kept.qvalue)
         np.testing.assert_array_equal(again.grid.scale, kept.grid.scale)
         kept = again
@@ -89,17 +89,61 @@ def test_a_residual_that_does_not_change_is_kept_to_the_bit():
 def test_a_unit_follows_what_it_measures():
     grid = Uniform(bits=4).fit(jnp.ones((8, 1)))
     w = jnp.asarray(weights((8, 1)))
-    kept = start(w, grid)
+    kept = start(w, 0.0, grid)
     for factor in (0.9, 0.6):
-        same = advance(factor * w, grid, kept, 0, 0)
+        same = advance(factor * w, 0.0, grid, kept, 0, 0)
         np.testing.assert_array_equal(same.grid.scale, kept.grid.scale)
     for factor in (1.05, 0.3, 1e-20, 1e20, 0.0):
-        moved = advance(factor * w, grid, kept, 0, 0)
+        moved = advance(factor * w, 0.0, grid, kept, 0, 0)
         unit = float(moved.grid.scale[0, 0])
         largest = float(jnp.max(jnp.abs(factor * w)))
         assert largest <= 127 * unit <= 1.02 * largest
-    bad = advance(w.at[0, 0].set(jnp.nan), grid, kept, 0, 0)
+    bad = advance(w.at[0, 0].set(jnp.nan), 0.0, grid, kept, 0, 0)
     assert np.isnan(np.asarray(bad.dequantize())).all()
+
+
+BINARY = {"channel": Binary(), "group": Binary(group_size=5), "tensor": Binary(channel_axis=None)}
+
+
+@pytest.mark.parametrize("name", BINARY)
+def test_at_one_bit_codes_are_fine_around_zero(variant, name):
+    w = jnp.asarray(weights((33, 7), "heavy"))
+    grid = BINARY[name].fit(w)
+    level = grid.decode(grid.encode(w))
+    first = variant(start)(w, level, grid)
+    assert first.grid.scale.shape == grid.scale.shape
+    unit = np.asarray(first.grid.decode(jnp.ones(w.shape, jnp.int8)), np.float64)
+    # A float64 reference: the squares around each weight.
+    root = np.floor(np.sqrt(np.abs(np.asarray(w, np.float64))) / unit)
+    low, high = (root * unit) ** 2, ((root + 1) * unit) ** 2
+    nearest = np.where(np.abs(w) - low < high - np.abs(w), low, high) * np.sign(w)
+    np.testing.assert_allclose(latent_of(level, grid, first), nearest, rtol=1e-5, atol=1e-9)
+    fn = jax.jit(
+        jax.vmap(lambda step: latent_of(level, grid, advance(w, level, grid, first, 0, step)))
+    )
+    found = np.abs(np.asarray(fn(jnp.arange(4000)), np.float64))
+    assert np.all((found >= low * (1 - 1e-5)) & (found <= high * (1 + 1e-5)))
+    assert np.all(np.abs(found.mean(0) - np.abs(w)) < 0.002 * (high - low))
+    # Where a weight changes its sign, finer than codes of the distance to its level would be.
+    distance = np.abs(np.asarray(w - level))
+    small = np.abs(w) < 0.1 * np.abs(level)
+    assert np.median((high - low)[small]) < 0.5 * distance.max() / 127
+
+
+def test_at_one_bit_what_does_not_change_is_kept():
+    w = jnp.asarray(weights((64, 8), "heavy"))
+    grid = Binary().fit(w)
+    level = grid.decode(grid.encode(w))
+    kept = start(w, level, grid)
+    for step in range(50):
+        again = advance(latent_of(level, grid, kept), level, grid, kept, 0, step)
+        np.testing.assert_array_equal(again.qvalue, kept.qvalue)
+        np.testing.assert_array_equal(again.grid.scale, kept.grid.scale)
+        kept = again
+    zeros = start(jnp.zeros_like(w), jnp.zeros_like(w), grid)
+    np.testing.assert_array_equal(latent_of(level, grid, zeros), 0.0)
+    bad = advance(w.at[0, 0].set(jnp.inf), level, grid, kept, 0, 0)
+    assert not np.isfinite(np.asarray(latent_of(level, grid, bad))[:, 0]).any()
 
 
 def zero_updates(quantizer, w, residual_bits, steps=1000):
@@ -117,8 +161,11 @@ def zero_updates(quantizer, w, residual_bits, steps=1000):
     (after, moved), _ = jax.jit(lambda c: jax.lax.scan(body, c, length=steps))((params, state))
     error = jnp.abs(latent_params(after, moved)["w"] - w)
     if residual_bits is not None:
-        units = moved.latent["w"].grid
-        error /= units.decode(jnp.ones(w.shape, jnp.int8))
+        kept = moved.latent["w"]
+        unit = kept.grid.decode(jnp.ones(w.shape, jnp.int8))
+        if quantizer == Binary():  # the codes are of roots
+            unit = (2 * jnp.abs(kept.dequantize()) + unit) * unit
+        error /= unit
     return state.grid["w"], moved.grid["w"], np.asarray(error)
 
 
@@ -206,11 +253,12 @@ def test_params_are_on_the_grid_after_every_step(name):
         assert_on_grid(params, state)
 
 
-def test_trains_as_the_float_latent_does():
+@pytest.mark.parametrize("quantizer", [Binary(), Uniform(bits=4)], ids=str)
+def test_trains_as_the_float_latent_does(quantizer):
     losses = {}
     for bits in (None, 8):
-        tx = optimizer(quantize_weights(Uniform(bits=4), residual_bits=bits))
-        params = projected(Uniform(bits=4))
+        tx = optimizer(quantize_weights(quantizer, residual_bits=bits))
+        params = projected(quantizer)
         state = tx.init(params)
         step = jax.jit(make_step(tx), donate_argnums=(0, 1))
         for i in range(300):
