@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from optax_clipquant import (
     Binary,
@@ -55,6 +56,12 @@ QUANTIZERS = {
 CORE = [
     *("binary", "ternary", "uniform2", "uniform3", "uniform4", "uniform8", "zscore7"),
     *("uniform4-groups", "uniform4-asymmetric", "ternary-absmax", "normalfloat3-groups"),
+]
+
+# Compiled for each quantizer, and run op by op for one of each kind.
+VARIANTS = [
+    *(pytest.param(jax.jit, name, id=f"jit-{name}") for name in QUANTIZERS),
+    *(pytest.param(lambda fn: fn, name, id=f"eager-{name}") for name in CORE),
 ]
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import QUANTIZERS, weights
+from helpers import QUANTIZERS, VARIANTS, weights
 
 from optax_clipquant import Grid, NormalFloat, QArray, Uniform, ZScore
 
@@ -42,7 +42,7 @@ def levels(grid: Grid, shape) -> np.ndarray:
     return (codes + grid.offset - zero) * expanded(grid, grid.scale, shape)[..., None]
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize(("variant", "name"), VARIANTS)
 @pytest.mark.parametrize("shape", [(7, 6), (12,), (3, 3, 8, 5)])
 def test_codes_are_of_the_nearest_level(platform, variant, name, shape):
     w = weights(shape)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import QUANTIZERS, mlp_params, weights
+from helpers import QUANTIZERS, VARIANTS, mlp_params, weights
 
 from optax_clipquant import (
     QArray,
@@ -27,7 +27,7 @@ def quantized_paths(tree) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize(("variant", "name"), VARIANTS)
 def test_shapes_and_value_ranges(platform, variant, name):
     params = mlp_params()
     qparams = variant(lambda p: quantize_params(p, QUANTIZERS[name]))(params)

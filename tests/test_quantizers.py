@@ -211,17 +211,25 @@ NASTY = {
     "tiny": np.full((6, 4), 2e-38) * np.arange(24).reshape(6, 4),
     "huge": np.full((6, 4), np.finfo(np.float32).max),
     "both huge": np.where(np.arange(24).reshape(6, 4) % 2, 1, -1) * np.finfo(np.float32).max,
-    "mixed": np.array([[1e-30, 1e30], [1, -1], [-1e-30, -1e30]]),
-    "outlier": np.concatenate([np.ones((20, 3)), np.full((1, 3), 1e6)]),
+    "mixed": np.tile([[1e-30, 1e30], [1, -1], [-1e-30, -1e30]], (2, 2)),
+    "outlier": np.concatenate([np.ones((5, 4)), np.full((1, 4), 1e6)]),
     "empty": np.zeros((0, 4)),
     "no channel": np.zeros((4, 0)),
     "scalar": np.array(-2.5),
 }
 
 
-@pytest.mark.parametrize("case", NASTY)
+# Each shape is compiled anew: those of other shapes in one dtype are enough.
+NASTY_CASES = [
+    (case, dtype)
+    for case, w in NASTY.items()
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
+    if dtype == jnp.float32 or w.shape == (6, 4)
+]
+
+
+@pytest.mark.parametrize(("case", "dtype"), NASTY_CASES)
 @pytest.mark.parametrize("name", QUANTIZERS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_nasty_values_have_defined_results(case, name, dtype):
     if case == "scalar" and "first" in name:
         pytest.skip("a scalar has no first axis")

@@ -12,7 +12,9 @@ import pytest
 from flax import nnx
 from flax.training import train_state
 from helpers import (
+    CORE,
     QUANTIZERS,
+    VARIANTS,
     assert_on_grid,
     batch,
     make_step,
@@ -41,7 +43,9 @@ from optax_clipquant import (
 TRAINED = {**QUANTIZERS, "rules": {"Dense_0": Uniform(bits=3), "Dense_1": Ternary()}}
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize(
+    ("variant", "name"), [*VARIANTS, pytest.param(jax.jit, "rules", id="jit-rules")]
+)
 def test_params_are_on_the_grid_after_every_step(platform, variant, name):
     tx = optimizer(quantize_weights(TRAINED[name]))
     params = projected(TRAINED[name])
@@ -103,7 +107,7 @@ def test_is_the_recursion_in_float64():
         assert np.mean(error > 2.0**-7 * np.abs(nearest)) < 0.05
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", [*CORE, "rules"])
 def test_scan_equals_steps_and_types_are_stable(name):
     tx = optimizer(quantize_weights(TRAINED[name]))
     params = projected(TRAINED[name])

@@ -1,0 +1,174 @@
+"""Pictures show the numbers that they are given."""
+
+import math
+
+import hypothesis
+import hypothesis.strategies as st
+import jax.numpy as jnp
+import matplotlib
+import matplotlib.colors
+import numpy as np
+import pytest
+from helpers import CORE, QUANTIZERS, weights
+
+from optax_clipquant import Uniform, plots, quantize_params, summarize
+
+
+def draw(figure) -> None:
+    """Lays it out, which raises where something does not fit together."""
+    figure.canvas.draw()
+
+
+def texts(axes) -> list[str]:
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_weight_histogram_counts_all_weights(name):
+    w = weights((40, 12))
+    q = QUANTIZERS[name].quantize(jnp.asarray(w))
+    figure, (axes,) = plots.subplots()
+    plots.weight_histogram(axes, w, q)
+    draw(figure)
+    bars = sum(patch.get_height() * patch.get_width() for patch in axes.patches)
+    np.testing.assert_allclose(bars, w.size, rtol=1e-5)
+    (stems,) = axes.get_lines()
+    levels, counts = stems.get_data()
+    # Channels are mirrored, or have their zero points at other codes.
+    assert 1 < len(levels) <= 2 * (q.grid.upper - q.grid.lower) + 1
+    if q.grid.code_book is None:
+        assert counts.sum() == w.size
+        # One step apart: that is the unit.
+        np.testing.assert_allclose(np.mod(np.diff(levels) + 0.5, 1), 0.5, atol=2e-3)
+    assert axes.get_xlabel() == "weight, in steps of its grid"
+
+
+def test_weight_histogram_of_what_has_no_step():
+    w = np.zeros((4, 3), np.float32)
+    w[:, 1] = np.nan
+    figure, (axes,) = plots.subplots()
+    plots.weight_histogram(axes, w, Uniform(bits=4).quantize(jnp.asarray(w)))
+    draw(figure)
+    with pytest.raises(ValueError, match="before has shape"):
+        plots.weight_histogram(axes, w[:2], Uniform(bits=4).quantize(jnp.asarray(w)))
+
+
+POINTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12)
+
+
+@hypothesis.given(POINTS)
+def test_pareto_front_is_that_of_brute_force(points):
+    front = [points[i] for i in plots.pareto_front(points)]
+    undominated = {
+        (cost, value)
+        for cost, value in points
+        if not any(c <= cost and v >= value and (c, v) != (cost, value) for c, v in points)
+    }
+    assert front == sorted(undominated)
+
+
+@pytest.mark.parametrize("better", ["higher", "lower"])
+def test_against_bits(better):
+    sign = 1 if better == "higher" else -1
+    series = {
+        "ours": [(4, sign * 8.0), (2, sign * 5.0)],
+        "peer": [(3, sign * 6.0), (4.5, sign * 7.0)],
+    }
+    figure, (axes,) = plots.subplots()
+    plots.against_bits(axes, series, ylabel="accuracy (%)", reference=sign * 9.0, better=better)
+    draw(figure)
+    front, ours, peer, reference = axes.get_lines()
+    np.testing.assert_array_equal(front.get_data(), [[2, 3, 4], [sign * x for x in (5, 6, 8)]])
+    np.testing.assert_array_equal(ours.get_data(), [[2, 4], [sign * 5, sign * 8]])
+    np.testing.assert_array_equal(peer.get_data(), [[3, 4.5], [sign * 6, sign * 7]])
+    assert set(reference.get_ydata()) == {sign * 9.0}
+    assert texts(axes) == ["Pareto line", "ours", "peer", "float"]
+    assert axes.get_ylabel() == "accuracy (%)"
+
+
+def test_leaf_bars():
+    params = {f"layer_{i}": {"kernel": jnp.asarray(weights((16, 8 + i)))} for i in range(6)}
+    params["bias"] = jnp.zeros(3)
+    qparams = quantize_params(params, Uniform(bits=4))
+    summary = summarize(params, qparams)
+    figure, axes = plots.subplots(2)
+    plots.leaf_bars(axes, summary)
+    draw(figure)
+    before, after = axes[0].containers
+    assert [bar.get_width() for bar in before] == [row.bytes_before for row in summary.rows]
+    assert [bar.get_width() for bar in after] == [row.bytes_after for row in summary.rows]
+    ratios = [bar.get_width() for bar in axes[1].containers[0]]
+    assert ratios == [row.snr_db for row in summary.rows if math.isfinite(row.snr_db)]
+    assert axes[0].get_yticklabels()[0].get_text() == "bias (32)"
+    figure, axes = plots.subplots(2)
+    plots.leaf_bars(axes, summary, most=2)
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == [
+        *("layer_4/kernel (4)", "layer_5/kernel (4)", "5 smaller leaves"),
+    ]
+    total = sum(bar.get_width() for bar in axes[0].containers[0])
+    assert total == summary.bytes_before
+    with pytest.raises(ValueError, match="two axes"):
+        plots.leaf_bars(axes[:1], summary)
+
+
+def test_clipping():
+    figure, (axes,) = plots.subplots()
+    plots.clipping(axes, [0.5, 0.1], [1.0, 3.0])
+    draw(figure)
+    np.testing.assert_allclose(axes.get_lines()[0].get_ydata(), [50, 10])
+    right = figure.axes[1]
+    np.testing.assert_array_equal(right.get_lines()[0].get_ydata(), [1, 3])
+    assert texts(axes) == ["clip fraction", "bound"]
+
+
+@pytest.mark.parametrize(("better", "best"), [("higher", (2, 1)), ("lower", (0, 0))])
+def test_heat_map(better, best):
+    rows = [
+        {"c": c, "R": R, "accuracy": None if c == 1 and R == 1 else i * 2.0 + j}
+        for i, R in enumerate((1, 4, 7))
+        for j, c in enumerate((0.1, 1.0))
+    ]
+    figure, (axes,) = plots.subplots()
+    plots.heat_map(axes, rows[::-1], "c", "R", "accuracy", better=better)
+    draw(figure)
+    shown = axes.images[0].get_array()
+    np.testing.assert_array_equal(shown.filled(np.nan), [[0, np.nan], [2, 3], [4, 5]])
+    frame = next(p for p in axes.patches if p.get_linewidth() == 3)
+    assert (frame.get_y() + 0.5, frame.get_x() + 0.5) == best
+    assert sum(p.get_hatch() is not None for p in axes.patches) == 1
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("c", "R")
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.1", "1"]
+    for bad, message in (
+        ([], "no rows"),
+        ([{"c": 1, "R": 1}], "rows have no 'accuracy', but c, R"),
+        ([rows[0], rows[0]], "two rows have c 0.1 and R 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plots.heat_map(axes, bad, "c", "R", "accuracy")
+    failed = [{"c": 1, "R": 1, "accuracy": math.nan}]
+    figure, (axes,) = plots.subplots()
+    plots.heat_map(axes, failed, "c", "R", "accuracy")
+    draw(figure)
+
+
+def test_curves():
+    figure, (axes,) = plots.subplots()
+    plots.curves(axes, {"a": [[1, 2, 3], [2, 3, 4]], "b": [5, 6, 7]}, ylabel="loss (nats)")
+    draw(figure)
+    lines = axes.get_lines()
+    assert [list(line.get_ydata()) for line in lines] == [[1, 2, 3], [2, 3, 4], [5, 6, 7]]
+    assert [line.get_color() for line in lines[:2]] == [lines[0].get_color()] * 2
+    assert texts(axes) == ["a", "b"]
+
+
+def test_styles_can_be_told_apart_without_colour():
+    colors, lines, markers = zip(*plots.STYLES, strict=True)
+    assert len(set(colors)) == len(set(map(str, lines))) == len(set(markers)) == len(colors)
+
+
+def test_no_setting_of_matplotlib_is_changed():
+    before = dict(matplotlib.rcParams)
+    figure, axes = plots.subplots(2, 2)
+    assert len(axes) == 4
+    draw(figure)
+    assert dict(matplotlib.rcParams) == before
