@@ -22,7 +22,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import matplotlib.figure
 import numpy as np
 import optax
 import rich.box
@@ -40,6 +39,7 @@ from optax_clipquant import (
     dequantize_params,
     export_params,
     load,
+    plots,
     quantize_params,
     quantize_state,
     quantize_weights,
@@ -306,29 +306,22 @@ def make_table(title: str, args: argparse.Namespace) -> rich.table.Table:
 
 
 def plot(path: pathlib.Path, parts: dict[str, Results]) -> None:
-    figure = matplotlib.figure.Figure(figsize=(11, 4.2), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(1, len(parts)))
-    styles = (
-        *(("#666666", "-"), ("#D55E00", "--"), ("#0072B2", "-"), ("#009E73", "-.")),
-        ("#CC79A7", ":"),
-    )
+    figure, axes = plots.subplots(len(parts), width=5.5, height=4.2)
     for axis, (title, results) in zip(axes, parts.items(), strict=True):
-        top, bottom = 0.0, np.inf
-        for (name, found), (color, line) in zip(results.items(), styles, strict=False):
-            for i, result in enumerate(found):
-                curve = smooth(result.losses)
-                axis.plot(curve, line, color=color, alpha=0.8, label=None if i else name)
-                bottom = min(bottom, np.nanmin(curve) - 0.1)
-                if np.isfinite(curve[len(curve) // 10]):
-                    top = max(top, curve[len(curve) // 10])
+        curves = {
+            name: np.array([smooth(result.losses) for result in found])
+            for name, found in results.items()
+        }
+        plots.curves(axis, curves, ylabel="training loss, bits a character")
         # What diverges leaves the picture: no net need be worse than at its start.
+        every = np.concatenate(list(curves.values()))
+        early = every[:, every.shape[1] // 10]
         first = next(iter(results.values()))[0].losses[0]
-        top = min(top, first)
-        axis.set(title=title, xlabel="step", ylabel="training loss, bits a character")
-        axis.set_ylim(bottom, top)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=9)
-    figure.savefig(path, dpi=120)
+        axis.set_ylim(
+            np.nanmin(every) - 0.1, min(np.max(early[np.isfinite(early)], initial=0), first)
+        )
+        axis.set_title(title)
+    figure.savefig(path)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

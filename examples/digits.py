@@ -17,7 +17,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import matplotlib.figure
 import numpy as np
 import optax
 import rich.box
@@ -30,16 +29,17 @@ from sklearn.model_selection import train_test_split
 
 from optax_clipquant import (
     Binary,
-    QArray,
     Quantizer,
     Ternary,
     Uniform,
     ZScore,
+    bits_per_param,
     clip_by_value,
     dequantize_params,
     export_params,
     latent_params,
     load,
+    plots,
     quantize_params,
     quantize_weights,
     round_weights,
@@ -145,29 +145,15 @@ def plot(
     exported: Any,
     name: str,
 ) -> None:
-    figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = plots.subplots(2)
     at = np.minimum(np.arange(1, len(next(iter(curves.values()))) + 1) * EVERY, steps)
-    for (label, curve), style, color in zip(
-        curves.items(), ["-", "--", ":"], ["#0072B2", "#D55E00", "#666666"], strict=False
-    ):
-        left.plot(at, 100 * np.array(curve), style, color=color, linewidth=2, label=label)
-    left.set(xlabel="step", ylabel="test accuracy (%)", title="Accuracy in training")
-    left.legend(loc="lower right")
-    left.grid(alpha=0.3)
-    q: QArray = exported["Dense_0"]["kernel"]
-    channel = 0 if q.scale.shape[-1] > 1 else slice(None)
+    percent = {label: 100 * np.array(curve) for label, curve in curves.items()}
+    plots.curves(left, percent, x=at, ylabel="test accuracy (%)")
+    left.set_title("Accuracy in training")
     latent = latent_params(state.params, state.opt_state)["Dense_0"]["kernel"]
-    right.hist(
-        np.ravel(np.asarray(latent)[:, channel]), 60, color="#56B4E9", label="latent weights"
-    )
-    for i, level in enumerate(np.unique(np.asarray(q)[:, channel])):
-        right.axvline(
-            level, color="#D55E00", linewidth=1, label="levels in use" if i == 0 else None
-        )
-    right.set(xlabel="weight", ylabel="number of weights", title=f"Dense_0, one channel: {name}")
-    right.legend(loc="upper right")
-    figure.savefig(path, dpi=120)
+    plots.weight_histogram(right, latent, exported["Dense_0"]["kernel"])
+    right.set_title(f"Dense_0/kernel: {name}")
+    figure.savefig(path)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -270,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
             sizes[name] = size = file.stat().st_size
             table.add_row(
                 name, f"{of_params:.4f}", f"{of_file:.4f}", f"{fraction:.4f}",
-                f"{bits_a_weight(exported):.2f}", f"{size:,}", f"{sizes['float'] / size:.2f}x",
+                f"{bits_per_param(exported):.2f}", f"{size:,}", f"{sizes['float'] / size:.2f}x",
             )  # fmt: skip
     console.print(table)
     state = states[label]
@@ -278,15 +264,6 @@ def main(argv: list[str] | None = None) -> None:
     console.print(summarize(latent_params(state.params, state.opt_state), exports[label]))
     plot(args.out / "digits.png", args.steps, curves, state, exports[label], label)
     console.print(f"Files and plot: {args.out}/")
-
-
-def bits_a_weight(params: Any) -> float:
-    """Of the weights that are quantized, scales included; of all where none is."""
-    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, QArray))
-    quantized = [leaf for leaf in leaves if isinstance(leaf, QArray)]
-    if not quantized:
-        return 32
-    return 8 * sum(q.nbytes_packed for q in quantized) / sum(q.size for q in quantized)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import matplotlib.figure
 import matplotlib.ticker
 import numpy as np
 import optax
@@ -33,14 +32,15 @@ from flax.training.train_state import TrainState
 
 from optax_clipquant import (
     Binary,
-    QArray,
     Quantizer,
     Ternary,
     Uniform,
+    bits_per_param,
     clip_by_value,
     dequantize_params,
     export_params,
     load,
+    plots,
     quantize_weights,
     save,
     softness_schedule,
@@ -254,16 +254,7 @@ def run(
     of_file = accuracy(model, loaded, *data[2:])
     of_params = accuracy(model, state.params, *data[2:])
     assert of_file == of_params, f"{of_file} of the file, {of_params} of the params"
-    return Result(width, of_file, clipped, bits_a_weight(exported), path.stat().st_size)
-
-
-def bits_a_weight(params: Any) -> float:
-    """Of the weights that are quantized, scales included; of all where none is."""
-    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, QArray))
-    quantized = [leaf for leaf in leaves if isinstance(leaf, QArray)]
-    if not quantized:
-        return 32
-    return 8 * sum(q.nbytes_packed for q in quantized) / sum(q.size for q in quantized)
+    return Result(width, of_file, clipped, bits_per_param(exported), path.stat().st_size)
 
 
 def tabulate(args: argparse.Namespace, results: list[Result], count: int) -> rich.table.Table:
@@ -285,43 +276,32 @@ def tabulate(args: argparse.Namespace, results: list[Result], count: int) -> ric
 
 
 def plot(path: pathlib.Path, args: argparse.Namespace, results: list[Result]) -> None:
-    figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = plots.subplots(width=7, height=4.5)
     quantized = [result for result in results if result.width != "float"]
-    axes.plot(
-        [result.bits for result in quantized], [100 * result.accuracy for result in quantized],
-        "o-", color="#0072B2", linewidth=2, label="optax_clipquant",
-    )  # fmt: skip
+    series = {"optax_clipquant": [(result.bits, 100 * result.accuracy) for result in quantized]}
+    if (args.model, args.epochs, args.batch, args.limit) == ("mlp", 5, 256, None):
+        for name, peer in PEERS.items():
+            series[f"{name}, mean of 5 seeds"] = [
+                (result.bits, 100 * peer[result.width])
+                for result in quantized
+                if result.width in peer
+            ]
+    floats = [100 * result.accuracy for result in results if result.width == "float"]
+    plots.against_bits(
+        axes, series, ylabel="test accuracy (%)", reference=floats[0] if floats else None
+    )
     for result in quantized:
         left = result.width == "ternary"  # the label of 2 bits is to its right
         axes.annotate(
             name_of(result.width), (result.bits, 100 * result.accuracy), (-7, 5) if left else (7, -11),
-            textcoords="offset points", ha="right" if left else "left", color="#0072B2",
+            textcoords="offset points", ha="right" if left else "left", color=plots.BLUE,
         )  # fmt: skip
-    if (args.model, args.epochs, args.batch, args.limit) == ("mlp", 5, 256, None):
-        for (name, peer), marker, color in zip(
-            PEERS.items(), "s^", ["#D55E00", "#009E73"], strict=True
-        ):
-            shared = [result for result in quantized if result.width in peer]
-            axes.plot(
-                [result.bits for result in shared],
-                [100 * peer[result.width] for result in shared],
-                marker, color=color, label=f"{name}, mean of 5 seeds",
-            )  # fmt: skip
-    for result in results:
-        if result.width == "float":
-            axes.axhline(100 * result.accuracy, color="#666666", linestyle="--", label="float")
     axes.set_xscale("log", base=2)
     axes.set_xlim(0.8, 10.5)
     axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-    axes.set(
-        xlabel="bits a weight, scales included", ylabel="test accuracy (%)",
-        title=f"Fashion-MNIST, {args.model}, {args.epochs} epochs, seed {args.seed}",
-    )  # fmt: skip
+    axes.set_title(f"Fashion-MNIST, {args.model}, {args.epochs} epochs, seed {args.seed}")
     axes.margins(y=0.15)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

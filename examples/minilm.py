@@ -33,7 +33,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import matplotlib.figure
 import numpy as np
 import optax
 import rich.box
@@ -45,13 +44,14 @@ import tokenizers
 from flax.training.train_state import TrainState
 
 from optax_clipquant import (
-    QArray,
     Uniform,
     allocate_bits,
+    bits_per_param,
     clip_by_value,
     dequantize_params,
     export_params,
     load,
+    plots,
     quantize_params,
     quantize_weights,
     save,
@@ -295,7 +295,7 @@ def by_library(rules: Rules, params: PyTree) -> tuple[PyTree, Size]:
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder, "model.safetensors")
         save(file, qparams)
-        return load(file), Size(bits_a_weight(qparams), file.stat().st_size, False)
+        return load(file), Size(bits_per_param(qparams), file.stat().st_size, False)
 
 
 def sensitivity_of(params: PyTree, texts: tuple[np.ndarray, np.ndarray]) -> PyTree:
@@ -318,12 +318,6 @@ def sensitivity_of(params: PyTree, texts: tuple[np.ndarray, np.ndarray]) -> PyTr
     sentences, words = texts
     parts = zip(batches(sentences, 16, 32, 0), batches(words, 32, 32, 0), strict=True)
     return squared_gradients(loss, params, ([draw(s), draw(w)] for s, w in parts))
-
-
-def bits_a_weight(qparams: PyTree) -> float:
-    leaves = jax.tree.leaves(qparams, is_leaf=lambda x: isinstance(x, QArray))
-    quantized = [leaf for leaf in leaves if isinstance(leaf, QArray)]
-    return 8 * sum(q.nbytes_packed for q in quantized) / sum(q.size for q in quantized)
 
 
 def by_formula(
@@ -379,14 +373,7 @@ SCHEMES: dict[str, Scheme] = {
     ABSMAX: lambda params, bits: by_formula(absmax, params, bits),
     QWIX: lambda params, bits: by_formula(by_qwix, params, bits),
 }
-STYLES = {
-    MIXED: ("v-", "#E69F00"),
-    GROUPS: ("o-", "#0072B2"),
-    CHANNELS: ("s-", "#D55E00"),
-    ABSMAX: ("D-", "#009E73"),
-    QWIX: ("^-", "#CC79A7"),
-    TRAINED: ("*--", "#0072B2"),
-}
+SHOWN = (GROUPS, CHANNELS, ABSMAX, QWIX, MIXED, TRAINED)
 Results = dict[tuple[str, int], tuple[Size, Scores]]
 
 
@@ -407,7 +394,7 @@ def post_training(
 
     def mixed(params: PyTree, bits: int) -> tuple[PyTree, Size]:
         """A width for each matrix, in the size of ``bits`` for all."""
-        budget = bits_a_weight(jax.eval_shape(quantize_params, params, in_groups(bits)))
+        budget = bits_per_param(jax.eval_shape(quantize_params, params, in_groups(bits)))
         rules = allocate_bits(
             params, sensitivity, bits_per_param=budget, choices=range(1, 9), quantizer=in_groups
         )
@@ -508,7 +495,7 @@ def finetune(
         jax.tree.leaves(dequantize_params(loaded)), jax.tree.leaves(state.params), strict=True
     ):
         assert np.array_equal(a, b), "the file does not hold the params"
-    return loaded, Size(bits_a_weight(exported), file.stat().st_size, False)
+    return loaded, Size(bits_per_param(exported), file.stat().st_size, False)
 
 
 def recover(
@@ -569,30 +556,36 @@ def verdicts(results: Results, widths: list[int]) -> Iterator[str]:
 
 
 def plot(path: pathlib.Path, floats: Scores, results: Results) -> None:
-    figure = matplotlib.figure.Figure(figsize=(13, 4.2), layout="constrained")
-    axes = figure.subplots(1, 3)
+    figure, axes = plots.subplots(3, width=4.4, height=4.2)
     fields = (
         ("wordsim", "Spearman's rho", "WordSim-353"),
         ("simlex", "Spearman's rho", "SimLex-999"),
         ("words", "1 - cosine to the float embedding", "Distance to float, words"),
     )
     for axis, (field, label, title) in zip(axes, fields, strict=True):
-        for name, (style, color) in STYLES.items():
-            points = sorted((s.bits, getattr(x, field)) for (n, _), (s, x) in results.items() if n == name)  # fmt: skip
-            if not points:
-                continue
-            at, values = np.array(points).T
-            values = 1 - values if field == "words" else values
-            size = 12 if name == TRAINED else 5
-            axis.plot(at, values, style, color=color, linewidth=2, markersize=size, label=name)
-        if field == "words":
+        distance = field == "words"
+        series = {}
+        for shown in SHOWN:
+            found = [
+                (size.bits, getattr(scores, field))
+                for (name, _), (size, scores) in results.items()
+                if name == shown
+            ]
+            if found:
+                series[shown] = [(bits, 1 - x if distance else x) for bits, x in found]
+        plots.against_bits(
+            axis,
+            series,
+            ylabel=label,
+            reference=None if distance else getattr(floats, field),
+            better="lower" if distance else "higher",
+        )
+        axis.set_title(title)
+        if distance:
             axis.set_yscale("log")
-        else:
-            axis.axhline(getattr(floats, field), color="#666666", linestyle=":", label="float")
-        axis.set(xlabel="bits a weight, scales included", ylabel=label, title=title)
-        axis.grid(alpha=0.3)
-    axes[0].legend(loc="lower right", fontsize=9)
-    figure.savefig(path, dpi=120)
+        if axis is not axes[0]:
+            axis.get_legend().remove()
+    figure.savefig(path)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -28,7 +28,7 @@ from optax_clipquant.state import QuantizeStateState, quantize_state
 from optax_clipquant.allocation import allocate_bits, squared_gradients
 from optax_clipquant.files import load, save
 from optax_clipquant.interchange import to_qwix
-from optax_clipquant.report import Summary, summarize
+from optax_clipquant.report import Summary, bits_per_param, summarize
 
 __all__ = [
     "average_gradients",
@@ -69,5 +69,6 @@ __all__ = [
     "load",
     "to_qwix",
     "summarize",
+    "bits_per_param",
     "Summary",
 ]

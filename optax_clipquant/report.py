@@ -126,6 +126,23 @@ def summarize(params: PyTree, qparams: PyTree) -> Summary:
     return Summary(tuple(row_of(path, before[path], after[path]) for path in before))
 
 
+def bits_per_param(qparams: PyTree) -> float:
+    """The mean bits of a quantized weight on disk, scales included; of any weight where none is.
+
+    Args:
+      qparams: a tree with ``QArray`` leaves, which may be abstract, as of ``jax.eval_shape``.
+
+    Examples:
+      >>> from optax_clipquant import Uniform, quantize_params
+      >>> bits_per_param(quantize_params({"kernel": jnp.ones((64, 8))}, Uniform(bits=4, group_size=32)))
+      4.5
+    """
+    leaves = jax.tree.leaves(qparams, is_leaf=is_qarray)
+    sizes = [(leaf.nbytes_packed, leaf.size) for leaf in leaves if is_qarray(leaf)]
+    sizes = sizes or [(leaf.size * leaf.dtype.itemsize, leaf.size) for leaf in leaves]
+    return 8 * sum(size for size, _ in sizes) / max(sum(count for _, count in sizes), 1)
+
+
 def row_of(path: str, before: Any, after: Any) -> Row:
     """The row of one leaf, of an array and what became of it."""
     itemsize = np.dtype(getattr(before, "dtype", np.asarray(before).dtype)).itemsize
