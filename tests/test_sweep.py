@@ -17,11 +17,13 @@ from helpers import batch, make_step, mlp_loss, mlp_params, run_python
 
 from optax_clipquant import Sweep, ZScore, clip_by_value, quantize_weights, sweep
 
-GRID = {"c": [0.001, 0.01, 1.0], "R": [1, 2, 3]}
+GRID = {"c": [0.01, 1.0], "R": [1, 2, 4]}
 
 
 def train(c, R):
-    tx = optax.chain(clip_by_value(c), optax.sgd(0.05, momentum=0.9), quantize_weights(ZScore(R)))
+    tx = optax.chain(
+        clip_by_value(c), optax.sgd(0.05, momentum=0.9), quantize_weights(ZScore(R, resolution=2.0))
+    )
     params, step = mlp_params(), make_step(tx)
 
     def body(carry, data):
@@ -42,7 +44,7 @@ def separate_runs() -> list[dict]:
     ]
 
 
-@pytest.mark.parametrize("batch_size", [None, 1, 2, 3, 4, 9, 100])
+@pytest.mark.parametrize("batch_size", [None, 1, 2, 4, 5, 100])
 def test_equals_separate_runs_and_traces_once(batch_size):
     traces = []
 
@@ -52,14 +54,14 @@ def test_equals_separate_runs_and_traces_once(batch_size):
 
     result = sweep(evaluate, GRID, batch_size=batch_size, progress=False)
     assert len(traces) == 1
-    assert len(result.rows) == 9
+    assert len(result.rows) == 6
     for row, expected in zip(result.rows, separate_runs(), strict=True):
         assert (row["c"], row["R"], row["failed"]) == (expected["c"], expected["R"], False)
         # A sum in another order may move a code by one.
         np.testing.assert_allclose(row["loss"], expected["loss"], rtol=1e-3)
         np.testing.assert_allclose(row["first"], expected["first"], rtol=1e-5)
     losses = [row["loss"] for row in result.rows]
-    assert len(set(losses)) == 9
+    assert len(set(losses)) == 6
     assert result.best("loss", "min") == result.rows[int(np.argmin(losses))]
 
 
@@ -183,6 +185,25 @@ sweep(evaluate, {"x": list(range(5))}, batch_size=2, path=sys.argv[1], progress=
     assert second.returncode == 0, second.stderr
     assert set(second.stdout.split()) == {"2", "3", "4"}
     assert [row["m"] for row in json.loads(path.read_text())["rows"]] == [0, 1, 2, 3, 4]
+
+
+def test_a_failed_write_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    path, grid = tmp_path / "sweep.json", {"x": list(range(4)), "y": [0.5]}
+    calls, writes = [], []
+
+    def full(descriptor, fsync=os.fsync):
+        if calls:  # while rows are written
+            writes.append(path.read_bytes())
+        if len(calls) > 2:
+            raise OSError("the disk is full")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="the disk is full"):
+        sweep(flaky(99, calls), grid, batch_size=2, path=path, progress=False)
+    assert path.read_bytes() == writes[-1]
+    assert len(json.loads(path.read_text())["rows"]) == 2
+    assert os.listdir(tmp_path) == ["sweep.json"]
 
 
 def test_the_file(tmp_path):
