@@ -40,16 +40,16 @@ class Sweep(Printed):
         rows = self._finished()
         if not rows:
             raise ValueError(
-                f"best: a metric is not finite in any of the {len(self.rows)} runs, so all failed; "
-                "sweep other values, such as a smaller learning rate"
+                f"best: all {len(self.rows)} runs failed, each with a metric that is not finite; sweep "
+                "other values, such as a smaller learning rate"
             )
         return max(rows, key=lambda row: sign * row[metric])
 
     def pareto(self, cost: str, metric: str, mode: Literal["max", "min"] = "max") -> list[Row]:
-        """The rows worth their cost, sorted by it, those that failed left out.
+        """The rows worth their cost, sorted by it.
 
-        Those for which no other has a ``metric`` as good at a ``cost`` as low, and is better in one
-        of the two; so rows with equal cost and metric are in it together or not at all.
+        Those that did not fail, and for which no other is as good in both ``cost`` and ``metric`` and
+        better in one. Of rows with equal cost and metric all are in it, or none.
 
         Args:
           cost: a column or metric of which less is better.
@@ -109,12 +109,11 @@ def sweep(
 ) -> Sweep:
     """Trains and validates at every point of a grid, in one vmapped and jitted program.
 
-    It is traced and compiled once, where a loop over the points would compile for each: what small
-    models take most of their time for. Runs of a batch advance together, and take as much memory as
-    that many runs.
+    It is traced and compiled once. A loop over the points compiles for each, and small models spend
+    most of their time on that. The runs of a batch advance together, and take the memory of that many.
 
-    What is traced must not decide on shapes or on Python's control flow: ``c``, ``R``, ``resolution``,
-    learning rates and seeds may be in a grid; ``bits`` may not: call ``sweep`` for each.
+    The values are traced, so they cannot decide on shapes or Python's control flow: ``c``, ``R``,
+    ``resolution``, learning rates and seeds may be in a grid; for ``bits``, call ``sweep`` with each.
 
     Args:
       evaluate: called as ``evaluate(c=..., R=...)`` with a scalar for each column, int32 where all of
@@ -123,10 +122,9 @@ def sweep(
       grid: from the name of each column to its values; points are their product.
       batch_size: how many points run together; all of them by default. A last batch that is short is
         filled up with points that are run again, so that nothing is compiled for it.
-      path: a JSON file, written after each batch, which holds the grid and the rows (``"nan"`` and
-        ``"inf"`` as text, which JSON lacks). Where it is there already, with rows of the same grid
-        and metrics, only the points that it lacks are run. It does not know ``evaluate``: delete the
-        file when that changes.
+      path: a JSON file for the grid and its rows, written after each batch. Where it is there
+        already, from the same grid and with the same metrics, only the points that it lacks are run.
+        It does not know what ``evaluate`` does: delete the file where that changes.
       progress: whether to show a progress bar.
 
     Returns:
