@@ -158,12 +158,27 @@ def writing(
 ) -> Iterator[Writer]:
     """A safetensors file of tensors of these ``specs``, which takes the place of ``path`` once whole.
 
-    It is written beside ``path``, synced and renamed: an exception or a crash leaves ``path`` as it
-    was. ``texts`` is the metadata, or text that takes as much room.
+    See ``replacing``. ``texts`` is the metadata, or text that takes as much room.
 
     Raises:
       FileNotFoundError: there is no such folder.
       ValueError: a tensor has another dtype or shape than announced, or was not put.
+    """
+    with replacing(path) as file:
+        writer = Writer(file, specs, texts)
+        yield writer
+        writer.finish()
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A new file, which takes the place of ``path`` once whole.
+
+    It is written beside ``path``, synced and renamed: an exception or a crash leaves ``path`` as it
+    was.
+
+    Raises:
+      FileNotFoundError: there is no such folder.
     """
     path = os.fspath(path)
     folder, name = os.path.split(os.path.abspath(path))
@@ -172,9 +187,7 @@ def writing(
     temporary = os.path.join(folder, f".{name[:32]}.{secrets.token_hex(6)}.tmp")
     try:
         with open(temporary, "xb") as file:
-            writer = Writer(file, specs, texts)
-            yield writer
-            writer.finish()
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -1,21 +1,19 @@
 """Size and error of each quantized leaf, as data and as a table."""
 
 import dataclasses
-import io
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.box
-import rich.console
 import rich.table
 
 from optax_clipquant.params import PyTree
 from optax_clipquant.paths import path_of
 from optax_clipquant.qarray import is_qarray
 from optax_clipquant.reductions import extremes
+from optax_clipquant.tables import Printed, compact_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Summary:
+class Summary(Printed):
     """What ``summarize`` found: ``rows`` is plain data, ``print`` gives a table."""
 
     rows: tuple[Row, ...]
@@ -62,9 +60,7 @@ class Summary:
         return self.bytes_before / max(self.bytes_after, 1)
 
     def __rich__(self) -> rich.table.Table:
-        table = rich.table.Table(
-            show_footer=True, box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
-        )
+        table = compact_table(show_footer=True)
         # Digits are folded where there is no room, never left out.
         table.add_column("leaf", "total", overflow="fold")
         compared = any(row.max_error is not None for row in self.rows)
@@ -89,11 +85,6 @@ class Summary:
                 *("" if x is None else f"{x:{form}}" for x, form in errors[: 2 * compared]),
             )
         return table
-
-    def __str__(self) -> str:
-        buffer = io.StringIO()
-        rich.console.Console(file=buffer, width=120).print(self)
-        return buffer.getvalue().rstrip("\n")
 
 
 def summarize(params: PyTree, qparams: PyTree) -> Summary:

@@ -1,0 +1,27 @@
+"""How results are shown: as a rich table, and by ``print`` as its text."""
+
+import abc
+import io
+
+import rich.box
+import rich.console
+import rich.table
+
+
+class Printed(abc.ABC):
+    """A result whose ``__rich__`` gives a table, which ``print`` shows too."""
+
+    @abc.abstractmethod
+    def __rich__(self) -> rich.table.Table: ...
+
+    def __str__(self) -> str:
+        buffer = io.StringIO()
+        rich.console.Console(file=buffer, width=120).print(self)
+        return buffer.getvalue().rstrip("\n")
+
+
+def compact_table(*, show_footer: bool = False) -> rich.table.Table:
+    """A table without columns that leaves the room to its content."""
+    return rich.table.Table(
+        show_footer=show_footer, box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )

@@ -1,0 +1,211 @@
+"""A 5 x 5 sweep of ``c`` and ``R`` against 25 separate runs, and against Optuna's GridSampler.
+
+The model is an MLP on scikit-learn's digits, its params on a z-score grid, with a third of the data for
+validation. All time the same training, a ``lax.scan`` over its steps: in ``sweep``; as one jitted
+function of ``c`` and ``R``, called 25 times; and with ``c`` and ``R`` as constants, jitted for each pair.
+"25 jitted steps" is the loop that most write: steps from Python, the step jitted for each pair. Each
+candidate has a process of its own, which has imported jax and run something already; compilations
+count. Candidates take turns, and the median counts.
+
+    python tests/benchmarks/sweep.py
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import multiprocessing
+import os
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optuna
+import rich.console
+import rich.progress
+import rich.table
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from optax_clipquant import Sweep, ZScore, clip_by_value, quantize_weights, sweep
+
+GRID = {"c": [0.001, 0.003, 0.01, 0.03, 0.1], "R": [1, 2, 3, 5, 7]}
+TARGET = 5.0
+
+
+class Task:
+    """Training and validation of one point, whole or by steps."""
+
+    def __init__(self, steps: int, batch: int, width: int) -> None:
+        images, labels = load_digits(return_X_y=True)
+        images = images.astype(np.float32) / 16
+        parts = train_test_split(images, labels, test_size=1 / 3, stratify=labels, random_state=0)
+        self.train_x, self.valid_x, self.train_y, self.valid_y = map(jnp.asarray, parts)
+        rng = np.random.default_rng(0)
+        self.batches = jnp.asarray(rng.integers(0, len(self.train_x), (steps, batch)))
+        sizes, self.params = (64, width, width, 10), {}
+        for i, (n, m) in enumerate(itertools.pairwise(sizes)):
+            kernel = rng.standard_normal((n, m)) * np.sqrt(2 / n)
+            self.params[f"layer{i}"] = {
+                "kernel": jnp.asarray(kernel, jnp.float32),
+                "bias": jnp.zeros(m),
+            }
+
+    def optimizer(self, c: Any, R: Any) -> optax.GradientTransformation:
+        schedule = optax.cosine_decay_schedule(2e-3, len(self.batches))
+        last = quantize_weights(ZScore(R, resolution=2.0))
+        return optax.chain(clip_by_value(c), optax.adam(schedule), last)
+
+    def logits(self, params: Any, x: jax.Array) -> jax.Array:
+        for layer in list(params.values())[:-1]:
+            x = jax.nn.relu(x @ layer["kernel"] + layer["bias"])
+        return x @ params["layer2"]["kernel"] + params["layer2"]["bias"]
+
+    def loss(self, params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        logits = self.logits(params, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    def step(self, tx: optax.GradientTransformation, carry: Any, batch: jax.Array) -> Any:
+        params, state = carry
+        grads = jax.grad(self.loss)(params, self.train_x[batch], self.train_y[batch])
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def validate(self, params: Any) -> dict[str, jax.Array]:
+        right = jnp.argmax(self.logits(params, self.valid_x), -1) == self.valid_y
+        return {
+            "accuracy": jnp.mean(right),
+            "loss": self.loss(params, self.valid_x, self.valid_y),
+        }
+
+    def evaluate(self, c: Any, R: Any) -> dict[str, jax.Array]:
+        tx = self.optimizer(c, R)
+        carry = self.params, tx.init(self.params)
+        (params, _), _ = jax.lax.scan(
+            lambda carry, batch: (self.step(tx, carry, batch), None), carry, self.batches
+        )
+        return self.validate(params)
+
+    def whole(self, c: float, R: int) -> dict[str, float]:
+        return floats(jax.jit(functools.partial(self.evaluate, c, R))())
+
+    def traced(self) -> Callable[..., dict[str, float]]:
+        compiled = jax.jit(self.evaluate)
+        return lambda c, R: floats(compiled(c, R))
+
+    def by_steps(self, c: float, R: int) -> dict[str, float]:
+        tx = self.optimizer(c, R)
+        step = jax.jit(functools.partial(self.step, tx), donate_argnums=0)
+        carry = jax.tree.map(jnp.copy, self.params), tx.init(self.params)
+        for batch in np.asarray(self.batches):
+            carry = step(carry, batch)
+        return floats(jax.jit(self.validate)(carry[0]))
+
+
+def floats(metrics: dict[str, jax.Array]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def swept(task: Task, batch_size: int | None = None) -> Sweep:
+    return sweep(task.evaluate, GRID, batch_size=batch_size, progress=False)
+
+
+def separate(run: Callable[..., dict[str, float]]) -> Sweep:
+    return Sweep(
+        tuple({"c": c, "R": R, **run(c, R), "failed": False} for c in GRID["c"] for R in GRID["R"])
+    )
+
+
+def with_optuna(task: Task) -> Sweep:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    rows = []
+
+    def objective(trial: optuna.Trial) -> float:
+        point = {name: trial.suggest_categorical(name, values) for name, values in GRID.items()}
+        metrics = task.whole(**point)
+        rows.append({**point, **metrics, "failed": False})
+        return metrics["loss"]
+
+    study = optuna.create_study(sampler=optuna.samplers.GridSampler(GRID), direction="minimize")
+    study.optimize(objective, n_trials=25)
+    return Sweep(tuple(rows))
+
+
+CANDIDATES: dict[str, Callable[[Task], Sweep]] = {
+    "sweep": swept,
+    "sweep, batches of 5": lambda task: swept(task, 5),
+    "one jitted run": lambda task: separate(task.traced()),
+    "25 jitted runs": lambda task: separate(task.whole),
+    "25 jitted steps": lambda task: separate(task.by_steps),
+    "Optuna, 25 jitted runs": with_optuna,
+}
+
+
+def measure(name: str, sizes: tuple[int, int, int], pipe: Any) -> None:
+    """Sends the seconds of a candidate, those of its compilations, and its rows."""
+    task = Task(*sizes)
+    jax.block_until_ready(jax.jit(lambda x: jnp.sin(x) @ x.T)(task.train_x))
+    compiling = []
+
+    def listen(event: str, seconds: float, **_: Any) -> None:
+        if event.startswith("/jax/core/compile"):  # tracing, lowering, compiling
+            compiling.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    begin = time.perf_counter()
+    found = CANDIDATES[name](task)
+    pipe.send((time.perf_counter() - begin, sum(compiling), json.dumps(found.rows)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--width", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=list(CANDIDATES), default=list(CANDIDATES))
+    args = parser.parse_args()
+    sizes = (args.steps, args.batch, args.width)
+    context = multiprocessing.get_context("spawn")
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in args.only}
+    found: dict[str, Sweep] = {}
+    turns = [name for _ in range(args.repeats) for name in args.only]
+    for name in rich.progress.track(turns, "turns"):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=measure, args=(name, sizes, sender))
+        process.start()
+        sender.close()
+        seconds, compiling, rows = receiver.recv()
+        process.join()
+        times[name].append((seconds, compiling))
+        found[name] = Sweep(tuple(json.loads(rows)))
+
+    console = rich.console.Console()
+    console.print(found[args.only[0]])
+    table = rich.table.Table(
+        title=f"MLP 64-{args.width}-{args.width}-10, {args.steps} steps of {args.batch}; "
+        f"{os.cpu_count()} cores, {platform.machine()}, {jax.default_backend()}, jax {jax.__version__}"
+    )
+    for column in ("25 points", "seconds", "compiling", "ratio", "target", "", "best c", "R", "loss"):  # fmt: skip
+        table.add_column(column, justify="left" if column == "25 points" else "right")
+    ours = np.array(times[args.only[0]])[:, 0]
+    for name in args.only:
+        seconds, compiling = np.median(np.array(times[name]), 0)
+        ratio = float(np.median(np.array(times[name])[:, 0] / ours))
+        aimed = "25" in name
+        row = found[name].best("loss", mode="min")
+        table.add_row(
+            name, f"{seconds:.2f}", f"{compiling:.2f}", f"{ratio:.2f}", f"{TARGET}" * aimed,
+            ("met" if ratio >= TARGET else "missed") * aimed, f"{row['c']}",
+            f"{row['R']}", f"{row['loss']:.4f}",
+        )  # fmt: skip
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
