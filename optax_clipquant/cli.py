@@ -8,14 +8,16 @@ import json
 import math
 import os
 import re
+import signal
 import sys
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import rich.console
 import rich.progress
 
-from optax_clipquant.container import Reader, nbytes
+from optax_clipquant.container import Reader, nbytes, replacing
 from optax_clipquant.conversion import (
     WIDTHS,
     Progress,
@@ -34,20 +36,34 @@ T = TypeVar("T")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code: 0, 1 after an error, 130 after Ctrl-C."""
+    """Runs the command and returns its exit code: 0, 1 after an error, 128 + n after signal n."""
     args = _parser().parse_args(argv)
+    # As Ctrl-C does: so that a half-written file is removed.
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         args.run(args)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, _Terminated) as stop:
         print("optax-clipquant: interrupted; nothing was written", file=sys.stderr)
-        return 130
+        return 128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)
     except (OSError, ValueError, TypeError, RuntimeError, MemoryError) as error:
         print(f"optax-clipquant: error: {_message(error)}", file=sys.stderr)
         return 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 
+class _Terminated(BaseException):
+    """SIGTERM."""
+
+
+def _terminate(number: int, frame: types.FrameType | None) -> None:
+    raise _Terminated
+
+
 def _inspect(args: argparse.Namespace) -> None:
+    if args.plot is not None:
+        _check_plot(args)
     with Reader(args.file) as reader:
         tensors = tensors_of(reader)
         dtypes = [tensor.spec[0].name for tensor in tensors.values()]
@@ -59,11 +75,36 @@ def _inspect(args: argparse.Namespace) -> None:
             with Reader(args.against) as floats:
                 rows = _compared(reader, floats, rows)
     summary = Summary(tuple(rows))
+    if args.plot is not None:
+        _plot(args.plot, summary)
     if args.json:
         totals = {"bytes_before": summary.bytes_before, "bytes_after": summary.bytes_after}
         _print_json({"file": args.file, **totals, "tensors": _plain(rows, dtypes)})
     else:
         rich.console.Console(width=None if sys.stdout.isatty() else 120).print(summary)
+
+
+def _check_plot(args: argparse.Namespace) -> None:
+    """Before the work: whether there can be a picture."""
+    try:
+        import matplotlib.figure
+    except ImportError as error:
+        raise ValueError("--plot needs matplotlib: pip install 'optax-clipquant[plot]'") from error
+    formats = matplotlib.figure.Figure().canvas.get_supported_filetypes()
+    if os.path.splitext(args.plot)[1].lstrip(".").lower() not in formats:
+        raise ValueError(f"--plot {args.plot} must end in one of .{', .'.join(sorted(formats))}")
+    _check_free(f"--plot {args.plot}", args.plot, args.force)
+
+
+def _plot(path: str, summary: Summary) -> None:
+    from optax_clipquant import plots
+
+    most = 40
+    shown = min(len(summary.rows), most + 1)
+    figure, axes = plots.subplots(2, width=6, height=1.2 + 0.3 * max(shown, 5))
+    plots.leaf_bars(axes, summary, most=most)
+    with replacing(path) as file:
+        figure.savefig(file, format=os.path.splitext(path)[1].lstrip(".").lower())
 
 
 def _compared(reader: Reader, floats: Reader, rows: list[Row]) -> list[Row]:
@@ -136,10 +177,14 @@ def _check_output(args: argparse.Namespace) -> None:
         and os.path.samefile(args.input, args.output)
     ):
         raise ValueError(f"IN and OUT are the same file, {args.input}; name another OUT")
-    if os.path.isdir(args.output):
-        raise IsADirectoryError(f"OUT {args.output} is a folder; name a file")
-    if os.path.lexists(args.output) and not args.force:
-        raise FileExistsError(f"OUT {args.output} exists; overwrite it with --force")
+    _check_free(f"OUT {args.output}", args.output, args.force)
+
+
+def _check_free(what: str, path: str, force: bool) -> None:
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{what} is a folder; name a file")
+    if os.path.lexists(path) and not force:
+        raise FileExistsError(f"{what} exists; overwrite it with --force")
 
 
 @contextlib.contextmanager
@@ -199,7 +244,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="optax-clipquant",
         description="Look into safetensors files, compress their weights to 1 to 8 bits, and back.",
-        epilog="Exit codes: 0; 1 after an error; 2 for wrong arguments; 130 after Ctrl-C.",
+        epilog="Exit codes: 0; 1 after an error; 2 for wrong arguments; 130 after Ctrl-C, 143 after SIGTERM.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -221,6 +266,10 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument(
         "--against", metavar="FLOATFILE", help="show the error beside the same tensors of this file"
     )
+    look.add_argument(
+        "--plot", metavar="OUT.png", help="draw sizes, and with --against the ratios, of the leaves"
+    )
+    look.add_argument("--force", action="store_true", help="overwrite the picture")
     small = command("compress", _compress, _COMPRESS, _COMPRESS_EXAMPLES)
     plain = command("decompress", _decompress, _DECOMPRESS, _DECOMPRESS_EXAMPLES)
     for sub, text in ((small, "any safetensors file"), (plain, "a compressed file")):
@@ -276,7 +325,7 @@ _INSPECT = """Show each tensor of a safetensors file: shape, bits, bytes.
 
 With --against, also the largest error and the signal-to-noise ratio in dB beside a float file."""
 _INSPECT_EXAMPLES = """  optax-clipquant inspect model.safetensors
-  optax-clipquant inspect small.safetensors --against model.safetensors
+  optax-clipquant inspect small.safetensors --against model.safetensors --plot small.png
   optax-clipquant inspect small.safetensors --json"""
 _COMPRESS = """Quantize the weights of a safetensors file.
 

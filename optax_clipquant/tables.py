@@ -16,7 +16,11 @@ class Printed(abc.ABC):
 
     def __str__(self) -> str:
         buffer = io.StringIO()
-        rich.console.Console(file=buffer, width=120).print(self)
+        # In a notebook, rich would show it there and leave no text, or text with colours.
+        console = rich.console.Console(
+            file=buffer, width=120, force_jupyter=False, force_terminal=False
+        )
+        console.print(self)
         return buffer.getvalue().rstrip("\n")
 
 

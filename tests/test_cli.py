@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -227,6 +228,32 @@ def test_inspect(source, tmp_path, capsys):
     assert "SNR" in capsys.readouterr().out
 
 
+def test_inspect_plots(source, tmp_path, capsys, monkeypatch):
+    small, picture = tmp_path / "small", tmp_path / "small.png"
+    assert run("compress", source, small, "--bits", 4) == 0
+    args = ("inspect", small, "--against", source, "--plot")
+    assert run(*args, picture) == 0
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert run(*args, tmp_path / "small.SVG") == 0
+    assert "embed.weight" in (tmp_path / "small.SVG").read_text()
+    picture.write_text("old")
+    capsys.readouterr()
+    for path, message in (
+        (picture, "exists; overwrite it with --force"),
+        (tmp_path / "small.xyz", "must end in one of"),
+        (tmp_path / "png", "must end in one of"),
+    ):
+        assert run(*args, path) == 1
+        assert message in capsys.readouterr().err
+    assert picture.read_text() == "old"
+    assert run(*args, picture, "--force") == 0
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert run(*args, picture, "--force") == 1
+    assert "pip install 'optax-clipquant[plot]'" in capsys.readouterr().err
+
+
 def test_inspect_reads_no_tensor_without_a_float_file(source, monkeypatch):
     monkeypatch.setattr(container.Reader, "read", lambda *args: pytest.fail("it read"))
     assert run("inspect", source) == 0
@@ -332,8 +359,16 @@ def test_force_overwrites(source, tmp_path):
     assert load(out).keys() == checkpoint().keys()
 
 
+def fail(error: BaseException | signal.Signals) -> None:
+    if isinstance(error, BaseException):
+        raise error
+    os.kill(os.getpid(), error)
+
+
 @pytest.mark.parametrize(
-    ("error", "code"), [(OSError("disk full"), 1), (KeyboardInterrupt(), 130)], ids=str
+    ("error", "code"),
+    [(OSError("disk full"), 1), (KeyboardInterrupt(), 130), (signal.SIGTERM, 143)],
+    ids=str,
 )
 @pytest.mark.parametrize("command", ["compress", "decompress"])
 @pytest.mark.parametrize("old", [True, False], ids=["over an old file", "to a new file"])
@@ -354,7 +389,7 @@ def test_what_fails_half_way_leaves_no_trace(
         real(self, name, array)
         puts.append(name)
         if len(puts) == 4:
-            raise error
+            fail(error)
 
     monkeypatch.setattr(container.Writer, "put", put)
     capsys.readouterr()

@@ -1,0 +1,52 @@
+"""The notebook for Colab: run with few steps, and what it was committed with."""
+
+import json
+
+from helpers import EXAMPLES, run_python
+
+NOTEBOOK = EXAMPLES / "colab_tpu.ipynb"
+
+RUN = """
+import sys, nbclient, nbformat
+notebook = nbformat.read(sys.argv[1], 4)
+nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+nbformat.write(notebook, sys.argv[2])
+"""
+
+
+def printed(notebook: dict) -> str:
+    return "".join(
+        "".join(output["text"])
+        for cell in notebook["cells"]
+        for output in cell.get("outputs", [])
+        if output.get("name") == "stdout"
+    )
+
+
+def pictures(notebook: dict) -> int:
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    return sum("image/png" in output.get("data", {}) for output in outputs)
+
+
+def test_runs(tmp_path):
+    out = tmp_path / "run.ipynb"
+    process = run_python(
+        "-c", RUN, NOTEBOOK, out, timeout=400, QUICK="1", JAX_PLATFORMS="cpu", TMPDIR=str(tmp_path)
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    run = json.loads(out.read_text())
+    text = printed(run)
+    assert "compiled 2 times for 60 steps" in text
+    assert "as in training: True" in text
+    assert "dense/kernel" in text  # of the table that is printed
+    assert pictures(run) == 3
+    assert (tmp_path / "digits-4-bits.safetensors").exists()
+
+
+def test_is_committed_with_the_outputs_of_a_whole_run():
+    notebook = json.loads(NOTEBOOK.read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    assert all(output["output_type"] != "error" for cell in cells for output in cell["outputs"])
+    assert pictures(notebook) == 3
+    assert "compiled 2 times for 1200 steps" in printed(notebook)
