@@ -337,10 +337,15 @@ def test_training(case, name, kind):
         # Sums of gradients in another order: a few units in the last place.
         np.testing.assert_allclose(found["bias"], want["bias"], atol=1e-6)
         off = np.abs(np.asarray(found["kernel"]) - want["kernel"]) > (0 if on_grid else 1e-6)
-        # That may put a weight on the next level, or round a scale the other way, but not often.
-        assert np.sum(np.any(off, axis=0)) <= (1 if on_grid else 0)
-    if on_grid and case != "round-stochastic":
-        assert_on_grid(params, state)
+        if on_grid:
+            # That may put a weight on the next level, or round a scale the other way: hardly ever.
+            assert np.sum(np.any(off, axis=0)) <= 1
+        else:
+            # Adam divides by the size of a gradient, which has few right digits where it is near 0.
+            assert np.mean(off) < 1e-3
+    if case in ("clipquant", "everything"):
+        with jax.set_mesh(mesh(layout.mesh, kind)):
+            assert_on_grid(params, state)
 
 
 def assert_sharded_like(state: Any, layout: Layout, on: jax.sharding.Mesh) -> None:
@@ -370,19 +375,24 @@ def assert_sharded_like(state: Any, layout: Layout, on: jax.sharding.Mesh) -> No
 # Transforms alone, of the same updates.
 
 W, U = weights((64, 32)) * 0.1, weights((64, 32), seed=1) * 0.01
-EVERY = {name: QUANTIZERS[name] for name in CORE} | {
+# Where rows are split, sums in another order may move a scale by one step of bfloat16.
+SUMS = {"ternary", "uniform3", "zscore"}
+ALONE = {
+    "ternary": Ternary(),
+    "uniform3": Uniform(bits=3),
+    "uniform4": Uniform(bits=4),
+    "asymmetric": Uniform(bits=8, symmetric=False),
+    "zscore": ZScore(),
     "groups8": Uniform(bits=4, group_size=8),
+    # Groups of several devices, and groups that end inside a device, the last one shorter.
     "groups16": Uniform(bits=4, group_size=16),
     "groups24": Uniform(bits=4, group_size=24),
-    "rows": Uniform(bits=2, channel_axis=0),
 }
-# Sums in another order may move their scales by one step of bfloat16.
-SUMS = {"binary", "ternary", "uniform2", "uniform3", "zscore7", "rows"}
-RULES = {f"^{name}$": quantizer for name, quantizer in EVERY.items()}
-ALONE = {
+RULES = {f"^{name}$": quantizer for name, quantizer in ALONE.items()}
+TRANSFORMS = {
     "weights": optax.chain(clip_by_value(0.02), quantize_weights(RULES)),
-    "residual": quantize_weights(RULES, residual_bits=8),
-    "round-stochastic": round_weights(RULES, stochastic=True),
+    "residual": quantize_weights({r: RULES[r] for r in ("^groups8$", "^zscore$")}, residual_bits=8),
+    "round": round_weights({r: RULES[r] for r in ("^groups8$", "^uniform4$")}, stochastic=True),
 }
 PLACES = {
     "rows": ((8, 1), P("x", None)),
@@ -394,30 +404,44 @@ PLACES = {
 
 @functools.cache
 def alone_expected(transform: str) -> tuple[Any, Any]:
-    tree = dict.fromkeys(EVERY, jnp.asarray(W))
-    return alone(ALONE[transform], tree, dict.fromkeys(EVERY, jnp.asarray(U)))
+    tree = dict.fromkeys(ALONE, jnp.asarray(W))
+    return alone(TRANSFORMS[transform], tree, dict.fromkeys(ALONE, jnp.asarray(U)))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def alone(tx: optax.GradientTransformation, params: Any, updates: Any) -> tuple[Any, Any]:
-    state, update = tx.init(params), jax.jit(tx.update)
-    for _ in range(3):
-        moved, state = update(updates, state, params)
-        params = optax.apply_updates(params, moved)
-    return params, state
+    def step(carry, _):
+        params, state = carry
+        moved, state = tx.update(updates, state, params)
+        return (optax.apply_updates(params, moved), state), None
+
+    return jax.lax.scan(step, (params, tx.init(params)), length=3)[0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("transform", ALONE)
-def test_every_quantizer(transform, place, kind):
+@pytest.mark.parametrize(
+    ("transform", "place", "kind"),
+    [
+        *(("weights", place, kind) for place in ("rows", "columns") for kind in KINDS),
+        ("weights", "both", "Explicit"),
+        ("weights", "replicated", "Explicit"),
+        *(("residual", "rows", kind) for kind in KINDS),
+        ("residual", "columns", "Explicit"),
+        ("round", "both", "Explicit"),
+    ],
+)
+def test_each_quantizer(transform, place, kind):
     """Bit for bit as on one device, where no sum of floats crosses devices."""
     expected, _ = alone_expected(transform)
     shape, spec = PLACES[place]
     sharding = jax.NamedSharding(mesh(shape, kind), spec)
     with jax.set_mesh(sharding.mesh):
-        w, u = jax.device_put(W, sharding), jax.device_put(U, sharding)
-        params, state = alone(ALONE[transform], dict.fromkeys(EVERY, w), dict.fromkeys(EVERY, u))
-    for name in EVERY:
+        w, u = jax.device_put((W, U), sharding)
+        params, state = alone(
+            TRANSFORMS[transform], dict.fromkeys(ALONE, w), dict.fromkeys(ALONE, u)
+        )
+        if transform == "weights":
+            assert_on_grid(params, state)
+    for name in ALONE:
         assert params[name].sharding.is_equivalent_to(sharding, 2), name
         found, want = np.asarray(params[name]), np.asarray(expected[name])
         if name in SUMS and place != "replicated":
@@ -428,17 +452,15 @@ def test_every_quantizer(transform, place, kind):
     if transform == "weights":
         clipped = np.mean(np.abs(U) > 0.02)
         np.testing.assert_allclose(optax.tree.get(state, "clip_fraction"), clipped, rtol=1e-6)
-        assert_on_grid(params, state)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("place", ["rows", "columns", "both"])
+@pytest.mark.parametrize("spec", [P("x", None), P(None, "x"), P("y", "x")], ids=str)
 @pytest.mark.parametrize("bits", [8, 4])
-def test_quantized_state(bits, place, kind):
+def test_quantized_state(bits, spec, kind):
     """As on one device, sharded like the params, and without communication."""
-    shape, spec = PLACES[place]
-    sharding = jax.NamedSharding(mesh(shape, kind), spec)
-    tx = quantize_state(optax.adam(1e-2), bits=bits, block_size=64 if place != "columns" else 32)
+    sharding = jax.NamedSharding(mesh((4, 2), kind), spec)
+    tx = quantize_state(optax.adam(1e-2), bits=bits, block_size=64)
     params = {"w": jax.random.normal(jax.random.key(0), (64, 256))}
 
     def update(params, state):
