@@ -5,6 +5,7 @@ of what a quantizer reduces over devices, which is as large as its scales.
 import collections
 import dataclasses
 import functools
+import itertools
 import re
 from typing import Any
 
@@ -139,14 +140,12 @@ def net() -> dict[str, Any]:
             "kernel": jnp.asarray(weights((rows, columns), seed=i)) * 0.3,
             "bias": jnp.asarray(weights((columns,), seed=9 + i)) * 0.1,
         }
-        for i, (rows, columns) in enumerate(zip(SIZES[:-1], SIZES[1:], strict=True))
+        for i, (rows, columns) in enumerate(itertools.pairwise(SIZES))
     }
 
 
 def specs(layout: Layout) -> dict[str, Any]:
-    return {
-        f"Dense_{i}": {"kernel": layout.kernels[i], "bias": layout.biases[i]} for i in range(2)
-    }
+    return {f"Dense_{i}": {"kernel": layout.kernels[i], "bias": layout.biases[i]} for i in range(2)}
 
 
 def data(step: int) -> tuple[jax.Array, jax.Array]:
@@ -196,7 +195,9 @@ def sharded(tx: optax.GradientTransformation, name: str, kind: str) -> tuple[Any
     with jax.set_mesh(on):
         shardings = jax.tree.map(lambda spec: jax.NamedSharding(on, spec), specs(layout))
         params = jax.device_put(net(), shardings)
-        batches = jax.device_put([data(i) for i in range(STEPS)], jax.NamedSharding(on, layout.batch))
+        batches = jax.device_put(
+            [data(i) for i in range(STEPS)], jax.NamedSharding(on, layout.batch)
+        )
         # In an Auto mesh's jit, zeros know of no sharding.
         initial = state = (tx.init if kind == "Auto" else jax.jit(tx.init))(params)
         step = training(tx, None if kind == "Auto" else layout)
@@ -298,15 +299,15 @@ OPTIMIZERS["everything"] = optax.chain(
     quantize_state(ADAM, bits=8, block_size=16, min_size=256),
     quantize_weights(Uniform(bits=4), residual_bits=8),
 )
-ELSEWHERE = [(name, kind) for name in LAYOUTS for kind in KINDS]
+# Both axes of a weight are split, over both of the mesh's, of one kind or the other.
 TRAINED = [
-    (case, *where)
-    for case in OPTIMIZERS
-    for where in (
-        ELSEWHERE
-        if case == "everything"
-        else [("fsdp-rows", "Explicit"), ("fsdp-tensor", "Auto")]
-    )
+    *(
+        (case, "fsdp-tensor", KINDS[i % 2])
+        for i, case in enumerate(ALLOWED)
+        if case != "everything"
+    ),
+    *((case, "fsdp-rows", "Explicit") for case in ("zscore", "weights-zscore7", "weights-groups")),
+    *(("everything", name, kind) for name in LAYOUTS for kind in KINDS),
 ]
 
 
