@@ -1,5 +1,7 @@
 """Thresholds for stochastic rounding, computed where they are used."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -8,6 +10,8 @@ from optax_clipquant.sharding import reshard, spec_of
 _GOLDEN = 0x9E3779B9  # 2**32 over the golden ratio
 
 
+# Only the shape and sharding of `like` are used; kept, it says on which devices.
+@functools.partial(jax.jit, keep_unused=True)
 def dither(like: jax.Array, stream: jax.typing.ArrayLike, step: jax.typing.ArrayLike) -> jax.Array:
     """Numbers in [0, 1) of the shape and sharding of ``like``.
 

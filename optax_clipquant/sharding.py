@@ -1,11 +1,13 @@
 """Splitting an axis in two on any mesh.
 
-On a mesh with Explicit axes, the sharding of what is reshaped must be named. A spec is None on other
-meshes, where the compiler finds it.
+On a mesh with Explicit axes, the sharding of what is reshaped must be named. It is None on other
+meshes, where the compiler finds it. It holds its mesh: arrays may be on one that no ``jax.set_mesh``
+has named.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -24,38 +26,43 @@ def split_axis(x: jax.Array, axis: int, first: int, last: int, size: int) -> jax
     )
 
 
-def merge_axis(x: jax.Array, axis: int, spec: jax.P | None) -> jax.Array:
+def merge_axis(x: jax.Array, axis: int, spec: jax.NamedSharding | None) -> jax.Array:
     """``x`` with ``axis`` and the next made one, on which ``spec`` then partitions it."""
     shape = (*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
     whole = spec if _divides(spec, axis, x.shape[axis]) else without(spec, axis)
     return reshard(jax.lax.reshape(x, shape, out_sharding=whole), spec)
 
 
-def spec_of(x: jax.Array, shape: Sequence[int]) -> jax.P | None:
+def spec_of(x: jax.Array, shape: Sequence[int]) -> jax.NamedSharding | None:
     """The partition of ``x``, for an array of ``shape``, which may have extent 1 where ``x`` has not."""
-    spec = jax.typeof(x).sharding.spec
-    if all(name is None for name in spec):
+    sharding = jax.typeof(x).sharding
+    if all(name is None for name in sharding.spec):
         return None
-    kept = zip(spec, x.shape, shape, strict=True)
-    return jax.P(*(name if n == m else None for name, n, m in kept))
+    kept = zip(sharding.spec, x.shape, shape, strict=True)
+    return _with(sharding, *(name if n == m else None for name, n, m in kept))
 
 
-def without(spec: jax.P | None, axis: int) -> jax.P | None:
-    return None if spec is None else jax.P(*spec[:axis], None, *spec[axis + 1 :])
+def without(spec: jax.NamedSharding | None, axis: int) -> jax.NamedSharding | None:
+    return None if spec is None else _with(spec, *spec.spec[:axis], None, *spec.spec[axis + 1 :])
 
 
-def split_spec(spec: jax.P | None, axis: int) -> jax.P | None:
-    return None if spec is None else jax.P(*spec[: axis + 1], None, *spec[axis + 1 :])
+def split_spec(spec: jax.NamedSharding | None, axis: int) -> jax.NamedSharding | None:
+    return (
+        None if spec is None else _with(spec, *spec.spec[: axis + 1], None, *spec.spec[axis + 1 :])
+    )
 
 
-def reshard(x: jax.Array, spec: jax.P | None) -> jax.Array:
+def reshard(x: jax.Array, spec: jax.NamedSharding | None) -> jax.Array:
     return x if spec is None else jax.sharding.reshard(x, spec)
 
 
-def _divides(spec: jax.P | None, axis: int, groups: int) -> bool:
+def _divides(spec: jax.NamedSharding | None, axis: int, groups: int) -> bool:
     """Whether each device gets whole groups."""
-    if spec is None or spec[axis] is None:
+    if spec is None or spec.spec[axis] is None:
         return True
-    names = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
-    mesh = jax.sharding.get_abstract_mesh()
-    return groups % math.prod(mesh.shape[name] for name in names) == 0
+    names = spec.spec[axis] if isinstance(spec.spec[axis], tuple) else (spec.spec[axis],)
+    return groups % math.prod(spec.mesh.shape[name] for name in names) == 0
+
+
+def _with(sharding: jax.NamedSharding, *names: Any) -> jax.NamedSharding:
+    return jax.NamedSharding(sharding.mesh, jax.P(*names))

@@ -89,6 +89,10 @@ def quantize_weights(
     around the optimizer alone: ``optax.chain(optax.apply_if_finite(optimizer, n),
     quantize_weights(quantizer))``.
 
+    On a mesh, the state is sharded like the params, and devices exchange nothing that is larger than the
+    scales where each holds whole groups. Groups that lie across devices cost more: on Explicit axes the
+    weight is gathered.
+
     Args:
       quantizer: the quantizer, or a mapping from regular expressions on paths to quantizers, as in
         ``quantize_params``.

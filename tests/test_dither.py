@@ -69,16 +69,3 @@ def test_a_sum_rounded_in_each_step_walks_less_far(mean, std, bound):
     independent, _ = final(np.random.default_rng(1).random((1000, 400)))
     assert even < bound * independent
     assert abs(bias) < 4 * independent / 400**0.5
-
-
-@pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 host devices")
-@pytest.mark.parametrize(
-    "axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit], ids=str
-)
-def test_the_same_on_every_mesh(axis_type):
-    mesh = jax.make_mesh((8,), ("x",), devices=jax.devices("cpu")[:8], axis_types=(axis_type,))
-    expected = dither(jnp.zeros((16, 6)), 2, 7)
-    with jax.set_mesh(mesh):
-        like = jax.device_put(jnp.zeros((16, 6)), jax.NamedSharding(mesh, jax.P("x", None)))
-        sharded = jax.jit(dither, static_argnums=1)(like, 2, 7)
-    np.testing.assert_array_equal(np.asarray(sharded), expected)

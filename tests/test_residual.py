@@ -302,32 +302,6 @@ def test_survives_msgpack():
     chex.assert_trees_all_equal(step(params, restored, *batch()), step(params, state, *batch()))
 
 
-@pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 host devices")
-@pytest.mark.parametrize("spec", [("x", None), (None, "x")], ids=str)
-@pytest.mark.parametrize(
-    "axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit], ids=str
-)
-def test_sharded(spec, axis_type):
-    mesh = jax.make_mesh((8,), ("x",), devices=jax.devices("cpu")[:8], axis_types=(axis_type,))
-    sharding = jax.NamedSharding(mesh, jax.P(*spec))
-    quantizer = Uniform(bits=4, group_size=8)
-    tx = quantize_weights(quantizer, residual_bits=8)
-    w, u = weights((64, 32)) * 0.1, weights((64, 32), seed=1) * 0.01
-
-    def run(params, updates):
-        state = tx.init(params)
-        for _ in range(3):
-            emitted, state = jax.jit(tx.update)(updates, state, params)
-            params = optax.apply_updates(params, emitted)
-        return params, state
-
-    expected, _ = run({"w": jnp.asarray(w)}, {"w": jnp.asarray(u)})
-    with jax.set_mesh(mesh):
-        params, state = run({"w": jax.device_put(w, sharding)}, {"w": jax.device_put(u, sharding)})
-        assert state.latent["w"].qvalue.sharding.is_equivalent_to(sharding, 2)
-    np.testing.assert_array_equal(np.asarray(params["w"]), np.asarray(expected["w"]))
-
-
 @pytest.mark.parametrize("bits", [4, 16, 7.5, "8"])
 def test_refuses_other_widths(bits):
     with pytest.raises(ValueError, match="residual_bits must be 8, or None for float32, got"):

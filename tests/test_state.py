@@ -341,35 +341,3 @@ def test_checkpoints_continue_identically(tmp_path, bits):
     expected = step(*step(params, state, 3), 4)
     for found in restored:
         chex.assert_trees_all_equal(step(*step(*found, 3), 4), expected)
-
-
-@pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 host devices")
-@pytest.mark.parametrize("spec", [("x", None), (None, "x"), ("y", "x")], ids=str)
-@pytest.mark.parametrize(
-    "axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit], ids=str
-)
-@pytest.mark.parametrize("bits", BITS)
-def test_sharded(axis_type, spec, bits):
-    """As on one device, sharded like the params, and without communication."""
-    mesh = jax.make_mesh(
-        (4, 2), ("x", "y"), devices=jax.devices("cpu")[:8], axis_types=(axis_type,) * 2
-    )
-    tx = quantize_state(optax.adam(1e-2), bits=bits, block_size=64)
-    params = {"w": jax.random.normal(jax.random.key(0), (64, 256))}
-    step = jax.jit(lambda p, s: tx.update(jax.tree.map(jnp.sin, p), s, p))
-    expected, state = params, tx.init(params)
-    for _ in range(3):
-        expected, state = step(expected, state)
-    with jax.set_mesh(mesh):
-        sharding = jax.NamedSharding(mesh, jax.P(*spec))
-        found = {"w": jax.device_put(params["w"], sharding)}
-        sharded = jax.jit(tx.init)(found)
-        text = step.lower(found, sharded).compile().as_text()
-        for _ in range(3):
-            found, sharded = step(found, sharded)
-    chex.assert_trees_all_equal(jax.device_get(found), jax.device_get(expected))
-    chex.assert_trees_all_equal(jax.device_get(sharded), jax.device_get(state))
-    for name in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):
-        assert f" {name}(" not in text, name
-    codes = sharded.inner_state[0].mu["w"].codes
-    assert codes.sharding.is_equivalent_to(sharding, 2)

@@ -1,6 +1,3 @@
-import functools
-import re
-
 import chex
 import flax.linen as nn
 import flax.serialization
@@ -29,8 +26,6 @@ from optax_clipquant import (
     QArray,
     Ternary,
     Uniform,
-    ZScore,
-    clip_by_value,
     clipquant,
     dequantize_params,
     export_params,
@@ -402,87 +397,3 @@ def test_state_survives_msgpack():
     )
     chex.assert_trees_all_equal(restored, state)
     chex.assert_trees_all_equal(step(params, restored, *batch()), step(params, state, *batch()))
-
-
-MESHES = {
-    "auto": functools.partial(
-        jax.make_mesh, (8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,)
-    ),
-    "explicit": functools.partial(
-        jax.make_mesh, (8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,)
-    ),
-}
-
-
-@pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 host devices")
-@pytest.mark.parametrize("mesh_kind", MESHES)
-@pytest.mark.parametrize("spec", [("x", None), (None, "x"), (None, None)], ids=str)
-@pytest.mark.parametrize(
-    "quantizer",
-    [
-        Uniform(bits=4),
-        Uniform(bits=3),
-        Uniform(bits=4, group_size=8),
-        Uniform(bits=4, group_size=16),
-        Uniform(bits=4, group_size=24),
-        Ternary(),
-        Uniform(bits=8, symmetric=False),
-        ZScore(),
-    ],
-    ids=str,
-)
-def test_sharded(mesh_kind, spec, quantizer):
-    mesh = MESHES[mesh_kind](devices=jax.devices("cpu")[:8])
-    sharding = jax.sharding.NamedSharding(mesh, jax.P(*spec))
-    w = weights((64, 32)) * 0.1
-    u = weights((64, 32), seed=1) * 0.01
-    tx = optax.chain(clip_by_value(0.02), quantize_weights(quantizer))
-
-    def run(params, updates):
-        state = tx.init(params)
-        for _ in range(3):
-            moved, state = jax.jit(tx.update)(updates, state, params)
-            params = optax.apply_updates(params, moved)
-        return params, state
-
-    expected, _ = run({"w": jnp.asarray(w)}, {"w": jnp.asarray(u)})
-    with jax.set_mesh(mesh):
-        params, state = run({"w": jax.device_put(w, sharding)}, {"w": jax.device_put(u, sharding)})
-        latent = state[1].latent["w"]
-        assert latent.sharding.is_equivalent_to(sharding, 2)
-        assert params["w"].sharding.is_equivalent_to(sharding, 2)
-        exported = export_params(params, state)
-        np.testing.assert_array_equal(
-            np.asarray(exported["w"].dequantize()), np.asarray(params["w"])
-        )
-    # A sum over shards has another order, which may move a scale by its last bit.
-    np.testing.assert_allclose(params["w"], expected["w"], atol=2.0**-7 * np.abs(w).max() * 8)
-    assert np.mean(np.asarray(params["w"]) != np.asarray(expected["w"])) < 0.1
-    np.testing.assert_allclose(
-        optax.tree.get(state, "clip_fraction"), np.mean(np.abs(u) > 0.02), rtol=1e-6
-    )
-
-
-@pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 host devices")
-@pytest.mark.parametrize("mesh_kind", MESHES)
-@pytest.mark.parametrize("spec", [("x", None), (None, "x")], ids=str)
-@pytest.mark.parametrize(
-    "quantizer", [Uniform(bits=4), Uniform(bits=4, group_size=8), Uniform(bits=3)], ids=str
-)
-def test_collectives_are_scalars_or_of_the_size_of_scales(mesh_kind, spec, quantizer):
-    mesh = MESHES[mesh_kind](devices=jax.devices("cpu")[:8])
-    sharding = jax.sharding.NamedSharding(mesh, jax.P(*spec))
-    tx = optax.chain(clip_by_value(0.02), quantize_weights(quantizer))
-    with jax.set_mesh(mesh):
-        params = {"w": jax.device_put(weights((256, 128)), sharding)}
-        compiled = jax.jit(tx.update).lower(params, tx.init(params), params).compile()
-    # The scales that a device holds at most: one a channel, or the groups of its rows.
-    limit = 128 * (256 // 8 if quantizer.group_size else 1)
-    sizes = [
-        int(np.prod([int(n) for n in shape.split(",") if n]))
-        for line in compiled.as_text().splitlines()
-        if (found := re.search(r" = (.*?) (?:all-|collective-|reduce-scatter)[\w-]*\(", line))
-        for shape in re.findall(r"\w+\[([\d,]*)\]", found[1])
-    ]
-    assert sizes  # the clip fraction at least
-    assert max(sizes) <= limit
