@@ -26,7 +26,7 @@ from optax_clipquant.export import export_params, latent_params
 from optax_clipquant.companding import CompandedArray
 from optax_clipquant.state import QuantizeStateState, quantize_state
 from optax_clipquant.allocation import allocate_bits, squared_gradients
-from optax_clipquant.sweep import Sweep, sweep
+from optax_clipquant.sweeping import Sweep, sweep
 from optax_clipquant.files import load, save
 from optax_clipquant.interchange import to_qwix
 from optax_clipquant.report import Summary, bits_per_param, summarize

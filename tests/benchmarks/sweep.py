@@ -7,6 +7,7 @@ function of ``c`` and ``R``, called 25 times; and with ``c`` and ``R`` as consta
 candidate has a process of its own, which has imported jax and run something already; compilations
 count. Candidates take turns, and the median counts.
 
+    pip install optuna
     python tests/benchmarks/sweep.py
 """
 
