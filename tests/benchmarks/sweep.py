@@ -13,11 +13,12 @@ count. Candidates take turns, and the median counts.
 
 import argparse
 import functools
-import itertools
 import json
 import multiprocessing
 import os
+import pathlib
 import platform
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,72 +26,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import optuna
 import rich.console
 import rich.progress
 import rich.table
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
-from optax_clipquant import Sweep, ZScore, clip_by_value, quantize_weights, sweep
+from optax_clipquant import Sweep, sweep
 
-GRID = {"c": [0.001, 0.003, 0.01, 0.03, 0.1], "R": [1, 2, 3, 5, 7]}
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples"))
+from sweep import GRID, Task
+
 TARGET = 5.0
 
 
-class Task:
-    """Training and validation of one point, whole or by steps."""
-
-    def __init__(self, steps: int, batch: int, width: int) -> None:
-        images, labels = load_digits(return_X_y=True)
-        images = images.astype(np.float32) / 16
-        parts = train_test_split(images, labels, test_size=1 / 3, stratify=labels, random_state=0)
-        self.train_x, self.valid_x, self.train_y, self.valid_y = map(jnp.asarray, parts)
-        rng = np.random.default_rng(0)
-        self.batches = jnp.asarray(rng.integers(0, len(self.train_x), (steps, batch)))
-        sizes, self.params = (64, width, width, 10), {}
-        for i, (n, m) in enumerate(itertools.pairwise(sizes)):
-            kernel = rng.standard_normal((n, m)) * np.sqrt(2 / n)
-            self.params[f"layer{i}"] = {
-                "kernel": jnp.asarray(kernel, jnp.float32),
-                "bias": jnp.zeros(m),
-            }
-
-    def optimizer(self, c: Any, R: Any) -> optax.GradientTransformation:
-        schedule = optax.cosine_decay_schedule(2e-3, len(self.batches))
-        last = quantize_weights(ZScore(R, resolution=2.0))
-        return optax.chain(clip_by_value(c), optax.adam(schedule), last)
-
-    def logits(self, params: Any, x: jax.Array) -> jax.Array:
-        for layer in list(params.values())[:-1]:
-            x = jax.nn.relu(x @ layer["kernel"] + layer["bias"])
-        return x @ params["layer2"]["kernel"] + params["layer2"]["bias"]
-
-    def loss(self, params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        logits = self.logits(params, x)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-
-    def step(self, tx: optax.GradientTransformation, carry: Any, batch: jax.Array) -> Any:
-        params, state = carry
-        grads = jax.grad(self.loss)(params, self.train_x[batch], self.train_y[batch])
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    def validate(self, params: Any) -> dict[str, jax.Array]:
-        right = jnp.argmax(self.logits(params, self.valid_x), -1) == self.valid_y
-        return {
-            "accuracy": jnp.mean(right),
-            "loss": self.loss(params, self.valid_x, self.valid_y),
-        }
-
-    def evaluate(self, c: Any, R: Any) -> dict[str, jax.Array]:
-        tx = self.optimizer(c, R)
-        carry = self.params, tx.init(self.params)
-        (params, _), _ = jax.lax.scan(
-            lambda carry, batch: (self.step(tx, carry, batch), None), carry, self.batches
-        )
-        return self.validate(params)
+class Timed(Task):
+    """The example's task, in the other ways to run it."""
 
     def whole(self, c: float, R: int) -> dict[str, float]:
         return floats(jax.jit(functools.partial(self.evaluate, c, R))())
@@ -112,7 +62,7 @@ def floats(metrics: dict[str, jax.Array]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
-def swept(task: Task, batch_size: int | None = None) -> Sweep:
+def swept(task: Timed, batch_size: int | None = None) -> Sweep:
     return sweep(task.evaluate, GRID, batch_size=batch_size, progress=False)
 
 
@@ -122,7 +72,7 @@ def separate(run: Callable[..., dict[str, float]]) -> Sweep:
     )
 
 
-def with_optuna(task: Task) -> Sweep:
+def with_optuna(task: Timed) -> Sweep:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     rows = []
 
@@ -137,7 +87,7 @@ def with_optuna(task: Task) -> Sweep:
     return Sweep(tuple(rows))
 
 
-CANDIDATES: dict[str, Callable[[Task], Sweep]] = {
+CANDIDATES: dict[str, Callable[[Timed], Sweep]] = {
     "sweep": swept,
     "sweep, batches of 5": lambda task: swept(task, 5),
     "one jitted run": lambda task: separate(task.traced()),
@@ -149,7 +99,7 @@ CANDIDATES: dict[str, Callable[[Task], Sweep]] = {
 
 def measure(name: str, sizes: tuple[int, int, int], pipe: Any) -> None:
     """Sends the seconds of a candidate, those of its compilations, and its rows."""
-    task = Task(*sizes)
+    task = Timed(*sizes)
     jax.block_until_ready(jax.jit(lambda x: jnp.sin(x) @ x.T)(task.train_x))
     compiling = []
 
