@@ -19,6 +19,7 @@ import numpy as np
 import rich.console
 import rich.progress
 import rich.table
+from figures import note
 
 from optax_clipquant.container import writing
 
@@ -126,6 +127,9 @@ def compare(folder: pathlib.Path, layers: int, repeats: int) -> None:
         work = (best - start) / copy
         timed = name == "compress, 8 bits"
         bounded = "compress" in name
+        if bounded:
+            note("file of 1 GB, to cp", name, best / copy, TIME if timed else None)
+            note("file of 1 GB, peak MB", name, peaks[name] / 1e6, limit / 1e6)
         table.add_row(
             name,
             f"{best:.2f}",

@@ -20,6 +20,7 @@ import rich.box
 import rich.console
 import rich.progress
 import rich.table
+from figures import note
 
 from optax_clipquant import (
     Uniform,
@@ -113,7 +114,12 @@ def main() -> None:
     total = [(leaves, name) for leaves in args.leaves for name in TRANSFORMS]
     for leaves, name in rich.progress.track(total, description="compiling", console=console):
         rows[name].append(compile_seconds(TRANSFORMS[name], leaves))
+    note("10,000 steps", "last tenth's time to the first's", seconds[-1] / seconds[0], 1.05)
+    note("10,000 steps", "last tenth's memory to the first's", memory[-1] / memory[0], 1.01)
     for name, found in rows.items():
+        for leaves, s, plain in zip(args.leaves, found, rows["adam"], strict=True):
+            if name != "adam":
+                note(f"compiling, {leaves} leaves, to adam", name, s / plain, TARGET)
         cells = [
             f"{s:.1f} ({s / plain:.2f}x)" for s, plain in zip(found, rows["adam"], strict=True)
         ]

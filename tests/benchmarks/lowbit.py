@@ -36,6 +36,7 @@ import qwix
 import rich.console
 import rich.progress
 import rich.table
+from figures import note
 
 from optax_clipquant import (
     Binary,
@@ -55,6 +56,7 @@ from fashion_mnist import batches_of, load_data
 LAYERS = (784, 512, 256, 10)
 BATCH, EPOCHS = 256, 5
 WIDTHS = ("float", "1", "ternary", "2", "3", "4")
+TARGETS = {"1": 1.1, "ternary": 0.45, "2": 0.15, "3": 0.15, "4": 0.15}  # points below float
 QWIX_TYPES = {"2": "int2", "3": "int3", "4": "int4"}
 VALIDATION, FIRST_TUNING_SEED = 5000, 100
 
@@ -374,8 +376,8 @@ def report(args: argparse.Namespace, results: list[dict[str, Any]]) -> list[rich
         values = np.array(list(found.get((method, width), {}).values()))
         if not len(values):
             return "-"
-        note = "" if len(values) == args.seeds else f" (n={len(values)})"
-        return f"{100 * values.mean():.2f} ±{100 * spread(values):.2f}{note}"
+        some = "" if len(values) == args.seeds else f" (n={len(values)})"
+        return f"{100 * values.mean():.2f} ±{100 * spread(values):.2f}{some}"
 
     def difference(ours: str, method: str, width: str) -> str:
         a, b = found.get((ours, width), {}), found.get((method, width), {})
@@ -385,6 +387,12 @@ def report(args: argparse.Namespace, results: list[dict[str, Any]]) -> list[rich
         error = spread(both) / np.sqrt(len(both))
         return f"{100 * both.mean():+.2f} ±{100 * error:.2f}"
 
+    floats = list(found.get(("float", "float"), {}).values())
+    for (method, width), values in found.items():
+        if floats and width != "float":
+            below = 100 * (np.mean(floats) - np.mean(list(values.values())))
+            target = TARGETS[width] if method == "ours, annealed" else None
+            note("accuracy, points below float", f"{method}, {width}", below, target)
     tables = [
         table_of(f"test accuracy (%), mean and std of {args.seeds} seeds", args, args.methods, mean)
     ]

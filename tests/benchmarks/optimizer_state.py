@@ -24,6 +24,7 @@ import rich.box
 import rich.console
 import rich.progress
 import rich.table
+from figures import note
 from train_step import Net, stepper, take_turns
 
 from optax_clipquant import Uniform, clip_by_quantile, quantize_state, quantize_weights
@@ -133,16 +134,24 @@ def main() -> None:
             for found in seconds.values()
         ]
         shown = [f"{r:.2f}" if name != "float" else f"{1e3 * np.median(f[name]):.0f} ms" for r, f in zip(ratios, seconds.values(), strict=True)]  # fmt: skip
+        limit = 2.1 if "8" in name else 1.2
+        note("state, bytes a weight", name, bytes_a_weight(tx), limit if name in near else None)
+        for batch, ratio in zip(BATCHES, ratios, strict=True):
+            if name in near:
+                note("training step, 10 million weights", f"{name}, batch {batch}", ratio, 1.15)
         errors = ["", "", ""]
         if name in near:
             (step, relative), (last, _) = near[name]
             errors = [f"{step:.1e}", f"{relative:.1e}", f"{last:.1e}"]
+            note("error of a step", name, step, 6e-5 if "8" in name else None)
         table.add_row(name, f"{bytes_a_weight(tx):.2f}", *shown, *errors)
     for name, (size, step, relative, last) in peers.items():
+        note("error of a step", name, step)
         table.add_row(name, f"{size:.2f}", *[""] * len(BATCHES), f"{step:.1e}", f"{relative:.1e}", f"{last:.1e}")  # fmt: skip
     table.add_row("targets", "2.1, 1.2", *["1.15"] * len(BATCHES), "6.0e-05", "6.0e-04", "")
     console.print(table)
     weights = 4 + bytes_a_weight(ALL_THREE)
+    note("bytes a weight", "params, 8-bit state, 8-bit latent weights", weights, 7.2)
     console.print(
         f"Params, 8-bit state of AdamW and latent weights in 8 bits: {weights:.2f} bytes a weight "
         "(target 7.2), of 12 for AdamW in float."

@@ -20,6 +20,7 @@ import qwix
 import rich.console
 import rich.progress
 import rich.table
+from figures import note, verdict
 
 from optax_clipquant import Binary, Grid, Quantizer, Ternary, Uniform, ZScore, quantize_params
 
@@ -114,14 +115,14 @@ def main() -> None:
     for name, values in times.items():
         ratio = min(values) / place
         target = targets.get(name)
-        verdict = "" if target is None else "ok" if ratio <= target else "missed"
+        note("quantizing, to a copy", name, ratio, target)
         table.add_row(
             name,
             f"{1e3 * min(values):.1f}",
             f"{min(values) / fresh:.2f}",
             f"{ratio:.2f}",
             f"{target or ''}",
-            verdict,
+            verdict(ratio, target),
         )
     rich.console.Console().print(table)
 

@@ -22,6 +22,7 @@ import qwix
 import rich.console
 import rich.progress
 import rich.table
+from figures import note, verdict
 
 from optax_clipquant import (
     Ternary,
@@ -142,10 +143,11 @@ def main() -> None:
             table.add_column(column, justify="left" if column in ("step", "to") else "right")
         for candidate, (_, reference, target) in runs.items():
             ratio = float(np.median(np.array(times[candidate]) / np.array(times[reference])))
-            verdict = "" if target is None else "ok" if ratio <= target else "missed"
+            if candidate != reference:
+                note(f"training step, {name}", f"{candidate}, to {reference}", ratio, target)
             table.add_row(
                 candidate, f"{1e3 * np.median(times[candidate]):.2f}", f"{ratio:.3f}", reference,
-                f"{target or ''}", verdict,
+                f"{target or ''}", verdict(ratio, target),
             )  # fmt: skip
         rich.console.Console().print(table)
 
