@@ -253,6 +253,12 @@ def smooth(losses: np.ndarray) -> np.ndarray:
     return np.array([losses[max(0, end - 20) : end].mean() for end in range(1, len(losses) + 1)])
 
 
+def worst_jump(losses: np.ndarray) -> float:
+    """By how much a step's loss exceeds the mean of the 20 before, or of all where there are fewer."""
+    first = min(20, len(losses) - 1)
+    return float(np.max(losses[first:] - smooth(losses)[first - 1 : -1])) if first else np.nan
+
+
 def mean_and_spread(values: list[float]) -> str:
     if not np.all(np.isfinite(values)):
         return f"diverged ({np.sum(~np.isfinite(values))} of {len(values)})"
@@ -265,8 +271,7 @@ def clipping_table(results: Results, rate: float, args: argparse.Namespace) -> r
     for column in ("bits a character,\nvalidation", "worst jump\nof the loss", "clipped", "last c"):
         table.add_column(column, justify="right")
     for name, found in results.items():
-        # By how much a step's loss exceeds the mean of the 20 before.
-        jumps = [np.max(r.losses[20:] - smooth(r.losses)[19:-1]) for r in found]
+        jumps = [worst_jump(r.losses) for r in found]
         bound = np.mean([r.bound for r in found])
         table.add_row(
             name,
@@ -346,6 +351,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in ("seeds", "steps", "batch"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.steps < 2:
+        parser.error(f"--steps must be at least 2, got {args.steps}")
     if not 0 <= args.warmup < args.steps:
         parser.error(f"--warmup must be from 0 to below --steps, got {args.warmup}")
     for name in ("rate", "high_rate", "c"):

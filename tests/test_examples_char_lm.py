@@ -12,7 +12,7 @@ def test_char_lm(tmp_path: pathlib.Path):
     text.write_text("".join(f"{i} and {i + 1} are two. " for i in range(4000)))
     process = run_example(
         "char_lm.py",
-        "--text", str(text), "--steps", "40", "--batch", "8", "--out", str(tmp_path)
+        "--text", str(text), "--part", "state", "--steps", "40", "--batch", "8", "--out", str(tmp_path)
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     rows = {
@@ -30,10 +30,25 @@ def test_char_lm(tmp_path: pathlib.Path):
     assert (tmp_path / "char-lm-4-bits.safetensors").exists()
 
 
+def test_clipping(tmp_path: pathlib.Path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{i} and {i + 1} are two. " for i in range(4000)))
+    process = run_example(
+        "char_lm.py",
+        *("--text", str(text), "--part", "clipping", "--steps", "3", "--warmup", "1"),
+        *("--batch", "4", "--out", str(tmp_path)),
+    )
+    assert process.returncode == 0, process.stderr
+    for name in ("no clipping", "clip_by_value(0.01)", "clip_by_quantile()", "clip_by_zscore()"):
+        assert name in process.stdout
+
+
 def test_bad_arguments_are_refused(tmp_path: pathlib.Path):
     process = run_example("char_lm.py", "--steps", "10", "--warmup", "10")
     assert process.returncode == 2
     assert "--warmup must be from 0 to below --steps, got 10" in process.stderr
+    process = run_example("char_lm.py", "--steps", "1", "--warmup", "0")
+    assert "--steps must be at least 2, got 1" in process.stderr
     short = tmp_path / "short.txt"
     short.write_text("too short")
     process = run_example("char_lm.py", "--text", str(short))
