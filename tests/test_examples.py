@@ -32,6 +32,25 @@ def test_digits(tmp_path: pathlib.Path, args: list[str], rows: list[str]):
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_sweep(tmp_path: pathlib.Path):
+    args = ("--steps", "60", "--c", "0.1", "0.01", "--R", "1", "7", "--out", str(tmp_path))
+    for _ in range(2):  # the second takes the results of the first
+        process = run_example("sweep.py", *args)
+        assert process.returncode == 0, process.stderr
+        rows = re.findall(r"(?m)^ *(0.01|0.1) +([17]) +([\d.]+) +([\d.]+) *$", process.stdout)
+        assert [row[:2] for row in rows] == [
+            ("0.01", "1"),
+            ("0.01", "7"),
+            ("0.1", "1"),
+            ("0.1", "7"),
+        ]
+        least = min(rows, key=lambda row: float(row[3]))
+        assert f"at c = {least[0]}, R = {least[1]}" in process.stdout
+        assert float(least[2]) > 0.5
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert run_example("sweep.py", "--R", "0").returncode == 2
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
