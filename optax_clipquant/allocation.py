@@ -1,7 +1,8 @@
 """A bit width for each leaf, so that a tree fits a size and loses least."""
 
+import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
 
-from optax_clipquant.params import PyTree, Where, leaves_of, select
+from optax_clipquant.params import PyTree, Where, leaves_of, naming, select
 from optax_clipquant.quantizers import Quantizer, Uniform
 
 
@@ -70,39 +71,42 @@ def allocate_bits(
     paths = list(select(params, rules[0], where))
     weights = _sensitivities(sensitivity, {path: leaves[path] for path in paths})
     chosen = allocate(
-        ((path, leaves[path], weights[path], rules) for path in paths), bits_per_param
+        {path: leaves[path] for path in paths},
+        dict.fromkeys(paths, rules),
+        lambda path: (leaves[path], weights[path]),
+        bits_per_param,
     )
     return {f"^{re.escape(path)}$": rule for path, rule in chosen.items()}
 
 
 def allocate(
-    candidates: Iterable[tuple[str, Any, jax.Array, Sequence[Quantizer]]], bits_per_param: float
+    specs: Mapping[str, Any],
+    rules: Mapping[str, Sequence[Quantizer]],
+    read: Callable[[str], tuple[Any, jax.Array]],
+    bits_per_param: float,
 ) -> dict[str, Quantizer]:
-    """``allocate_bits`` for leaves that come one at a time and are not kept.
+    """``allocate_bits`` for leaves that are read one at a time and not kept.
 
     Args:
-      candidates: for each leaf its path, itself, the weight of its squared errors, and the quantizers
-        to choose from, as many for each leaf.
+      specs: by path the leaves, or what has their shape and dtype.
+      rules: by path the quantizers to choose from, as many for each leaf.
+      read: gives a leaf and the weight of its squared errors.
       bits_per_param: as for ``allocate_bits``.
 
     Returns:
       The quantizer of each leaf, by path.
 
     Raises:
-      ValueError: the budget is below the smallest size, or a leaf is not finite.
+      ValueError: the budget is below the smallest size, which shows before anything is read; or a leaf
+        is not finite.
     """
-    rules_of, sizes, errors, count = {}, [], [], 0
-    for path, leaf, weight, rules in candidates:
-        # The same quantizer again is a leaf without a choice.
-        size = {r: jax.eval_shape(r.quantize, leaf).nbytes_packed for r in dict.fromkeys(rules)}
-        error = {rule: float(_error(rule, leaf, weight)) for rule in size}
-        if not np.all(np.isfinite(list(error.values()))):
-            raise ValueError(f"params leaf {path!r}: its error is not finite, nor are its weights")
-        rules_of[path] = rules
-        sizes.append([size[rule] for rule in rules])
-        errors.append([error[rule] for rule in rules])
-        count += int(np.size(leaf))
-    sizes, errors = np.array(sizes), np.array(errors, np.float64)
+
+    def size(path: str, rule: Quantizer) -> int:
+        with naming(path):
+            return jax.eval_shape(rule.quantize, specs[path]).nbytes_packed
+
+    sizes = np.array([[size(path, rule) for rule in rules[path]] for path in rules])
+    count = sum(math.prod(specs[path].shape) for path in rules)
     budget = int(bits_per_param * count // 8)
     least = int(sizes.min(1).sum())
     if least > budget:
@@ -110,9 +114,17 @@ def allocate(
             f"bits_per_param is {bits_per_param}, but with the scales the smallest choices take "
             f"{8 * least / max(count, 1):.3f}; raise it, or give a quantizer with fewer scales"
         )
-    chosen = _knapsack(sizes, errors, budget)
+    errors = []
+    for path, choices in rules.items():
+        leaf, weight = read(path)
+        # The same quantizer again is a leaf without a choice.
+        error = {rule: float(_error(rule, leaf, weight)) for rule in dict.fromkeys(choices)}
+        if not np.all(np.isfinite(list(error.values()))):
+            raise ValueError(f"params leaf {path!r}: its error is not finite, nor are its weights")
+        errors.append([error[rule] for rule in choices])
+    chosen = _knapsack(sizes, np.array(errors, np.float64), budget)
     return {
-        path: rules[index] for (path, rules), index in zip(rules_of.items(), chosen, strict=True)
+        path: choices[index] for (path, choices), index in zip(rules.items(), chosen, strict=True)
     }
 
 

@@ -132,16 +132,18 @@ def allocate_widths(
 ) -> dict[str, Quantizer]:
     """The quantizers of the least squared error within a budget, where ``widths`` leaves it open."""
     buffer = _buffer(source, widths)
+    specs = {name: jax.ShapeDtypeStruct(*reversed(source.specs[name])) for name in widths}
+    rules = {
+        name: [make(bits=b) for b in (WIDTHS if bits is None else [bits] * len(WIDTHS))]
+        for name, bits in widths.items()
+    }
 
-    def candidates() -> Iterator[tuple[str, Any, jax.Array, list[Quantizer]]]:
-        for name, bits in widths.items():
-            choices = WIDTHS if bits is None else [bits] * len(WIDTHS)
-            w = _on_device(source.read(name, buffer))
-            with naming(name):
-                yield name, w, jnp.ones((1,) * w.ndim), [make(bits=b) for b in choices]
-            progress(nbytes(*source.specs[name]))
+    def read(name: str) -> tuple[jax.Array, jax.Array]:
+        w = _on_device(source.read(name, buffer))
+        progress(nbytes(*source.specs[name]))
+        return w, jnp.ones((1,) * w.ndim)
 
-    return allocate(candidates(), budget)
+    return allocate(specs, rules, read, budget)
 
 
 def compress(

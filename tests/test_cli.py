@@ -204,6 +204,12 @@ def test_budget_is_kept_and_spent(tmp_path, capsys, budget):
     assert budget * count - packed < least  # no tensor could have been given much more
 
 
+def test_an_impossible_budget_shows_before_anything_is_read(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(container.Reader, "read", lambda *args: pytest.fail("it read"))
+    assert run("compress", source, tmp_path / "out", "--budget", 1.5) == 1
+    assert "bits_per_param is 1.5, but with the scales the smallest" in capsys.readouterr().err
+
+
 def test_inspect(source, tmp_path, capsys):
     report = run_json(capsys, "inspect", source)
     rows = {row["path"]: row for row in report["tensors"]}
