@@ -101,11 +101,16 @@ def allocate(
         is not finite.
     """
 
-    def size(path: str, rule: Quantizer) -> int:
+    sizes = []
+    for path, choices in rules.items():
+        # The same quantizer again is a leaf without a choice.
         with naming(path):
-            return jax.eval_shape(rule.quantize, specs[path]).nbytes_packed
-
-    sizes = np.array([[size(path, rule) for rule in rules[path]] for path in rules])
+            size = {
+                rule: jax.eval_shape(rule.quantize, specs[path]).nbytes_packed
+                for rule in dict.fromkeys(choices)
+            }
+        sizes.append([size[rule] for rule in choices])
+    sizes = np.array(sizes)
     count = sum(math.prod(specs[path].shape) for path in rules)
     budget = int(bits_per_param * count // 8)
     least = int(sizes.min(1).sum())
@@ -117,7 +122,6 @@ def allocate(
     errors = []
     for path, choices in rules.items():
         leaf, weight = read(path)
-        # The same quantizer again is a leaf without a choice.
         error = {rule: float(_error(rule, leaf, weight)) for rule in dict.fromkeys(choices)}
         if not np.all(np.isfinite(list(error.values()))):
             raise ValueError(f"params leaf {path!r}: its error is not finite, nor are its weights")

@@ -91,7 +91,7 @@ def _check_plot(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise ValueError("--plot needs matplotlib: pip install 'optax-clipquant[plot]'") from error
     formats = matplotlib.figure.Figure().canvas.get_supported_filetypes()
-    if os.path.splitext(args.plot)[1].lstrip(".").lower() not in formats:
+    if _format_of(args.plot) not in formats:
         raise ValueError(f"--plot {args.plot} must end in one of .{', .'.join(sorted(formats))}")
     _check_free(f"--plot {args.plot}", args.plot, args.force)
 
@@ -104,7 +104,11 @@ def _plot(path: str, summary: Summary) -> None:
     figure, axes = plots.subplots(2, width=6, height=1.2 + 0.3 * max(shown, 5))
     plots.leaf_bars(axes, summary, most=most)
     with replacing(path) as file:
-        figure.savefig(file, format=os.path.splitext(path)[1].lstrip(".").lower())
+        figure.savefig(file, format=_format_of(path))
+
+
+def _format_of(path: str) -> str:
+    return os.path.splitext(path)[1].lstrip(".").lower()
 
 
 def _compared(reader: Reader, floats: Reader, rows: list[Row]) -> list[Row]:

@@ -37,6 +37,7 @@ except ImportError as error:
 
 from optax_clipquant.qarray import QArray
 from optax_clipquant.report import Row, Summary
+from optax_clipquant.sweeping import pareto_front
 
 BLUE, ORANGE, GREEN, PINK, YELLOW, SKY = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
@@ -148,8 +149,9 @@ def against_bits(
     if front:
         at, values = np.array([everything[i] for i in front], float).T
         axes.plot(
-            *(at, values),
-            *("-",),
+            at,
+            values,
+            "-",
             color="#000000",
             alpha=0.15,
             linewidth=8,
@@ -179,7 +181,7 @@ def leaf_bars(axes: Sequence[Axes], summary: Summary, *, most: int = 40) -> None
     if len(axes) != 2:
         raise ValueError(f"leaf_bars needs two axes, for sizes and ratios, got {len(axes)}")
     left, right = axes
-    rows = list(summary.rows)
+    rows = summary.rows
     by_size = sorted(rows, key=lambda row: -row.bytes_before)
     large = {row.path for row in by_size[:most]}
     names = [f"{row.path} ({row.bits:.3g})" for row in rows if row.path in large]
@@ -337,16 +339,6 @@ def curves(
             axes.plot(at, run, linestyle=line, color=color, linewidth=1.6, alpha=0.85, label=label)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.legend(fontsize=9)
-
-
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Where the points are, by rising cost, than which no other has less cost and no less value."""
-    order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
-    front: list[int] = []
-    for i in order:
-        if not front or points[i][1] > points[front[-1]][1]:
-            front.append(i)
-    return front
 
 
 def _styled(series: Mapping[str, Any]) -> Any:

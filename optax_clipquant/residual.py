@@ -27,9 +27,7 @@ from optax_clipquant.scales import round_scale
 
 def start(latent: jax.Array, level: jax.Array, grid: Grid) -> QArray:
     """What is kept of ``latent`` weights, whose levels on ``grid`` are ``level``: the nearest codes."""
-    kept = _root(latent) if _is_binary(grid) else latent - level
-    units = _units(grid, latent.shape).fit(kept)
-    return QArray(units.encode(_between(latent, units) if _is_binary(grid) else kept), units)
+    return _keep(latent, level, grid, None, None)
 
 
 def advance(
@@ -41,11 +39,17 @@ def advance(
     step: jax.typing.ArrayLike,
 ) -> QArray:
     """As ``start``, rounded stochastically; ``before`` was kept in the step before."""
+    return _keep(latent, level, grid, before.grid, dither(latent, stream, step))
+
+
+def _keep(
+    latent: jax.Array, level: jax.Array, grid: Grid, before: Grid | None, draws: jax.Array | None
+) -> QArray:
     kept = _root(latent) if _is_binary(grid) else latent - level
-    units = _units(grid, latent.shape).fit(kept, start=before.grid)
+    units = _units(grid, latent.shape).fit(kept, start=before)
     if _is_binary(grid):
         kept = _between(latent, units)
-    return QArray(units.encode(kept, draws=dither(latent, stream, step)), units)
+    return QArray(units.encode(kept, draws=draws), units)
 
 
 def latent_of(level: jax.Array, grid: Grid, kept: QArray) -> jax.Array:

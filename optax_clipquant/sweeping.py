@@ -60,16 +60,11 @@ class Sweep(Printed):
           ValueError: a name or ``mode`` is unknown.
         """
         sign = self._check("pareto", mode, cost, metric)
-        front: list[Row] = []
-        for row in sorted(self._finished(), key=lambda row: (row[cost], -sign * row[metric])):
-            last = front[-1] if front else None
-            if (
-                last is None
-                or sign * row[metric] > sign * last[metric]
-                or (row[cost], row[metric]) == (last[cost], last[metric])
-            ):
-                front.append(row)
-        return front
+        rows = self._finished()
+        points = [(row[cost], sign * row[metric]) for row in rows]
+        front = {points[i] for i in pareto_front(points)}
+        kept = [row for row, point in zip(rows, points, strict=True) if point in front]
+        return sorted(kept, key=lambda row: row[cost])
 
     def _finished(self) -> list[Row]:
         return [row for row in self.rows if not row[_FAILED]]
@@ -204,6 +199,16 @@ def sweep(
                 write(path, columns, rows)
             bar.update(task, completed=len(rows))
     return Sweep(tuple(rows))
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Where the points are, by rising cost, than which no other has less cost and no less value."""
+    order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
+    front: list[int] = []
+    for i in order:
+        if not front or points[i][1] > points[front[-1]][1]:
+            front.append(i)
+    return front
 
 
 def _columns(grid: Mapping[str, Any]) -> dict[str, list[Any]]:

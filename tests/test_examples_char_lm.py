@@ -3,13 +3,19 @@
 import pathlib
 import re
 
+import pytest
 from helpers import run_example
 
 
-def test_char_lm(tmp_path: pathlib.Path):
-    # A text that is easy to learn, to see that it is learnt.
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"{i} and {i + 1} are two. " for i in range(4000)))
+@pytest.fixture
+def text(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A text that is easy to learn, to see that it is learnt."""
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"{i} and {i + 1} are two. " for i in range(4000)))
+    return path
+
+
+def test_char_lm(tmp_path: pathlib.Path, text: pathlib.Path):
     process = run_example(
         "char_lm.py",
         "--text", str(text), "--part", "state", "--steps", "40", "--batch", "8", "--out", str(tmp_path)
@@ -30,9 +36,7 @@ def test_char_lm(tmp_path: pathlib.Path):
     assert (tmp_path / "char-lm-4-bits.safetensors").exists()
 
 
-def test_clipping(tmp_path: pathlib.Path):
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"{i} and {i + 1} are two. " for i in range(4000)))
+def test_clipping(tmp_path: pathlib.Path, text: pathlib.Path):
     process = run_example(
         "char_lm.py",
         *("--text", str(text), "--part", "clipping", "--steps", "3", "--warmup", "1"),

@@ -19,7 +19,7 @@ import numpy as np
 import rich.console
 import rich.progress
 import rich.table
-from figures import note
+from figures import note, verdict
 
 from optax_clipquant.container import writing
 
@@ -139,7 +139,7 @@ def compare(folder: pathlib.Path, layers: int, repeats: int) -> None:
             ("met" if best / copy <= TIME else "met without start-up" if work <= TIME else "missed") * timed,
             f"{peaks[name] / 1e6:.0f}",
             f"{limit / 1e6:.0f}" if bounded else "",
-            ("met" if peaks[name] <= limit else "missed") * bounded,
+            verdict(peaks[name], limit if bounded else None),
         )  # fmt: skip
     rich.console.Console().print(table)
 

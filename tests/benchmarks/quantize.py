@@ -9,7 +9,6 @@ mostly page faults, and took 38 to 293 ms on one and the same machine.
 
 import argparse
 import os
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +20,7 @@ import rich.console
 import rich.progress
 import rich.table
 from figures import note, verdict
+from train_step import take_turns
 
 from optax_clipquant import Binary, Grid, Quantizer, Ternary, Uniform, ZScore, quantize_params
 
@@ -98,13 +98,8 @@ def main() -> None:
         targets[name] = target
     for name, qtype, group in QWIX:
         candidates[name] = theirs(qtype, group, tree)
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in rich.progress.track(range(args.repeats + 1), "turns"):
-        for name, run in candidates.items():
-            begin = time.perf_counter()
-            jax.block_until_ready(run())
-            if turn:  # the first compiles
-                times[name].append(time.perf_counter() - begin)
+    turns = rich.progress.track(range(args.repeats + 1), "turns")
+    times = take_turns(candidates, turns, calls=1)
 
     fresh, place = min(times["numpy copy"]), min(times["numpy copy, into place"])
     table = rich.table.Table(

@@ -30,7 +30,7 @@ import optuna
 import rich.console
 import rich.progress
 import rich.table
-from figures import note
+from figures import note, verdict
 
 from optax_clipquant import Sweep, sweep
 
@@ -149,13 +149,13 @@ def main() -> None:
     for name in args.only:
         seconds, compiling = np.median(np.array(times[name]), 0)
         ratio = float(np.median(np.array(times[name])[:, 0] / ours))
-        aimed = "25" in name
+        target = TARGET if "25" in name else None
         row = found[name].best("loss", mode="min")
         if name != args.only[0]:
-            note("25 points, to sweep", name, ratio, TARGET if aimed else None, least=True)
+            note("25 points, to sweep", name, ratio, target, least=True)
         table.add_row(
-            name, f"{seconds:.2f}", f"{compiling:.2f}", f"{ratio:.2f}", f"{TARGET}" * aimed,
-            ("met" if ratio >= TARGET else "missed") * aimed, f"{row['c']}",
+            name, f"{seconds:.2f}", f"{compiling:.2f}", f"{ratio:.2f}", f"{target or ''}",
+            verdict(ratio, target, least=True), f"{row['c']}",
             f"{row['R']}", f"{row['loss']:.4f}",
         )  # fmt: skip
     console.print(table)
