@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.optimize
 
 from optax_clipquant.params import PyTree, Where, leaves_of, naming, select
 from optax_clipquant.quantizers import Quantizer, Uniform
@@ -208,6 +207,8 @@ def _error(rule: Quantizer, w: jax.Array, weight: jax.Array) -> jax.Array:
 
 def _knapsack(sizes: np.ndarray, errors: np.ndarray, budget: int) -> np.ndarray:
     """For each row a column, so that the sizes sum to at most ``budget`` and the errors to the least."""
+    import scipy.optimize  # it takes as long to load as half of jax, and only this needs it
+
     rows, columns = sizes.shape
     one_each = scipy.optimize.LinearConstraint(np.kron(np.eye(rows), np.ones(columns)), 1, 1)
     within = scipy.optimize.LinearConstraint(sizes.reshape(1, -1), -np.inf, budget)

@@ -14,6 +14,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import jax
 import rich.console
 import rich.progress
 
@@ -36,8 +37,14 @@ T = TypeVar("T")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code: 0, 1 after an error, 128 + n after signal n."""
+    """Runs the command and returns its exit code: 0, 1 after an error, 128 + n after signal n.
+
+    As a command, without ``argv``, it keeps off accelerators unless ``JAX_PLATFORMS`` names them.
+    """
     args = _parser().parse_args(argv)
+    if argv is None and "JAX_PLATFORMS" not in os.environ:
+        # All is done while a byte is read and written; and a TPU belongs to who trains on it.
+        jax.config.update("jax_platforms", "cpu")
     # As Ctrl-C does: so that a half-written file is removed.
     before = signal.signal(signal.SIGTERM, _terminate)
     try:

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.core import Tracer
 
 from optax_clipquant.grids import Grid
@@ -75,8 +74,6 @@ def latent_params(params: PyTree, opt_state: PyTree) -> PyTree:
 
 def _find(opt_state: PyTree, field: str) -> Iterator[tuple[str, Any]]:
     """Path and value of each leaf in ``field`` of the weight transforms' states."""
-    if isinstance(opt_state, nnx.Optimizer):
-        opt_state = opt_state.opt_state
     states = [state for state in weight_states(opt_state) if hasattr(state, field)]
     if not states:
         raise ValueError(

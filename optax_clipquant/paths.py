@@ -1,9 +1,9 @@
 """Leaves, and names for them, whatever boxes they come in."""
 
+import sys
 from typing import Any
 
 import jax
-from flax import nnx
 
 
 def path_of(path: jax.tree_util.KeyPath) -> str:
@@ -25,4 +25,6 @@ def unboxed(tree: Any) -> Any:
 
     ``nnx.Optimizer`` shows the variables to ``init`` alone, and cannot hold a ``Grid`` in one.
     """
-    return nnx.as_pure(tree)
+    # Who has variables has imported this; for others it would only lengthen the start.
+    nnx = sys.modules.get("flax.nnx")
+    return tree if nnx is None else nnx.as_pure(tree)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from helpers import weights
+from helpers import run_python, weights
 
 from optax_clipquant import (
     QArray,
@@ -489,18 +489,29 @@ def test_peak_of_resident_memory(tmp_path):
 
 def test_the_installed_command_and_what_the_library_imports(source, tmp_path):
     code = (
-        "import sys, optax_clipquant; assert 'optax_clipquant.cli' not in sys.modules; "
+        "import sys, optax_clipquant; "
+        "slow = {'optax_clipquant.cli', 'flax.nnx', 'scipy.optimize', 'matplotlib', 'sklearn', 'qwix'}; "
+        "assert not slow & sys.modules.keys(), slow & sys.modules.keys(); "
         "from optax_clipquant.cli import main; sys.exit(main(sys.argv[1:]))"
     )
-    process = subprocess.run(
-        [sys.executable, "-c", code, "inspect", tmp_path / "none"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    process = run_python("-c", code, "inspect", tmp_path / "none")
     assert process.returncode == 1
     assert (
         process.stderr
         == f"optax-clipquant: error: {tmp_path / 'none'}: No such file or directory\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("call", "platforms"), [("main()", "cpu"), ("main(sys.argv[1:])", "None")], ids=str
+)
+def test_the_command_keeps_off_accelerators_and_a_call_does_not_choose(tmp_path, call, platforms):
+    code = (
+        "import os, sys; os.environ.pop('JAX_PLATFORMS', None); import jax; "
+        f"from optax_clipquant.cli import main; assert {call} == 1; print(jax.config.jax_platforms)"
+    )
+    process = run_python("-c", code, "inspect", tmp_path / "none")
+    assert process.stdout.split() == [platforms], process.stderr
 
 
 def test_a_bar_on_a_terminal(source, tmp_path, monkeypatch, capsys):
