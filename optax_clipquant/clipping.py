@@ -1,5 +1,6 @@
 """Gradients in, clamped gradients out."""
 
+import functools
 import math
 import operator
 from collections.abc import Iterable
@@ -410,6 +411,8 @@ def _check_gradient(transform: str, g: jax.Array) -> None:
         )
 
 
+# Leaves of one shape are traced once.
+@functools.partial(jax.jit, static_argnames=("transform", "count"))
 def _clip(transform: str, g: jax.Array, c: Any, count: bool) -> tuple[jax.Array, jax.Array | None]:
     """``g`` clamped to ``[-c, c]``, and the number of elements that were outside."""
     _check_gradient(transform, g)
