@@ -13,8 +13,7 @@ import optax
 from jax.core import Tracer
 
 from optax_clipquant.paths import is_float0, path_of
-from optax_clipquant.reductions import extremes
-from optax_clipquant.sharding import split_axis
+from optax_clipquant.reductions import extremes, reduce_together
 
 PyTree = Any
 Bound = Any  # a number, a 0-d array, an optax.Schedule, or a tree prefix with these at its leaves
@@ -431,20 +430,10 @@ def _clip(transform: str, g: jax.Array, c: Any, count: bool) -> tuple[jax.Array,
 
 
 def _count(mask: jax.Array) -> jax.Array:
-    """The number of true elements, exactly.
-
-    Runs of up to 16 are summed in int8 first: XLA's CPU backend then reads the mask at the speed of
-    memory, 5 times as fast as it counts in one go. The axis is split only where each of the devices
-    that there are would hold whole runs, so that no sharded array is moved.
-    """
-    if mask.ndim >= 2 and mask.size > 4096:
-        axis = max(range(mask.ndim - 1), key=lambda a: mask.shape[a])
-        length, devices = mask.shape[axis], jax.device_count()
-        run = max(k for k in range(1, 17) if length % (k * devices) == 0 or k == 1)
-        if run > 1:
-            runs = split_axis(mask, axis, 0, length, run)
-            mask = jnp.sum(runs, axis=axis + 1, dtype=jnp.int8)
-    return jnp.sum(mask, dtype=jnp.int32)
+    """The number of true elements, exactly: runs are summed in int8, and their sums in int32."""
+    ones = mask.astype(jnp.int8)
+    (count,) = reduce_together(("sum",), lambda _: (ones,), tuple(range(mask.ndim)))
+    return jnp.squeeze(count)
 
 
 def _fraction(counts: Iterable[jax.Array], size: int) -> jax.Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_clipquant.grids import Grid
+from optax_clipquant.reductions import Zero, reduce_together
 
 _LARGEST = float(jnp.finfo(jnp.float32).max)
 
@@ -79,43 +80,44 @@ def least_squares(w: jax.Array, axes: tuple[int, ...], start: Grid | None, absma
         largest = float(absmax.upper - absmax.lower)
     unit = jnp.where(base == 0, 1, base)
 
-    def levels(w: jax.Array, scale: jax.Array) -> jax.Array:
+    def levels(w: jax.Array, scale: Zero, zero: Zero) -> jax.Array:
         """The nearest levels, in steps."""
-        # Bounds and offsets have the shape of the scale and are no scalars: XLA's CPU backend then
-        # fuses all of this into the reductions, which is three times as fast.
-        ends = low * scale, high * scale
-        inside = jnp.minimum(jnp.maximum(w, jnp.minimum(*ends)), jnp.maximum(*ends))
-        steps = inside / jnp.where(scale == 0, 1, scale)
-        half = offset + 0 * scale
-        return jnp.round(steps - half) + half if offset else jnp.round(steps)
+        steps = w / jnp.where(scale == 0, 1, scale)
+        half = offset + zero
+        return jnp.clip(
+            jnp.round(steps - half) + half if offset else jnp.round(steps), low + zero, high + zero
+        )
 
     def refit(scale: jax.Array) -> jax.Array:
         """The least-squares scale for the codes at ``scale``."""
-        squares = jnp.sum(jnp.square(levels(w, scale)), axis=axes, keepdims=True)
-        # Were it the same scale in both sums, XLA's CPU backend would write the levels to memory.
-        same = scale + 0 * squares
-        products = jnp.sum(w / unit * levels(w, same), axis=axes, keepdims=True)
+
+        def parts(zero: Zero) -> tuple[jax.Array, jax.Array]:
+            steps = levels(w, scale + zero, zero)
+            return jnp.square(steps), w / unit * steps
+
+        squares, products = reduce_together(("sum", "sum"), parts, axes, 0 * base)
         best = unit * (products / jnp.where(squares == 0, 1, squares))
         return round_scale(best, largest, absmax.dtype)
 
     if start is None:
-        # In units of the absmax scale, so that no square overflows.
-        x = w / unit
-
-        def error(scale: jax.Array) -> jax.Array:
-            factor = scale / unit
-            return jnp.sum(jnp.square(x - factor * levels(x, factor)), axis=axes, keepdims=True)
-
-        scale = base
-        least = error(scale)
         narrowest = min(0.02 * (absmax.upper - absmax.lower + 1), 0.7)
         # The fewer weights share a scale, the more rugged is their error.
         starts = 6 if math.prod(w.shape[axis] for axis in axes) >= 32 else 24
-        for ratio in np.geomspace(narrowest, 1, starts)[:-1]:
-            guess = round_scale(base * float(ratio), largest, absmax.dtype)
-            found = error(guess)
-            scale = jnp.where(found < least, guess, scale)
-            least = jnp.minimum(found, least)
+        ratios = [1.0, *np.geomspace(narrowest, 1, starts)[:-1].tolist()]
+        # In units of the absmax scale, so that no square overflows.
+        x = w / unit
+        ratio, least = jnp.ones_like(base), jnp.full(base.shape, jnp.inf)
+        for first in range(0, starts, 3):
+            some = ratios[first : first + 3]
+
+            def errors(zero: Zero, some: list[float] = some) -> list[jax.Array]:
+                return [jnp.square(x - r * levels(x, r + zero, zero)) for r in some]
+
+            found = reduce_together(("sum",) * 3, errors, axes, 0 * base)
+            for r, error in zip(some, found, strict=True):
+                ratio = jnp.where(error < least, r, ratio)
+                least = jnp.minimum(error, least)
+        scale = round_scale(base * ratio, largest, absmax.dtype)
         scale = refit(scale)
     else:
         # Within the range where the largest weight keeps a code that is not 0. Which side has the
