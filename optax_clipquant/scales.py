@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_clipquant.grids import Grid
+from optax_clipquant.reductions import Span
 
 _LARGEST = float(jnp.finfo(jnp.float32).max)
 
@@ -55,14 +56,14 @@ def moments(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return jnp.where(constant, jnp.max(high), mean), std, constant
 
 
-def mean_magnitude(w: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """The mean of ``abs(w)`` along ``axes``, cut so that twice the mean is finite where ``w`` is."""
-    count = math.prod(w.shape[axis] for axis in axes)
-    half = jnp.sum(jnp.abs(w) * (0.5 / max(count, 1)), axis=axes, keepdims=True)
+def mean_magnitude(w: jax.Array, span: Span) -> jax.Array:
+    """The mean of ``abs(w)`` in each span, cut so that twice the mean is finite where ``w`` is."""
+    share = jnp.asarray(0.5 / np.maximum(span.counts(w.shape), 1), jnp.float32)
+    half = span.sum(jnp.abs(w) * share)
     return 2 * jnp.where(jnp.isinf(half), half, jnp.minimum(half, _LARGEST / 4))
 
 
-def least_squares(w: jax.Array, axes: tuple[int, ...], start: Grid | None, absmax: Grid) -> Grid:
+def least_squares(w: jax.Array, span: Span, start: Grid | None, absmax: Grid) -> Grid:
     """``absmax`` with the scale that minimises the squared error of ``w``.
 
     Nearest codes for a scale, then the least-squares scale for these codes, in turn: the error never
@@ -91,10 +92,10 @@ def least_squares(w: jax.Array, axes: tuple[int, ...], start: Grid | None, absma
 
     def refit(scale: jax.Array) -> jax.Array:
         """The least-squares scale for the codes at ``scale``."""
-        squares = jnp.sum(jnp.square(levels(w, scale)), axis=axes, keepdims=True)
+        squares = span.sum(jnp.square(levels(w, scale)))
         # Were it the same scale in both sums, XLA's CPU backend would write the levels to memory.
         same = scale + 0 * squares
-        products = jnp.sum(w / unit * levels(w, same), axis=axes, keepdims=True)
+        products = span.sum(w / unit * levels(w, same))
         best = unit * (products / jnp.where(squares == 0, 1, squares))
         return round_scale(best, largest, absmax.dtype)
 
@@ -104,13 +105,13 @@ def least_squares(w: jax.Array, axes: tuple[int, ...], start: Grid | None, absma
 
         def error(scale: jax.Array) -> jax.Array:
             factor = scale / unit
-            return jnp.sum(jnp.square(x - factor * levels(x, factor)), axis=axes, keepdims=True)
+            return span.sum(jnp.square(x - factor * levels(x, factor)))
 
         scale = base
         least = error(scale)
         narrowest = min(0.02 * (absmax.upper - absmax.lower + 1), 0.7)
         # The fewer weights share a scale, the more rugged is their error.
-        starts = 6 if math.prod(w.shape[axis] for axis in axes) >= 32 else 24
+        starts = 6 if span.count(w.shape) >= 32 else 24
         for ratio in np.geomspace(narrowest, 1, starts)[:-1]:
             guess = round_scale(base * float(ratio), largest, absmax.dtype)
             found = error(guess)

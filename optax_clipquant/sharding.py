@@ -1,15 +1,19 @@
-"""Splitting an axis in two on any mesh.
+"""Splitting an axis in two on any mesh, and runs of neighbours that lie across devices.
 
 On a mesh with Explicit axes, the sharding of what is reshaped must be named. It is None on other
 meshes, where the compiler finds it. It holds its mesh: arrays may be on one that no ``jax.set_mesh``
 has named.
+
+A group of neighbours that share a scale may lie across devices. It is then handled in pieces, of which
+each lies on one device: devices exchange a number for each piece, and no elements.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def split_axis(x: jax.Array, axis: int, first: int, last: int, size: int) -> jax.Array:
@@ -31,6 +35,48 @@ def merge_axis(x: jax.Array, axis: int, spec: jax.NamedSharding | None) -> jax.A
     shape = (*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
     whole = spec if _divides(spec, axis, x.shape[axis]) else without(spec, axis)
     return reshard(jax.lax.reshape(x, shape, out_sharding=whole), spec)
+
+
+def piece_of(x: jax.Array, axis: int, size: int) -> int:
+    """The largest part of a group of ``size`` neighbours along ``axis`` that no device shares.
+
+    On axes of a mesh that are Auto, only the compiler knows how ``x`` is split: it may be over all.
+    """
+    sharding = jax.typeof(x).sharding
+    kinds = zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True)
+    names = {name for name, kind in kinds if kind == jax.sharding.AxisType.Auto}
+    devices = _devices(sharding, axis) * math.prod(sharding.mesh.shape[name] for name in names)
+    if devices == 1 or x.shape[axis] % devices:
+        return size
+    return math.gcd(x.shape[axis] // devices, size)
+
+
+def repeat_axis(x: jax.Array, axis: int, times: int, length: int) -> jax.Array:
+    """Each entry along ``axis`` ``times`` times, cut to ``length``; not partitioned along ``axis``."""
+    if times == 1:
+        return x
+    whole = without(spec_of(x, x.shape), axis)
+    repeated = jax.lax.broadcast_in_dim(
+        reshard(x, whole),
+        (*x.shape[: axis + 1], times, *x.shape[axis + 1 :]),
+        [i + (i > axis) for i in range(x.ndim)],
+        out_sharding=split_spec(whole, axis),
+    )
+    return jax.lax.slice_in_dim(merge_axis(repeated, axis, whole), 0, length, axis=axis)
+
+
+def reduce_runs(fn: Callable[..., jax.Array], x: jax.Array, axis: int, run: int) -> jax.Array:
+    """``fn``, to which zeros are nothing, of each ``run`` neighbours along ``axis``, at each of them.
+
+    ``x`` is small: each device gets all of it along ``axis``. The last run may be shorter.
+    """
+    if run == 1:
+        return x
+    length = x.shape[axis]
+    x = reshard(x, without(spec_of(x, x.shape), axis))
+    x = jnp.pad(x, [(0, -length % run if i == axis else 0) for i in range(x.ndim)])
+    runs = split_axis(x, axis, 0, x.shape[axis], run)
+    return repeat_axis(fn(runs, axis=axis + 1), axis, run, length)
 
 
 def spec_of(x: jax.Array, shape: Sequence[int]) -> jax.NamedSharding | None:
@@ -58,10 +104,14 @@ def reshard(x: jax.Array, spec: jax.NamedSharding | None) -> jax.Array:
 
 def _divides(spec: jax.NamedSharding | None, axis: int, groups: int) -> bool:
     """Whether each device gets whole groups."""
-    if spec is None or spec.spec[axis] is None:
-        return True
-    names = spec.spec[axis] if isinstance(spec.spec[axis], tuple) else (spec.spec[axis],)
-    return groups % math.prod(spec.mesh.shape[name] for name in names) == 0
+    return spec is None or groups % _devices(spec, axis) == 0
+
+
+def _devices(sharding: jax.NamedSharding, axis: int) -> int:
+    """Over how many devices ``axis`` is partitioned, as far as the sharding says."""
+    names = sharding.spec[axis] or ()
+    names = names if isinstance(names, tuple) else (names,)
+    return math.prod(sharding.mesh.shape[name] for name in names)
 
 
 def _with(sharding: jax.NamedSharding, *names: Any) -> jax.NamedSharding:
