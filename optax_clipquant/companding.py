@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_clipquant.reductions import Span, extremes
-from optax_clipquant.sharding import merge_axis, piece_of, repeat_axis, spec_of, split_axis
+from optax_clipquant.sharding import (
+    first_of_runs,
+    merge_axis,
+    piece_of,
+    repeat_axis,
+    spec_of,
+    split_axis,
+)
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
@@ -110,7 +117,7 @@ def compand(
     codes = jnp.where(jnp.isfinite(largest), k, 0).astype(jnp.uint8)
     codes = merge_axis(codes, axis, spec_of(x, x.shape))
     scale = jnp.squeeze(jnp.where(negative, -largest, largest), axis + 1)
-    scale = jax.lax.slice_in_dim(scale, 0, None, size // piece, axis)
+    scale = first_of_runs(scale, axis, size // piece)
     return CompandedArray(_pack(codes) if bits == 4 else codes, scale, block, bits, x.dtype)
 
 

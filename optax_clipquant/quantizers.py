@@ -17,7 +17,7 @@ from optax_clipquant.grids import Grid
 from optax_clipquant.qarray import QArray
 from optax_clipquant.reductions import Span, extremes
 from optax_clipquant.scales import least_squares, mean_magnitude, moments, round_scale
-from optax_clipquant.sharding import piece_of, repeat_axis, split_axis
+from optax_clipquant.sharding import first_of_runs, piece_of, repeat_axis, split_axis
 
 
 class Quantizer(abc.ABC):
@@ -221,7 +221,7 @@ def _fit(quantizer: Granular, w: jax.Array, start: Grid | None) -> Grid:
             return jnp.expand_dims(repeat_axis(x, axis, run, part.shape[axis]), axis + 1)
 
         def each_group(x: jax.Array) -> jax.Array:
-            return jnp.squeeze(jax.lax.slice_in_dim(x, 0, None, run, axis), axis + 1)
+            return jnp.squeeze(first_of_runs(x, axis, run), axis + 1)
 
         part_start = start and _map_scales(start, each_piece)
         grid = quantizer._fit_axes(part, Span(reduced, axis, run), part_start)

@@ -52,31 +52,49 @@ def piece_of(x: jax.Array, axis: int, size: int) -> int:
 
 
 def repeat_axis(x: jax.Array, axis: int, times: int, length: int) -> jax.Array:
-    """Each entry along ``axis`` ``times`` times, cut to ``length``; not partitioned along ``axis``."""
+    """Each entry along ``axis`` so many times, cut to ``length``."""
     if times == 1:
         return x
-    whole = without(spec_of(x, x.shape), axis)
+    x = _gathered(x, axis)
+    spec = spec_of(x, x.shape)
     repeated = jax.lax.broadcast_in_dim(
-        reshard(x, whole),
+        x,
         (*x.shape[: axis + 1], times, *x.shape[axis + 1 :]),
         [i + (i > axis) for i in range(x.ndim)],
-        out_sharding=split_spec(whole, axis),
+        out_sharding=split_spec(spec, axis),
     )
-    return jax.lax.slice_in_dim(merge_axis(repeated, axis, whole), 0, length, axis=axis)
+    merged = merge_axis(repeated, axis, spec)
+    return _gathered(jax.lax.slice_in_dim(merged, 0, length, axis=axis), axis)
 
 
 def reduce_runs(fn: Callable[..., jax.Array], x: jax.Array, axis: int, run: int) -> jax.Array:
     """``fn``, to which zeros are nothing, of each ``run`` neighbours along ``axis``, at each of them.
 
-    ``x`` is small: each device gets all of it along ``axis``. The last run may be shorter.
+    The last run may be shorter.
     """
     if run == 1:
         return x
     length = x.shape[axis]
-    x = reshard(x, without(spec_of(x, x.shape), axis))
+    x = _gathered(x, axis)
     x = jnp.pad(x, [(0, -length % run if i == axis else 0) for i in range(x.ndim)])
     runs = split_axis(x, axis, 0, x.shape[axis], run)
     return repeat_axis(fn(runs, axis=axis + 1), axis, run, length)
+
+
+def first_of_runs(x: jax.Array, axis: int, run: int) -> jax.Array:
+    """The first of each ``run`` neighbours along ``axis``."""
+    return x if run == 1 else jax.lax.slice_in_dim(_gathered(x, axis), 0, None, run, axis)
+
+
+def _gathered(x: jax.Array, axis: int) -> jax.Array:
+    """``x``, which is small, with all of ``axis`` on each device."""
+    sharding = jax.typeof(x).sharding
+    x = reshard(x, without(spec_of(x, x.shape), axis))
+    if jax.sharding.AxisType.Auto in sharding.mesh.axis_types:
+        # Else the compiler may split it as it splits the weights, and moves it in each step.
+        free = (None if i == axis else jax.P.UNCONSTRAINED for i in range(x.ndim))
+        x = jax.lax.with_sharding_constraint(x, _with(sharding, *free))
+    return x
 
 
 def spec_of(x: jax.Array, shape: Sequence[int]) -> jax.NamedSharding | None:
