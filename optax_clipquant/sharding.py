@@ -38,24 +38,29 @@ def merge_axis(x: jax.Array, axis: int, spec: jax.NamedSharding | None) -> jax.A
 
 
 def piece_of(x: jax.Array, axis: int, size: int) -> int:
-    """The largest part of a group of ``size`` neighbours along ``axis`` that no device shares.
+    """The largest part of a group of ``size`` neighbours along ``axis`` that no two devices share.
 
-    On axes of a mesh that are Auto, only the compiler knows how ``x`` is split: it may be over all.
+    On axes of a mesh that are Auto, only the compiler knows how ``x`` is split: it may be over all. It
+    does well by itself with groups of as many devices each.
     """
-    sharding = jax.typeof(x).sharding
+    sharding, length = jax.typeof(x).sharding, x.shape[axis]
     kinds = zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True)
-    names = {name for name, kind in kinds if kind == jax.sharding.AxisType.Auto}
-    devices = _devices(sharding, axis) * math.prod(sharding.mesh.shape[name] for name in names)
-    if devices == 1 or x.shape[axis] % devices:
+    auto = (name for name, kind in kinds if kind == jax.sharding.AxisType.Auto)
+    known = _devices(sharding, axis)
+    devices = known * math.prod(sharding.mesh.shape[name] for name in auto)
+    if devices == 1 or length % devices:
         return size
-    return math.gcd(x.shape[axis] // devices, size)
+    if known == 1 and length % size == 0 and devices % (length // size) == 0:
+        return size
+    return math.gcd(length // devices, size)
 
 
 def repeat_axis(x: jax.Array, axis: int, times: int, length: int) -> jax.Array:
     """Each entry along ``axis`` so many times, cut to ``length``."""
     if times == 1:
         return x
-    x = _gathered(x, axis)
+    cut = length % times > 0
+    x = _whole(x, axis, cut)
     spec = spec_of(x, x.shape)
     repeated = jax.lax.broadcast_in_dim(
         x,
@@ -64,7 +69,7 @@ def repeat_axis(x: jax.Array, axis: int, times: int, length: int) -> jax.Array:
         out_sharding=split_spec(spec, axis),
     )
     merged = merge_axis(repeated, axis, spec)
-    return _gathered(jax.lax.slice_in_dim(merged, 0, length, axis=axis), axis)
+    return _whole(jax.lax.slice_in_dim(merged, 0, length, axis=axis), axis, cut)
 
 
 def reduce_runs(fn: Callable[..., jax.Array], x: jax.Array, axis: int, run: int) -> jax.Array:
@@ -74,24 +79,31 @@ def reduce_runs(fn: Callable[..., jax.Array], x: jax.Array, axis: int, run: int)
     """
     if run == 1:
         return x
-    length = x.shape[axis]
-    x = _gathered(x, axis)
-    x = jnp.pad(x, [(0, -length % run if i == axis else 0) for i in range(x.ndim)])
-    runs = split_axis(x, axis, 0, x.shape[axis], run)
-    return repeat_axis(fn(runs, axis=axis + 1), axis, run, length)
+    return repeat_axis(fn(_runs(x, axis, run), axis=axis + 1), axis, run, x.shape[axis])
 
 
 def first_of_runs(x: jax.Array, axis: int, run: int) -> jax.Array:
     """The first of each ``run`` neighbours along ``axis``."""
-    return x if run == 1 else jax.lax.slice_in_dim(_gathered(x, axis), 0, None, run, axis)
+    return x if run == 1 else jax.lax.index_in_dim(_runs(x, axis, run), 0, axis + 1, keepdims=False)
 
 
-def _gathered(x: jax.Array, axis: int) -> jax.Array:
-    """``x``, which is small, with all of ``axis`` on each device."""
+def _runs(x: jax.Array, axis: int, run: int) -> jax.Array:
+    """``x``, which is small, with ``axis`` split into runs; zeros fill the last."""
+    missing = -x.shape[axis] % run
+    x = _whole(x, axis, missing > 0)
+    if missing:
+        x = jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
+    return split_axis(x, axis, 0, x.shape[axis], run)
+
+
+def _whole(x: jax.Array, axis: int, cut: bool) -> jax.Array:
+    """``x``, which is small, with all of ``axis`` on each device; on an Auto mesh where it is ``cut``.
+
+    Else the compiler would split it as it splits the weights, and move the parts in each step.
+    """
     sharding = jax.typeof(x).sharding
     x = reshard(x, without(spec_of(x, x.shape), axis))
-    if jax.sharding.AxisType.Auto in sharding.mesh.axis_types:
-        # Else the compiler may split it as it splits the weights, and moves it in each step.
+    if cut and jax.sharding.AxisType.Auto in sharding.mesh.axis_types:
         free = (None if i == axis else jax.P.UNCONSTRAINED for i in range(x.ndim))
         x = jax.lax.with_sharding_constraint(x, _with(sharding, *free))
     return x
