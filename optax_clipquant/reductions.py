@@ -29,19 +29,16 @@ class Span:
     def sum(self, x: jax.Array) -> jax.Array:
         return self.reduce(jnp.sum, x)
 
-    def count(self, shape: tuple[int, ...]) -> int:
-        """The number of elements that are reduced together: of a run that is not cut short."""
+    def counts(self, shape: tuple[int, ...]) -> np.ndarray:
+        """How many elements are reduced together: a scalar, or for runs an array with each of them."""
         axes = range(len(shape)) if self.axes is None else self.axes
-        return math.prod(shape[axis] for axis in axes) * self.run
-
-    def counts(self, shape: tuple[int, ...]) -> np.ndarray | int:
-        """The same for each result."""
+        count = math.prod(shape[axis] for axis in axes)
         if self.run == 1:
-            return self.count(shape)
+            return np.asarray(count)
         n = shape[self.axis]
         first = np.arange(n) // self.run * self.run
-        runs = np.minimum(self.run, n - first) * (self.count(shape) // self.run)
-        return runs.reshape([n if axis == self.axis else 1 for axis in range(len(shape))])
+        runs = np.minimum(self.run, n - first)
+        return count * runs.reshape([n if axis == self.axis else 1 for axis in range(len(shape))])
 
 
 def extremes(x: jax.Array, span: Span = Span()) -> tuple[jax.Array, jax.Array]:

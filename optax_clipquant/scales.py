@@ -111,12 +111,13 @@ def least_squares(w: jax.Array, span: Span, start: Grid | None, absmax: Grid) ->
         least = error(scale)
         narrowest = min(0.02 * (absmax.upper - absmax.lower + 1), 0.7)
         # The fewer weights share a scale, the more rugged is their error.
-        starts = 6 if span.count(w.shape) >= 32 else 24
-        for ratio in np.geomspace(narrowest, 1, starts)[:-1]:
-            guess = round_scale(base * float(ratio), largest, absmax.dtype)
-            found = error(guess)
-            scale = jnp.where(found < least, guess, scale)
-            least = jnp.minimum(found, least)
+        few = span.counts(w.shape) < 32
+        for starts, here in ((6, ~few), (24, few)):
+            for ratio in np.geomspace(narrowest, 1, starts)[:-1] if here.any() else ():
+                guess = round_scale(base * float(ratio), largest, absmax.dtype)
+                found = jnp.where(here, error(guess), jnp.inf)
+                scale = jnp.where(found < least, guess, scale)
+                least = jnp.minimum(found, least)
         scale = refit(scale)
     else:
         # Within the range where the largest weight keeps a code that is not 0. Which side has the

@@ -47,12 +47,11 @@ def piece_of(x: jax.Array, axis: int, size: int) -> int:
     kinds = zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True)
     auto = (name for name, kind in kinds if kind == jax.sharding.AxisType.Auto)
     known = _devices(sharding, axis)
-    devices = known * math.prod(sharding.mesh.shape[name] for name in auto)
-    if devices == 1 or length % devices:
+    parts = math.gcd(length, known * math.prod(sharding.mesh.shape[name] for name in auto))
+    whole_devices = length % size == 0 and parts % (length // size) == 0
+    if parts == 1 or (known == 1 and whole_devices):
         return size
-    if known == 1 and length % size == 0 and devices % (length // size) == 0:
-        return size
-    return math.gcd(length // devices, size)
+    return math.gcd(length // parts, size)
 
 
 def repeat_axis(x: jax.Array, axis: int, times: int, length: int) -> jax.Array:
