@@ -13,7 +13,7 @@ import optax
 from jax.core import Tracer
 
 from optax_clipquant.paths import is_float0, path_of
-from optax_clipquant.reductions import extremes, reduce_together
+from optax_clipquant.reductions import Span, extremes
 
 PyTree = Any
 Bound = Any  # a number, a 0-d array, an optax.Schedule, or a tree prefix with these at its leaves
@@ -432,7 +432,7 @@ def _clip(transform: str, g: jax.Array, c: Any, count: bool) -> tuple[jax.Array,
 def _count(mask: jax.Array) -> jax.Array:
     """The number of true elements, exactly: runs are summed in int8, and their sums in int32."""
     ones = mask.astype(jnp.int8)
-    (count,) = reduce_together(("sum",), lambda _: (ones,), tuple(range(mask.ndim)))
+    (count,) = Span().reduce(("sum",), lambda _: (ones,))
     return jnp.squeeze(count)
 
 

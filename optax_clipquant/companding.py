@@ -8,8 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_clipquant.reductions import extremes
-from optax_clipquant.sharding import merge_axis, spec_of, split_axis
+from optax_clipquant.reductions import Span, extremes
+from optax_clipquant.sharding import (
+    first_of_runs,
+    merge_axis,
+    piece_of,
+    repeat_axis,
+    spec_of,
+    split_axis,
+)
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
@@ -61,8 +68,10 @@ class CompandedArray:
         codes = _unpack(self.codes) if self.bits == 4 else self.codes
         axis += codes.ndim
         spec = spec_of(codes, codes.shape)
-        k = split_axis(codes, axis, 0, codes.shape[axis], size).astype(jnp.float32)
-        scale = jnp.expand_dims(self.scale, axis + 1)
+        piece = piece_of(codes, axis, size)
+        k = split_axis(codes, axis, 0, codes.shape[axis], piece).astype(jnp.float32)
+        scale = repeat_axis(self.scale, axis, size // piece, k.shape[axis])
+        scale = jnp.expand_dims(scale, axis + 1)
         shifted = k - 2.0 ** (self.bits - 1)
         first = jnp.square(shifted / (2.0 ** (self.bits - 1) - 1)) * -scale
         second = jnp.square(jnp.square((k + 1) / 2.0**self.bits)) * scale
@@ -82,12 +91,13 @@ def compand(
     """
     axis, size = block
     axis += x.ndim
+    piece = piece_of(x, axis, size)
 
     def view(y: jax.Array) -> jax.Array:
-        return split_axis(y, axis, 0, y.shape[axis], size)
+        return split_axis(y, axis, 0, y.shape[axis], piece)
 
     w = view(x).astype(jnp.float32)
-    high, low = extremes(w, (axis + 1,))
+    high, low = extremes(w, Span((axis + 1,), axis, size // piece))
     negative = low < 0
     largest = jnp.maximum(high, -low)
     n = 2.0 ** (bits - 1) - 1
@@ -107,6 +117,7 @@ def compand(
     codes = jnp.where(jnp.isfinite(largest), k, 0).astype(jnp.uint8)
     codes = merge_axis(codes, axis, spec_of(x, x.shape))
     scale = jnp.squeeze(jnp.where(negative, -largest, largest), axis + 1)
+    scale = first_of_runs(scale, axis, size // piece)
     return CompandedArray(_pack(codes) if bits == 4 else codes, scale, block, bits, x.dtype)
 
 

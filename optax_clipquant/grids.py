@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_clipquant.sharding import merge_axis, reshard, spec_of, split_axis, split_spec, without
+from optax_clipquant.sharding import merge_axis, piece_of, repeat_axis, spec_of, split_axis
 
 _FLOAT32 = np.dtype(np.float32)
 _Fn = Callable[[jax.Array], jax.Array]
@@ -92,11 +92,12 @@ class Grid:
           decodes to NaN).
         """
         scale = self.scale.astype(jnp.float32)
-        w, expand, merge = self._view(w)
+        split, expand, merge = self._view(w)
+        w = split(w)
         if key is not None:
             draws = jax.random.uniform(key, w.shape)
         elif draws is not None:
-            draws = self._view(draws)[0]
+            draws = split(draws)
         position = w.astype(jnp.float32) / expand(jnp.where(scale == 0, 1, scale))
         if self.code_book is not None:
             position = self.lower + _index_in(self.code_book, position)
@@ -122,7 +123,8 @@ class Grid:
     @jax.jit
     def decode(self, codes: jax.Array) -> jax.Array:
         """The levels of ``codes``, in the grid's dtype."""
-        codes, expand, merge = self._view(codes)
+        split, expand, merge = self._view(codes)
+        codes = split(codes)
         scale = expand(self.scale.astype(jnp.float32))
         if self.code_book is None:
             levels = codes.astype(jnp.float32)
@@ -146,41 +148,36 @@ class Grid:
         # Code 0 times a negative scale is -0, but adding an update to a param gives +0.
         return jnp.where(values == 0, 0, values).astype(self.dtype)
 
-    def _view(self, x: jax.Array) -> tuple[jax.Array, _Fn, _Fn]:
-        """``x`` in a shape against which the scales broadcast, what brings a scale there, and back.
+    def _view(self, x: jax.Array) -> tuple[_Fn, _Fn, _Fn]:
+        """What brings an array of the shape of ``x`` into one against which the scales broadcast, what
+        brings a scale there, and what brings the array back.
 
-        Whole groups are an axis of their own. Where the last one is shorter, ``x`` stays and the
-        scales are repeated.
+        Whole groups are an axis of their own, or pieces of groups that lie across devices. Where
+        the last group is shorter, arrays stay and the scales are repeated.
         """
+
+        def same(y: jax.Array) -> jax.Array:
+            return y
+
         if self.group is None:
-            return x, lambda scale: scale, lambda y: y
+            return same, same, same
         axis, size = self.group
         axis += x.ndim
         length = x.shape[axis]
-        spec = spec_of(x, x.shape)
-        if length % size == 0:
-            split = split_axis(x, axis, 0, length, size)
-            return (
-                split,
-                partial(jnp.expand_dims, axis=axis + 1),
-                partial(merge_axis, axis=axis, spec=spec),
+        piece = piece_of(x, axis, size)
+        if length % piece:
+            return same, partial(repeat_axis, axis=axis, times=size, length=length), same
+
+        def expand(scale: jax.Array) -> jax.Array:
+            return jnp.expand_dims(
+                repeat_axis(scale, axis, size // piece, length // piece), axis + 1
             )
 
-        def repeat(scale: jax.Array) -> jax.Array:
-            shape = list(scale.shape)
-            shape[axis] = length
-            final = spec_of(x, shape)
-            whole = without(final, axis)
-            repeated = jax.lax.broadcast_in_dim(
-                reshard(scale, whole),
-                (*scale.shape[: axis + 1], size, *scale.shape[axis + 1 :]),
-                [i + (i > axis) for i in range(x.ndim)],
-                out_sharding=split_spec(whole, axis),
-            )
-            merged = merge_axis(repeated, axis, whole)
-            return reshard(jax.lax.slice_in_dim(merged, 0, length, axis=axis), final)
-
-        return x, repeat, lambda y: y
+        return (
+            partial(split_axis, axis=axis, first=0, last=length, size=piece),
+            expand,
+            partial(merge_axis, axis=axis, spec=spec_of(x, x.shape)),
+        )
 
 
 def _index_in(book: tuple[float, ...], x: jax.Array) -> jax.Array:

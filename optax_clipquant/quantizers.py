@@ -15,9 +15,9 @@ from jax.core import Tracer
 
 from optax_clipquant.grids import Grid
 from optax_clipquant.qarray import QArray
-from optax_clipquant.reductions import extremes
+from optax_clipquant.reductions import Span, extremes
 from optax_clipquant.scales import least_squares, mean_magnitude, moments, round_scale
-from optax_clipquant.sharding import split_axis
+from optax_clipquant.sharding import first_of_runs, piece_of, repeat_axis, split_axis
 
 
 class Quantizer(abc.ABC):
@@ -186,8 +186,8 @@ class Granular(Quantizer):
         return tuple(axis for axis in range(ndim) if axis not in kept)
 
     @abc.abstractmethod
-    def _fit_axes(self, w: jax.Array, axes: tuple[int, ...], start: Grid | None) -> Grid:
-        """A grid with one scale for all that ``axes`` span."""
+    def _fit_axes(self, w: jax.Array, span: Span, start: Grid | None) -> Grid:
+        """A grid with one scale for each span, which each of its runs has."""
 
 
 def _is_int(x: Any) -> bool:
@@ -204,31 +204,40 @@ def _map_scales(grid: Grid, fn: Callable[[jax.Array], jax.Array]) -> Grid:
 def _fit(quantizer: Granular, w: jax.Array, start: Grid | None) -> Grid:
     axes = quantizer._reduced_axes(w.ndim)
     if quantizer.group_size is None or not axes or w.size == 0:
-        return quantizer._fit_axes(w, axes, start)
+        return quantizer._fit_axes(w, Span(axes), start)
     axis = max(axes, key=lambda a: w.shape[a])
     length = w.shape[axis]
     size = min(quantizer.group_size, length)
+    reduced = (*(a + (a > axis) for a in axes if a != axis), axis + 1)
 
-    def fit_groups(first: int, last: int, size: int) -> Grid:
-        """The grid of the groups of ``size`` in ``w[first:last]``, each reduced over its own axis."""
-        part = split_axis(w, axis, first, last, size)
-        part_start = start and _map_scales(
-            start,
-            lambda x: jnp.expand_dims(
-                jax.lax.slice_in_dim(x, first // size_, -(-last // size_), axis=axis), axis + 1
-            ),
-        )
-        reduced = (*(a + (a > axis) for a in axes if a != axis), axis + 1)
-        grid = quantizer._fit_axes(part, reduced, part_start)
-        return _map_scales(grid, lambda x: jnp.squeeze(x, axis + 1))
+    def fit_groups(first: int, last: int, run: int, piece: int) -> Grid:
+        """The grid of ``w[first:last]`` in groups of ``run`` pieces, of which each is reduced over its
+        own axis.
+        """
+        part = split_axis(w, axis, first, last, piece)
 
-    size_ = size
-    whole = length // size * size
-    grid = fit_groups(0, whole, size)
-    if whole < length:
-        # The last, shorter group by itself: padding it would count in its sums.
-        rest = fit_groups(whole, length, length - whole)
-        grid = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis), grid, rest)
+        def each_piece(x: jax.Array) -> jax.Array:
+            x = jax.lax.slice_in_dim(x, first // size, -(-last // size), axis=axis)
+            return jnp.expand_dims(repeat_axis(x, axis, run, part.shape[axis]), axis + 1)
+
+        def each_group(x: jax.Array) -> jax.Array:
+            return jnp.squeeze(first_of_runs(x, axis, run), axis + 1)
+
+        part_start = start and _map_scales(start, each_piece)
+        grid = quantizer._fit_axes(part, Span(reduced, axis, run), part_start)
+        return _map_scales(grid, each_group)
+
+    piece = piece_of(w, axis, size)
+    if 4 <= piece < size:
+        grid = fit_groups(0, length, size // piece, piece)
+    else:
+        # Of smaller pieces, all that is reduced is more than the weight.
+        whole = length // size * size
+        grid = fit_groups(0, whole, 1, size)
+        if whole < length:
+            # The last, shorter group by itself: padding it would count in its sums.
+            rest = fit_groups(whole, length, 1, length - whole)
+            grid = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis), grid, rest)
     return dataclasses.replace(grid, group=(axis - w.ndim, size))
 
 
@@ -279,17 +288,17 @@ class Uniform(Granular):
                 f"Uniform: scale_rule must be 'absmax', 'mse' or None, got {self.scale_rule!r}"
             )
 
-    def _fit_axes(self, w: jax.Array, axes: tuple[int, ...], start: Grid | None) -> Grid:
+    def _fit_axes(self, w: jax.Array, span: Span, start: Grid | None) -> Grid:
         dtype, w = w.dtype, w.astype(jnp.float32)
         lower, upper = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
         grid = Grid(jnp.zeros(()), bits=self.bits, lower=lower, upper=upper, dtype=dtype)
         if not self.symmetric:
-            return self._fit_asymmetric(w, axes, start, grid)
+            return self._fit_asymmetric(w, span, start, grid)
         if self.bits == 1:
-            scale = round_scale(2 * mean_magnitude(w, axes), 0.5, dtype)
+            scale = round_scale(2 * mean_magnitude(w, span), 0.5, dtype)
             return dataclasses.replace(grid, scale=scale, offset=0.5)
         offset = 0.5 if self.bits == 2 else 0.0
-        high, low = extremes(w, axes)
+        high, low = extremes(w, span)
         if offset:
             base = jnp.maximum(high, -low) / (upper + offset)
         else:
@@ -297,12 +306,10 @@ class Uniform(Granular):
         grid = dataclasses.replace(
             grid, scale=round_scale(base, -lower - offset, dtype), offset=offset
         )
-        return self._search(w, axes, start, grid)
+        return self._search(w, span, start, grid)
 
-    def _fit_asymmetric(
-        self, w: jax.Array, axes: tuple[int, ...], start: Grid | None, grid: Grid
-    ) -> Grid:
-        high, low = extremes(w, axes)
+    def _fit_asymmetric(self, w: jax.Array, span: Span, start: Grid | None, grid: Grid) -> Grid:
+        high, low = extremes(w, span)
         steps = grid.upper - grid.lower
         step = high / steps - low / steps
         scale = round_scale(step, steps, grid.dtype)
@@ -314,14 +321,12 @@ class Uniform(Granular):
         zero_point = jnp.where(jnp.isnan(zero_point), 0, zero_point)
         zero_point = jnp.clip(zero_point, grid.lower, grid.upper).astype(jnp.int8)
         return self._search(
-            w, axes, start, dataclasses.replace(grid, scale=scale, zero_point=zero_point)
+            w, span, start, dataclasses.replace(grid, scale=scale, zero_point=zero_point)
         )
 
-    def _search(
-        self, w: jax.Array, axes: tuple[int, ...], start: Grid | None, absmax: Grid
-    ) -> Grid:
+    def _search(self, w: jax.Array, span: Span, start: Grid | None, absmax: Grid) -> Grid:
         rule = self.scale_rule or ("mse" if self.bits <= 3 else "absmax")
-        return least_squares(w, axes, start, absmax) if rule == "mse" else absmax
+        return least_squares(w, span, start, absmax) if rule == "mse" else absmax
 
 
 def Binary(
@@ -374,15 +379,15 @@ class Ternary(Granular):
                 f"Ternary: scale_rule must be 'absmax' or 'mse', got {self.scale_rule!r}"
             )
 
-    def _fit_axes(self, w: jax.Array, axes: tuple[int, ...], start: Grid | None) -> Grid:
+    def _fit_axes(self, w: jax.Array, span: Span, start: Grid | None) -> Grid:
         dtype, w = w.dtype, w.astype(jnp.float32)
-        high, low = extremes(w, axes)
+        high, low = extremes(w, span)
         largest = jnp.maximum(high, -low)
         absmax = self.scale_rule == "absmax"
         # No weight is then more than half a step beyond a level, as with 2 bits.
         scale = round_scale(largest / 1.5 if absmax else largest, 1, dtype)
         grid = Grid(scale, bits=_bits_of(3), lower=-1, upper=1, dtype=dtype)
-        return grid if absmax else least_squares(w, axes, start, grid)
+        return grid if absmax else least_squares(w, span, start, grid)
 
 
 @jax.tree_util.register_static
@@ -421,10 +426,10 @@ class NormalFloat(Granular):
                 f"NormalFloat: bits must be an integer from 2 to 4, got {self.bits!r}; use Uniform"
             )
 
-    def _fit_axes(self, w: jax.Array, axes: tuple[int, ...], start: Grid | None) -> Grid:
+    def _fit_axes(self, w: jax.Array, span: Span, start: Grid | None) -> Grid:
         del start
         dtype, w = w.dtype, w.astype(jnp.float32)
-        high, low = extremes(w, axes)
+        high, low = extremes(w, span)
         half = 2 ** (self.bits - 1)
         return Grid(
             round_scale(jnp.maximum(high, -low), 1, dtype),

@@ -1,85 +1,113 @@
-"""Reductions of several arrays in one look at memory, and extremes that see NaN."""
+"""What shares a scale, and sums and extremes of it."""
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from optax_clipquant.sharding import split_axis
+from optax_clipquant.sharding import reduce_runs, split_axis
 
 Kind = Literal["max", "min", "sum"]
 Zero = jax.Array | float
-_FOLD = {"max": jax.lax.max, "min": jax.lax.min, "sum": jax.lax.add}
-_WHOLE = {"max": jnp.max, "min": jnp.min, "sum": jnp.sum}
+_WHOLE = {kind: partial(getattr(jnp, kind), initial=0) for kind in ("max", "min", "sum")}
+_PAIR = {"max": jax.lax.max, "min": jax.lax.min, "sum": jax.lax.add}
 
 
-def reduce_together(
-    kinds: Sequence[Kind],
-    compute: Callable[[Zero], Sequence[jax.Array]],
-    axes: tuple[int, ...],
-    zero: Zero = 0.0,
-) -> list[jax.Array]:
-    """The largest or least element, 0 among them, or the sum of several arrays along ``axes``.
-
-    XLA's CPU backend makes a loop of each reduction, and in many of them computes an element at a time.
-    Runs of up to 8 are reduced first, of all arrays in one loop over vectors of neighbours: twice as
-    fast for extremes, 5 times and more where the arrays are computed. (Loops of more steps, or over
-    more than 3 arrays, are not unrolled, and fall back to single elements.)
-
-    Args:
-      kinds: what to do with each array.
-      compute: the arrays, of one shape. It is given a zero that broadcasts against them. Added to what
-        several of them share, it keeps that from being written to memory where each has a loop of its
-        own: it waits for the array before.
-      axes: which axes to reduce. They stay, with extent 1.
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """What is reduced together: all along ``axes`` (by default all axes), of ``run`` neighbours along
+    ``axis``, each of which gets the result. The last run may be shorter.
     """
-    whole = [partial(_WHOLE[kind], axis=axes, keepdims=True, initial=0) for kind in kinds]
-    axis, size, runs = _runs(jax.eval_shape(lambda: compute(0.0))[0], axes)
-    if size == 1:
-        found: list[jax.Array] = []
-        for i, reduce in enumerate(whole):
-            found.append(reduce(compute(zero)[i]))
-            zero += 0 * found[-1]
-        return found
-    arrays = compute(0.0)
-    parts = jax.lax.reduce(
-        tuple(split_axis(x, axis, 0, x.shape[axis], size) for x in arrays),
-        tuple(jnp.zeros((), x.dtype) for x in arrays),
-        lambda a, b: tuple(_FOLD[kind](x, y) for kind, x, y in zip(kinds, a, b, strict=True)),
-        (runs,),
-    )
-    return [reduce(x) for reduce, x in zip(whole, parts, strict=True)]
+
+    axes: tuple[int, ...] | None = None
+    axis: int = 0
+    run: int = 1
+
+    def sum(self, x: jax.Array) -> jax.Array:
+        return self._whole("sum", x)
+
+    def reduce(
+        self,
+        kinds: Sequence[Kind],
+        compute: Callable[[Zero], Sequence[jax.Array]],
+        zero: Zero = 0.0,
+    ) -> list[jax.Array]:
+        """The largest or least element, 0 among them, or the sum, of several arrays of one shape.
+
+        XLA's CPU backend makes a loop of each reduction, and in most of them computes one element at a
+        time. So up to 8 elements are reduced first, of all arrays in one loop over vectors of
+        neighbours: twice as fast for extremes, 5 times and more where the arrays are computed. (Loops
+        over more elements, or over more than 3 arrays, are not unrolled and lose that.)
+
+        Args:
+          kinds: what to do with each array.
+          compute: gives the arrays. Its argument is 0, or where each array has a loop of its own,
+            ``zero`` and something that is known when the loop before is done: added to what arrays
+            share, it keeps that from being written to memory.
+          zero: a zero of the result's shape that no compiler takes for a constant.
+        """
+        axis, size, part = self._parts(jax.eval_shape(lambda: compute(0.0))[0])
+        if size == 1:
+            found: list[jax.Array] = []
+            for i, kind in enumerate(kinds):
+                later = zero + 0 * found[-1] if found else zero
+                found.append(self._whole(kind, compute(later)[i]))
+            return found
+        arrays = compute(0.0)
+        parts = jax.lax.reduce(
+            tuple(split_axis(x, axis, 0, x.shape[axis], size) for x in arrays),
+            tuple(jnp.zeros((), x.dtype) for x in arrays),
+            lambda a, b: tuple(_PAIR[kind](x, y) for kind, x, y in zip(kinds, a, b, strict=True)),
+            (part,),
+        )
+        return [self._whole(kind, x) for kind, x in zip(kinds, parts, strict=True)]
+
+    def _whole(self, kind: Kind, x: jax.Array) -> jax.Array:
+        each = _WHOLE[kind](x, axis=self.axes, keepdims=True)
+        return reduce_runs(_WHOLE[kind], each, self.axis, self.run)
+
+    def _parts(self, x: jax.ShapeDtypeStruct) -> tuple[int, int, int]:
+        """An axis, the size of the parts to split it into, 1 for none, and which of the two axes to reduce.
+
+        Vectors lie along the last axis: it stays, or elements far from each other on it are reduced.
+        Each device must hold all that is, or it would be moved.
+        """
+        none = 0, 1, 0
+        axes = range(x.ndim) if self.axes is None else [axis % x.ndim for axis in self.axes]
+        if x.size <= 4096 or not axes:
+            return none
+        last = x.ndim - 1
+        axis = max(axes, key=lambda a: (a != last, x.shape[a]))
+        length, devices = x.shape[axis], jax.device_count()
+        few = max(k for k in range(1, 9) if length % (k * devices) == 0 or k == 1)
+        if axis != last:
+            return axis, few, axis + 1
+        return (axis, length // few, axis) if devices == 1 and length >= 4 * few > 4 else none
+
+    def counts(self, shape: tuple[int, ...]) -> np.ndarray:
+        """How many elements are reduced together: a scalar, or for runs an array with each of them."""
+        axes = range(len(shape)) if self.axes is None else self.axes
+        count = math.prod(shape[axis] for axis in axes)
+        if self.run == 1:
+            return np.asarray(count)
+        n = shape[self.axis]
+        first = np.arange(n) // self.run * self.run
+        runs = np.minimum(self.run, n - first)
+        return count * runs.reshape([n if axis == self.axis else 1 for axis in range(len(shape))])
 
 
-def _runs(x: jax.ShapeDtypeStruct, axes: tuple[int, ...]) -> tuple[int, int, int]:
-    """An axis, the size of the parts to split it into, 1 for none, and which of the two axes to reduce.
-
-    Vectors lie along the last axis: it stays, or runs are of elements that are far from each other on it.
-    Each device must hold whole runs, or they would be moved.
-    """
-    none = 0, 1, 0
-    if x.size <= 4096 or not axes:
-        return none
-    last = x.ndim - 1
-    axis = max(axes, key=lambda a: (a != last, x.shape[a]))
-    length, devices = x.shape[axis], jax.device_count()
-    run = max(k for k in range(1, 9) if length % (k * devices) == 0 or k == 1)
-    if axis != last:
-        return axis, run, axis + 1
-    return (axis, length // run, axis) if devices == 1 and length >= 4 * run > 4 else none
-
-
-def extremes(x: jax.Array, axes: tuple[int, ...] | None = None) -> tuple[jax.Array, jax.Array]:
-    """The largest and the least element along ``axes`` (by default all), 0 among them; both NaN where
-    an element is.
+def extremes(x: jax.Array, span: Span = Span()) -> tuple[jax.Array, jax.Array]:
+    """The largest and the least element of each span, 0 among them; both NaN where an element is.
 
     XLA's CPU backend drops NaN from the maximum of a large array (seen with jaxlib 0.10.2), but not
     from a sum, which costs less than any other look at all elements. Where a sum overflows in both
     directions, which takes finite elements near the end of float32's range, it is NaN as well.
     """
-    axes = tuple(range(x.ndim)) if axes is None else axes
-    high, low, total = reduce_together(("max", "min", "sum"), lambda _: (x, x, x), axes)
+    high, low, total = span.reduce(("max", "min", "sum"), lambda _: (x, x, x))
     nan = jnp.isnan(total)
     return jnp.where(nan, jnp.nan, high), jnp.where(nan, jnp.nan, low)

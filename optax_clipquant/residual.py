@@ -21,7 +21,7 @@ from optax_clipquant.dither import dither
 from optax_clipquant.grids import Grid
 from optax_clipquant.qarray import QArray
 from optax_clipquant.quantizers import Granular
-from optax_clipquant.reductions import extremes
+from optax_clipquant.reductions import Span, extremes
 from optax_clipquant.scales import round_scale
 
 
@@ -87,9 +87,9 @@ def _between(latent: jax.Array, units: Grid) -> jax.Array:
 class _Units(Granular):
     """The largest magnitude over 127, rounded up; or the unit before, where that is at most twice it."""
 
-    def _fit_axes(self, w: jax.Array, axes: tuple[int, ...], start: Grid | None) -> Grid:
+    def _fit_axes(self, w: jax.Array, span: Span, start: Grid | None) -> Grid:
         w = w.astype(jnp.float32)
-        high, low = extremes(w, axes)
+        high, low = extremes(w, span)
         exact = jnp.maximum(high, -low) / 127
         unit = round_scale(exact * (1 + 2.0**-7), 127, np.dtype(np.float32))
         if start is not None:

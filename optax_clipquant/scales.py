@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_clipquant.grids import Grid
-from optax_clipquant.reductions import Zero, reduce_together
+from optax_clipquant.reductions import Span, Zero
 
 _LARGEST = float(jnp.finfo(jnp.float32).max)
 
@@ -56,14 +56,14 @@ def moments(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return jnp.where(constant, jnp.max(high), mean), std, constant
 
 
-def mean_magnitude(w: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """The mean of ``abs(w)`` along ``axes``, cut so that twice the mean is finite where ``w`` is."""
-    count = math.prod(w.shape[axis] for axis in axes)
-    half = jnp.sum(jnp.abs(w) * (0.5 / max(count, 1)), axis=axes, keepdims=True)
+def mean_magnitude(w: jax.Array, span: Span) -> jax.Array:
+    """The mean of ``abs(w)`` in each span, cut so that twice the mean is finite where ``w`` is."""
+    share = jnp.asarray(0.5 / np.maximum(span.counts(w.shape), 1), jnp.float32)
+    half = span.sum(jnp.abs(w) * share)
     return 2 * jnp.where(jnp.isinf(half), half, jnp.minimum(half, _LARGEST / 4))
 
 
-def least_squares(w: jax.Array, axes: tuple[int, ...], start: Grid | None, absmax: Grid) -> Grid:
+def least_squares(w: jax.Array, span: Span, start: Grid | None, absmax: Grid) -> Grid:
     """``absmax`` with the scale that minimises the squared error of ``w``.
 
     Nearest codes for a scale, then the least-squares scale for these codes, in turn: the error never
@@ -95,28 +95,29 @@ def least_squares(w: jax.Array, axes: tuple[int, ...], start: Grid | None, absma
             steps = levels(w, scale + zero, zero)
             return jnp.square(steps), w / unit * steps
 
-        squares, products = reduce_together(("sum", "sum"), parts, axes, 0 * base)
+        squares, products = span.reduce(("sum", "sum"), parts, 0 * base)
         best = unit * (products / jnp.where(squares == 0, 1, squares))
         return round_scale(best, largest, absmax.dtype)
 
     if start is None:
         narrowest = min(0.02 * (absmax.upper - absmax.lower + 1), 0.7)
-        # The fewer weights share a scale, the more rugged is their error.
-        starts = 6 if math.prod(w.shape[axis] for axis in axes) >= 32 else 24
-        ratios = [1.0, *np.geomspace(narrowest, 1, starts)[:-1].tolist()]
         # In units of the absmax scale, so that no square overflows.
         x = w / unit
         ratio, least = jnp.ones_like(base), jnp.full(base.shape, jnp.inf)
-        for first in range(0, starts, 3):
-            some = ratios[first : first + 3]
+        # The fewer weights share a scale, the more rugged is their error.
+        few = span.counts(w.shape) < 32
+        for starts, here in ((6, ~few), (24, few)):
+            ratios = [1.0, *np.geomspace(narrowest, 1, starts)[:-1].tolist()]
+            for first in range(0, starts, 3) if here.any() else ():
+                some = ratios[first : first + 3]
 
-            def errors(zero: Zero, some: list[float] = some) -> list[jax.Array]:
-                return [jnp.square(x - r * levels(x, r + zero, zero)) for r in some]
+                def errors(zero: Zero, some: list[float] = some) -> list[jax.Array]:
+                    return [jnp.square(x - r * levels(x, r + zero, zero)) for r in some]
 
-            found = reduce_together(("sum",) * 3, errors, axes, 0 * base)
-            for r, error in zip(some, found, strict=True):
-                ratio = jnp.where(error < least, r, ratio)
-                least = jnp.minimum(error, least)
+                for r, error in zip(some, span.reduce(("sum",) * 3, errors, 0 * base), strict=True):
+                    better = (error < least) & here
+                    ratio = jnp.where(better, r, ratio)
+                    least = jnp.where(better, error, least)
         scale = round_scale(base * ratio, largest, absmax.dtype)
         scale = refit(scale)
     else:

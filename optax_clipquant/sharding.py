@@ -1,15 +1,19 @@
-"""Splitting an axis in two on any mesh.
+"""Splitting an axis in two on any mesh, and runs of neighbours that lie across devices.
 
 On a mesh with Explicit axes, the sharding of what is reshaped must be named. It is None on other
 meshes, where the compiler finds it. It holds its mesh: arrays may be on one that no ``jax.set_mesh``
 has named.
+
+A group of neighbours that share a scale may lie across devices. It is then handled in pieces, of which
+each lies on one device: devices exchange a number for each piece, and no elements.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def split_axis(x: jax.Array, axis: int, first: int, last: int, size: int) -> jax.Array:
@@ -31,6 +35,77 @@ def merge_axis(x: jax.Array, axis: int, spec: jax.NamedSharding | None) -> jax.A
     shape = (*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
     whole = spec if _divides(spec, axis, x.shape[axis]) else without(spec, axis)
     return reshard(jax.lax.reshape(x, shape, out_sharding=whole), spec)
+
+
+def piece_of(x: jax.Array, axis: int, size: int) -> int:
+    """The largest part of a group of ``size`` neighbours along ``axis`` that no two devices share.
+
+    On axes of a mesh that are Auto, only the compiler knows how ``x`` is split: it may be over all. It
+    does well by itself with groups of as many devices each.
+    """
+    sharding, length = jax.typeof(x).sharding, x.shape[axis]
+    kinds = zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True)
+    auto = (name for name, kind in kinds if kind == jax.sharding.AxisType.Auto)
+    known = _devices(sharding, axis)
+    parts = math.gcd(length, known * math.prod(sharding.mesh.shape[name] for name in auto))
+    whole_devices = length % size == 0 and parts % (length // size) == 0
+    if parts == 1 or (known == 1 and whole_devices):
+        return size
+    return math.gcd(length // parts, size)
+
+
+def repeat_axis(x: jax.Array, axis: int, times: int, length: int) -> jax.Array:
+    """Each entry along ``axis`` so many times, cut to ``length``."""
+    if times == 1:
+        return x
+    cut = length % times > 0
+    x = _whole(x, axis, cut)
+    spec = spec_of(x, x.shape)
+    repeated = jax.lax.broadcast_in_dim(
+        x,
+        (*x.shape[: axis + 1], times, *x.shape[axis + 1 :]),
+        [i + (i > axis) for i in range(x.ndim)],
+        out_sharding=split_spec(spec, axis),
+    )
+    merged = merge_axis(repeated, axis, spec)
+    return _whole(jax.lax.slice_in_dim(merged, 0, length, axis=axis), axis, cut)
+
+
+def reduce_runs(fn: Callable[..., jax.Array], x: jax.Array, axis: int, run: int) -> jax.Array:
+    """``fn``, to which zeros are nothing, of each ``run`` neighbours along ``axis``, at each of them.
+
+    The last run may be shorter.
+    """
+    if run == 1:
+        return x
+    return repeat_axis(fn(_runs(x, axis, run), axis=axis + 1), axis, run, x.shape[axis])
+
+
+def first_of_runs(x: jax.Array, axis: int, run: int) -> jax.Array:
+    """The first of each ``run`` neighbours along ``axis``."""
+    return x if run == 1 else jax.lax.index_in_dim(_runs(x, axis, run), 0, axis + 1, keepdims=False)
+
+
+def _runs(x: jax.Array, axis: int, run: int) -> jax.Array:
+    """``x``, which is small, with ``axis`` split into runs; zeros fill the last."""
+    missing = -x.shape[axis] % run
+    x = _whole(x, axis, missing > 0)
+    if missing:
+        x = jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
+    return split_axis(x, axis, 0, x.shape[axis], run)
+
+
+def _whole(x: jax.Array, axis: int, cut: bool) -> jax.Array:
+    """``x``, which is small, with all of ``axis`` on each device; on an Auto mesh where it is ``cut``.
+
+    Else the compiler would split it as it splits the weights, and move the parts in each step.
+    """
+    sharding = jax.typeof(x).sharding
+    x = reshard(x, without(spec_of(x, x.shape), axis))
+    if cut and jax.sharding.AxisType.Auto in sharding.mesh.axis_types:
+        free = (None if i == axis else jax.P.UNCONSTRAINED for i in range(x.ndim))
+        x = jax.lax.with_sharding_constraint(x, _with(sharding, *free))
+    return x
 
 
 def spec_of(x: jax.Array, shape: Sequence[int]) -> jax.NamedSharding | None:
@@ -58,10 +133,14 @@ def reshard(x: jax.Array, spec: jax.NamedSharding | None) -> jax.Array:
 
 def _divides(spec: jax.NamedSharding | None, axis: int, groups: int) -> bool:
     """Whether each device gets whole groups."""
-    if spec is None or spec.spec[axis] is None:
-        return True
-    names = spec.spec[axis] if isinstance(spec.spec[axis], tuple) else (spec.spec[axis],)
-    return groups % math.prod(spec.mesh.shape[name] for name in names) == 0
+    return spec is None or groups % _devices(spec, axis) == 0
+
+
+def _devices(sharding: jax.NamedSharding, axis: int) -> int:
+    """Over how many devices ``axis`` is partitioned, as far as the sharding says."""
+    names = sharding.spec[axis] or ()
+    names = names if isinstance(names, tuple) else (names,)
+    return math.prod(sharding.mesh.shape[name] for name in names)
 
 
 def _with(sharding: jax.NamedSharding, *names: Any) -> jax.NamedSharding:

@@ -47,8 +47,9 @@ def quantize_state(
 
     Blocks lie along the last axis, where it splits into blocks of at least a quarter of
     ``block_size``; else along the axis that splits into the largest. Arrays keep their rank, and on a
-    mesh their sharding, without communication where each device holds whole blocks. Where an array
-    holds a value that is not finite, its block decodes to NaN.
+    mesh their sharding, without communication where each device holds whole blocks; else they
+    exchange a few numbers for each piece of a block. Where an array holds a value that is
+    not finite, its block decodes to NaN.
 
     Args:
       optimizer: any optax optimizer.

@@ -90,8 +90,9 @@ def quantize_weights(
     quantize_weights(quantizer))``.
 
     On a mesh, the state is sharded like the params, and devices exchange nothing that is larger than the
-    scales where each holds whole groups. Groups that lie across devices cost more: on Explicit axes the
-    weight is gathered.
+    scales where each holds whole groups. Of groups that lie across devices they exchange a few numbers
+    for each piece, which is as long as the greatest common divisor of a group and of what a device holds;
+    where that is below 4, the weight is gathered instead.
 
     Args:
       quantizer: the quantizer, or a mapping from regular expressions on paths to quantizers, as in

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import math
 import re
 from typing import Any
 
@@ -18,6 +19,8 @@ import pytest
 from helpers import CORE, QUANTIZERS, assert_on_grid, weights
 
 from optax_clipquant import (
+    Binary,
+    QArray,
     Ternary,
     Uniform,
     ZScore,
@@ -378,7 +381,7 @@ def assert_sharded_like(state: Any, layout: Layout, on: jax.sharding.Mesh) -> No
 
 W, U = weights((64, 32)) * 0.1, weights((64, 32), seed=1) * 0.01
 # Where rows are split, sums in another order may move a scale by one step of bfloat16.
-SUMS = {"uniform3", "zscore"}
+SUMS = {"uniform3", "zscore", "binary24", "ternary12"}
 ALONE = {
     "uniform3": Uniform(bits=3),
     "uniform4": Uniform(bits=4),
@@ -388,11 +391,17 @@ ALONE = {
     # Groups of several devices, and groups that end inside a device, the last one shorter.
     "groups16": Uniform(bits=4, group_size=16),
     "groups24": Uniform(bits=4, group_size=24),
+    "asymmetric12": Uniform(bits=4, group_size=12, symmetric=False),
+    "binary24": Binary(group_size=24),
+    "ternary12": Ternary(group_size=12),
 }
 RULES = {f"^{name}$": quantizer for name, quantizer in ALONE.items()}
 TRANSFORMS = {
     "weights": optax.chain(clip_by_value(0.02), quantize_weights(RULES)),
-    "residual": quantize_weights({r: RULES[r] for r in ("^groups8$", "^zscore$")}, residual_bits=8),
+    "residual": quantize_weights(
+        {r: RULES[r] for r in ("^groups8$", "^groups16$", "^groups24$", "^zscore$")},
+        residual_bits=8,
+    ),
     "round": round_weights({r: RULES[r] for r in ("^groups8$", "^uniform4$")}, stochastic=True),
 }
 PLACES = {
@@ -454,17 +463,58 @@ def test_each_quantizer(transform, place, kind):
         np.testing.assert_allclose(optax.tree.get(state, "clip_fraction"), clipped, rtol=1e-6)
 
 
+def assert_scale_sized(text: str, scale: int, weight: int) -> None:
+    """Devices exchange arrays that are no larger than the scales, and in all much less than the weight.
+
+    Args:
+      text: of a compiled program.
+      scale: bytes of all the scales of a weight.
+      weight: bytes of what a device holds of it.
+    """
+    sizes = [nbytes(array) for _, array in collectives(text).elements()]
+    assert all(size <= scale for size in sizes), collectives(text)
+    assert sum(sizes) <= weight / 3, collectives(text)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    ("bits", "spec"),
-    [(8, P("x", None)), (8, P(None, "x")), (8, P("y", "x")), (4, P("y", "x"))],
-    ids=str,
-)
-def test_quantized_state(bits, spec, kind):
-    """As on one device, sharded like the params, and without communication."""
-    sharding = jax.NamedSharding(mesh((4, 2), kind), spec)
-    tx = quantize_state(optax.adam(1e-2), bits=bits, block_size=64)
-    params = {"w": jax.random.normal(jax.random.key(0), (64, 256))}
+# Groups of two devices each, and groups that end inside a device, the last one shorter.
+@pytest.mark.parametrize("size", [128, 192, 96])
+def test_groups_across_devices(size, kind):
+    """As on one device, and what devices exchange is as large as the scales, where they exchange at all."""
+    w = jnp.asarray(weights((512, 64)))
+    sharding = jax.NamedSharding(mesh((4, 2), kind), P(("x", "y"), None))
+    quantizer = Uniform(bits=4, group_size=size)
+    tx = quantize_weights(quantizer, residual_bits=8)
+
+    def update(params, state):
+        moved, state = tx.update({"w": 0.1 * jnp.sin(params["w"])}, state, params)
+        return optax.apply_updates(params, moved), state
+
+    fit, decode, step = jax.jit(quantizer.quantize), jax.jit(QArray.dequantize), jax.jit(update)
+    expected = fit(w)
+    trained = step({"w": w}, tx.init({"w": w}))
+    with jax.set_mesh(sharding.mesh):
+        split = jax.device_put(w, sharding)
+        found = fit(split)
+        initial = {"w": split}, tx.init({"w": split})
+        chex.assert_trees_all_equal(jax.device_get(found), jax.device_get(expected))
+        chex.assert_trees_all_equal(jax.device_get(decode(found)), jax.device_get(decode(expected)))
+        chex.assert_trees_all_equal(jax.device_get(step(*initial)), jax.device_get(trained))
+        assert decode(found).sharding.is_equivalent_to(sharding, 2)
+        assert found.qvalue.sharding.is_equivalent_to(sharding, 2)
+        for compiled in (fit.lower(split), step.lower(*initial)):
+            text = compiled.compile().as_text()
+            assert collectives(text)
+            assert_scale_sized(text, expected.grid.scale.nbytes, w.nbytes // 8)
+        assert not collectives(decode.lower(found).compile().as_text())
+
+
+def quantized_steps(
+    shape: tuple[int, ...], sharding: jax.NamedSharding, bits: int, block_size: int
+) -> tuple[Any, str]:
+    """The first moment, and the text of a step, of Adam with its state in few bits: as on one device."""
+    tx = quantize_state(optax.adam(1e-2), bits=bits, block_size=block_size)
+    params = {"w": jax.random.normal(jax.random.key(0), shape)}
 
     def update(params, state):
         with jax.numpy_dtype_promotion("standard"):
@@ -482,9 +532,44 @@ def test_quantized_state(bits, spec, kind):
             found, quantized = step(found, quantized)
     chex.assert_trees_all_equal(jax.device_get(found), jax.device_get(expected))
     chex.assert_trees_all_equal(jax.device_get(quantized), jax.device_get(state))
+    moment = quantized.inner_state[0].mu["w"]
+    assert moment.codes.sharding.is_equivalent_to(sharding, 2)
+    return moment, text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("bits", "spec"),
+    [(8, P("x", None)), (8, P(None, "x")), (8, P("y", "x")), (4, P("y", "x"))],
+    ids=str,
+)
+def test_quantized_state(bits, spec, kind):
+    """As on one device, sharded like the params, and without communication."""
+    sharding = jax.NamedSharding(mesh((4, 2), kind), spec)
+    _, text = quantized_steps((64, 256), sharding, bits, 64)
     assert not collectives(text)
-    codes = quantized.inner_state[0].mu["w"].codes
-    assert codes.sharding.is_equivalent_to(sharding, 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("bits", "shape", "spec", "block"),
+    [
+        (8, (64, 256), P(None, ("x", "y")), (-1, 64)),
+        (4, (64, 256), P(None, ("x", "y")), (-1, 64)),
+        (8, (64, 384), P(None, ("x", "y")), (-1, 64)),
+        (4, (64, 384), P(None, ("x", "y")), (-1, 64)),
+        (8, (512, 14), P(("x", "y"), None), (-2, 128)),
+    ],
+    ids=str,
+)
+def test_blocks_across_devices(bits, shape, spec, block, kind):
+    """As on one device, and devices exchange what is as large as the scales."""
+    sharding = jax.NamedSharding(mesh((4, 2), kind), spec)
+    moment, text = quantized_steps(shape, sharding, bits, block[1])
+    assert moment.block == block
+    assert collectives(text)
+    # Of two moments.
+    assert_scale_sized(text, moment.scale.nbytes, 2 * 4 * math.prod(shape) // 8)
 
 
 @pytest.mark.parametrize("kind", KINDS)
