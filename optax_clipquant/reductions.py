@@ -36,13 +36,14 @@ class Span:
         kinds: Sequence[Kind],
         compute: Callable[[Zero], Sequence[jax.Array]],
         zero: Zero = 0.0,
+        most: int = 16,
     ) -> list[jax.Array]:
         """The largest or least element, 0 among them, or the sum, of several arrays of one shape.
 
         XLA's CPU backend makes a loop of each reduction, and in most of them computes one element at a
-        time. So up to 8 elements are reduced first, of all arrays in one loop over vectors of
-        neighbours: twice as fast for extremes, 5 times and more where the arrays are computed. (Loops
-        over more elements, or over more than 3 arrays, are not unrolled and lose that.)
+        time. There, a few elements are reduced first, of all arrays in one loop over vectors of
+        neighbours: twice as fast for extremes, 5 times and more where the arrays are computed. (Other
+        backends fuse reductions by themselves.)
 
         Args:
           kinds: what to do with each array.
@@ -50,28 +51,37 @@ class Span:
             ``zero`` and something that is known when the loop before is done: added to what arrays
             share, it keeps that from being written to memory.
           zero: a zero of the result's shape that no compiler takes for a constant.
+          most: how many elements are reduced first. A loop that computes much for each is unrolled, and
+            fast, only if they are few; but what it writes is as much smaller as they are many.
         """
-        axis, size, part = self._parts(jax.eval_shape(lambda: compute(0.0))[0])
-        if size == 1:
+        axis, size, part = self._parts(jax.eval_shape(lambda: compute(0.0))[0], most)
+
+        def one_by_one() -> list[jax.Array]:
             found: list[jax.Array] = []
             for i, kind in enumerate(kinds):
                 later = zero + 0 * found[-1] if found else zero
                 found.append(self._whole(kind, compute(later)[i]))
             return found
-        arrays = compute(0.0)
-        parts = jax.lax.reduce(
-            tuple(split_axis(x, axis, 0, x.shape[axis], size) for x in arrays),
-            tuple(jnp.zeros((), x.dtype) for x in arrays),
-            lambda a, b: tuple(_PAIR[kind](x, y) for kind, x, y in zip(kinds, a, b, strict=True)),
-            (part,),
-        )
-        return [self._whole(kind, x) for kind, x in zip(kinds, parts, strict=True)]
+
+        def together() -> list[jax.Array]:
+            arrays = compute(0.0)
+            few = jax.lax.reduce(
+                tuple(split_axis(x, axis, 0, x.shape[axis], size) for x in arrays),
+                tuple(jnp.zeros((), x.dtype) for x in arrays),
+                lambda a, b: tuple(_PAIR[k](x, y) for k, x, y in zip(kinds, a, b, strict=True)),
+                (part,),
+            )
+            return [self._whole(kind, x) for kind, x in zip(kinds, few, strict=True)]
+
+        if size == 1:
+            return one_by_one()
+        return jax.lax.platform_dependent(cpu=together, default=one_by_one)
 
     def _whole(self, kind: Kind, x: jax.Array) -> jax.Array:
         each = _WHOLE[kind](x, axis=self.axes, keepdims=True)
         return reduce_runs(_WHOLE[kind], each, self.axis, self.run)
 
-    def _parts(self, x: jax.ShapeDtypeStruct) -> tuple[int, int, int]:
+    def _parts(self, x: jax.ShapeDtypeStruct, most: int) -> tuple[int, int, int]:
         """An axis, the size of the parts to split it into, 1 for none, and which of the two axes to reduce.
 
         Vectors lie along the last axis: it stays, or elements far from each other on it are reduced.
@@ -84,7 +94,7 @@ class Span:
         last = x.ndim - 1
         axis = max(axes, key=lambda a: (a != last, x.shape[a]))
         length, devices = x.shape[axis], jax.device_count()
-        few = max(k for k in range(1, 9) if length % (k * devices) == 0 or k == 1)
+        few = max(k for k in range(1, most + 1) if length % (k * devices) == 0 or k == 1)
         if axis != last:
             return axis, few, axis + 1
         return (axis, length // few, axis) if devices == 1 and length >= 4 * few > 4 else none
