@@ -107,7 +107,7 @@ def least_squares(w: jax.Array, span: Span, start: Grid | None, absmax: Grid) ->
         narrowest = min(0.02 * (absmax.upper - absmax.lower + 1), 0.7)
         # In units of the absmax scale, so that no square overflows.
         x = w / unit
-        ratio, least = jnp.ones_like(base), jnp.full(base.shape, jnp.inf)
+        ratio, least = jnp.ones_like(base), jnp.full_like(base, jnp.inf)
         # The fewer weights share a scale, the more rugged is their error.
         few = span.counts(w.shape) < 32
         for starts, here in ((6, ~few), (24, few)):
