@@ -1,6 +1,7 @@
 """Eight host devices, strict dtypes, and each platform that is there."""
 
 import os
+import pathlib
 
 # Before jax is imported: it reads this once.
 os.environ["XLA_FLAGS"] = (
@@ -16,6 +17,14 @@ collect_ignore = ["benchmarks"]
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Most of the time goes into compiling, much of it the same programs again. A folder for each worker,
+# since jax writes to it without a lock.
+_cache = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"
+_cache /= os.environ.get("PYTEST_XDIST_WORKER", "main")
+jax.config.update("jax_compilation_cache_dir", str(_cache))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # Examples include compilations; a deadline would test the compiler.
 hypothesis.settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)
