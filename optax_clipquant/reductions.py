@@ -28,9 +28,6 @@ class Span:
     axis: int = 0
     run: int = 1
 
-    def sum(self, x: jax.Array) -> jax.Array:
-        return self._whole("sum", x)
-
     def reduce(
         self,
         kinds: Sequence[Kind],

@@ -59,9 +59,11 @@ def moments(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 def mean_magnitude(w: jax.Array, span: Span) -> jax.Array:
     """The mean of ``abs(w)`` in each span, cut so that twice the mean is finite where ``w`` is."""
     share = jnp.asarray(0.5 / np.maximum(span.counts(w.shape), 1), jnp.float32)
-    # Of two sums, since one by itself is slower: see `Span.reduce`.
+    # Of two sums, since one by itself is slower (see `Span.reduce`); one of them has all NaN.
+    share_of = w * share
     up, down = span.reduce(
-        ("sum", "sum"), lambda _: (jnp.maximum(w, 0) * share, jnp.minimum(w, 0) * share)
+        ("sum", "sum"),
+        lambda _: (jnp.where(w > 0, share_of, 0), jnp.where(w > 0, 0, share_of)),
     )
     half = up - down
     return 2 * jnp.where(jnp.isinf(half), half, jnp.minimum(half, _LARGEST / 4))

@@ -35,6 +35,8 @@ from optax_clipquant import (
 GRID = quantize_weights(Uniform(bits=4))
 TRANSFORMS = {
     "adam": optax.adam(1e-3),
+    # What one reduction of each leaf costs.
+    "optax.clip_by_global_norm": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)),
     "clip_by_value": optax.chain(clip_by_value(1.0), optax.adam(1e-3)),
     "4 bits": optax.chain(optax.adam(1e-3), GRID),
     "clip_by_value, 4 bits": optax.chain(clip_by_value(1.0), optax.adam(1e-3), GRID),
