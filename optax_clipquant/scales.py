@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +89,7 @@ def least_squares(w: jax.Array, span: Span, start: Grid | None, absmax: Grid) ->
 
     def levels(w: jax.Array, scale: Zero, zero: Zero) -> jax.Array:
         """The nearest levels, in steps."""
-        steps = w / jnp.where(scale == 0, 1, scale)
+        steps = w * (1 / jnp.where(scale == 0, 1, scale))
         half = offset + zero
         return jnp.clip(
             jnp.round(steps - half) + half if offset else jnp.round(steps), low + zero, high + zero
@@ -109,22 +110,32 @@ def least_squares(w: jax.Array, span: Span, start: Grid | None, absmax: Grid) ->
         narrowest = min(0.02 * (absmax.upper - absmax.lower + 1), 0.7)
         # In units of the absmax scale, so that no square overflows.
         x = w / unit
-        ratio, least = jnp.ones_like(base), jnp.full_like(base, jnp.inf)
+
+        def search(
+            best: tuple[jax.Array, jax.Array], ratios: jax.Array, here: np.ndarray
+        ) -> tuple[tuple[jax.Array, jax.Array], None]:
+            ratio, least = best
+
+            def errors(zero: Zero) -> list[jax.Array]:
+                return [jnp.square(x - r * levels(x, r + zero, zero)) for r in ratios]
+
+            found = span.reduce(("sum",) * 3, errors, 0 * base, most=8)
+            for r, error in zip(ratios, found, strict=True):
+                better = (error < least) & here
+                ratio = jnp.where(better, r, ratio)
+                least = jnp.where(better, error, least)
+            return (ratio, least), None
+
+        best = jnp.ones_like(base), jnp.full_like(base, jnp.inf)
         # The fewer weights share a scale, the more rugged is their error.
         few = span.counts(w.shape) < 32
         for starts, here in ((6, ~few), (24, few)):
-            ratios = [1.0, *np.geomspace(narrowest, 1, starts)[:-1].tolist()]
-            for first in range(0, starts, 3) if here.any() else ():
-                some = ratios[first : first + 3]
-
-                def errors(zero: Zero, some: list[float] = some) -> list[jax.Array]:
-                    return [jnp.square(x - r * levels(x, r + zero, zero)) for r in some]
-
-                found = span.reduce(("sum",) * 3, errors, 0 * base, most=8)
-                for r, error in zip(some, found, strict=True):
-                    better = (error < least) & here
-                    ratio = jnp.where(better, r, ratio)
-                    least = jnp.where(better, error, least)
+            if here.any():
+                ratios = jnp.asarray([1.0, *np.geomspace(narrowest, 1, starts)[:-1]], jnp.float32)
+                by_three = partial(search, here=here), best, ratios.reshape(-1, 3)
+                # A loop of two is none; one of eight takes a fourth of the time to compile.
+                best, _ = jax.lax.scan(*by_three, unroll=2)
+        ratio, _ = best
         scale = round_scale(base * ratio, largest, absmax.dtype)
         scale = refit(scale)
     else:
