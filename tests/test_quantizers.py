@@ -71,6 +71,7 @@ def test_mse_is_close_to_brute_force_and_never_worse_than_absmax(kind, bits, lim
     assert np.all(mse <= absmax * (1 + 1e-6))
 
 
+@hypothesis.settings(max_examples=25)  # most are compiled anew
 @hypothesis.given(
     w=hnp.arrays(
         np.float32,
