@@ -132,12 +132,10 @@ def least_squares(w: jax.Array, span: Span, start: Grid | None, absmax: Grid) ->
         for starts, here in ((6, ~few), (24, few)):
             if here.any():
                 ratios = jnp.asarray([1.0, *np.geomspace(narrowest, 1, starts)[:-1]], jnp.float32)
-                by_three = partial(search, here=here), best, ratios.reshape(-1, 3)
+                ratios = ratios.reshape(-1, 3)
                 # A loop of two is none; one of eight takes a fourth of the time to compile.
-                best, _ = jax.lax.scan(*by_three, unroll=2)
-        ratio, _ = best
-        scale = round_scale(base * ratio, largest, absmax.dtype)
-        scale = refit(scale)
+                best, _ = jax.lax.scan(partial(search, here=here), best, ratios, unroll=2)
+        scale = refit(round_scale(base * best[0], largest, absmax.dtype))
     else:
         # Within the range where the largest weight keeps a code that is not 0. Which side has the
         # largest weight may change from step to step; the grid is not mirrored then.
