@@ -10,10 +10,10 @@ import numpy as np
 
 from optax_clipquant.reductions import Span, extremes
 from optax_clipquant.sharding import (
-    first_of_runs,
+    for_groups,
+    for_pieces,
     merge_axis,
     piece_of,
-    repeat_axis,
     spec_of,
     split_axis,
 )
@@ -70,8 +70,7 @@ class CompandedArray:
         spec = spec_of(codes, codes.shape)
         piece = piece_of(codes, axis, size)
         k = split_axis(codes, axis, 0, codes.shape[axis], piece).astype(jnp.float32)
-        scale = repeat_axis(self.scale, axis, size // piece, k.shape[axis])
-        scale = jnp.expand_dims(scale, axis + 1)
+        scale = for_pieces(self.scale, axis, size // piece, k.shape[axis])
         shifted = k - 2.0 ** (self.bits - 1)
         first = jnp.square(shifted / (2.0 ** (self.bits - 1) - 1)) * -scale
         second = jnp.square(jnp.square((k + 1) / 2.0**self.bits)) * scale
@@ -116,8 +115,7 @@ def compand(
     k = jnp.where(negative, jnp.sign(w) * jnp.minimum(k, n) + (n + 1), unsigned)
     codes = jnp.where(jnp.isfinite(largest), k, 0).astype(jnp.uint8)
     codes = merge_axis(codes, axis, spec_of(x, x.shape))
-    scale = jnp.squeeze(jnp.where(negative, -largest, largest), axis + 1)
-    scale = first_of_runs(scale, axis, size // piece)
+    scale = for_groups(jnp.where(negative, -largest, largest), axis, size // piece)
     return CompandedArray(_pack(codes) if bits == 4 else codes, scale, block, bits, x.dtype)
 
 

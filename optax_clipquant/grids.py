@@ -10,7 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_clipquant.sharding import merge_axis, piece_of, repeat_axis, spec_of, split_axis
+from optax_clipquant.sharding import (
+    for_pieces,
+    merge_axis,
+    piece_of,
+    repeat_axis,
+    spec_of,
+    split_axis,
+)
 
 _FLOAT32 = np.dtype(np.float32)
 _Fn = Callable[[jax.Array], jax.Array]
@@ -168,14 +175,9 @@ class Grid:
         if length % piece:
             return same, partial(repeat_axis, axis=axis, times=size, length=length), same
 
-        def expand(scale: jax.Array) -> jax.Array:
-            return jnp.expand_dims(
-                repeat_axis(scale, axis, size // piece, length // piece), axis + 1
-            )
-
         return (
             partial(split_axis, axis=axis, first=0, last=length, size=piece),
-            expand,
+            partial(for_pieces, axis=axis, run=size // piece, pieces=length // piece),
             partial(merge_axis, axis=axis, spec=spec_of(x, x.shape)),
         )
 

@@ -17,7 +17,7 @@ from optax_clipquant.grids import Grid
 from optax_clipquant.qarray import QArray
 from optax_clipquant.reductions import Span, extremes
 from optax_clipquant.scales import least_squares, mean_magnitude, moments, round_scale
-from optax_clipquant.sharding import first_of_runs, piece_of, repeat_axis, split_axis
+from optax_clipquant.sharding import for_groups, for_pieces, piece_of, split_axis
 
 
 class Quantizer(abc.ABC):
@@ -218,14 +218,11 @@ def _fit(quantizer: Granular, w: jax.Array, start: Grid | None) -> Grid:
 
         def each_piece(x: jax.Array) -> jax.Array:
             x = jax.lax.slice_in_dim(x, first // size, -(-last // size), axis=axis)
-            return jnp.expand_dims(repeat_axis(x, axis, run, part.shape[axis]), axis + 1)
-
-        def each_group(x: jax.Array) -> jax.Array:
-            return jnp.squeeze(first_of_runs(x, axis, run), axis + 1)
+            return for_pieces(x, axis, run, part.shape[axis])
 
         part_start = start and _map_scales(start, each_piece)
         grid = quantizer._fit_axes(part, Span(reduced, axis, run), part_start)
-        return _map_scales(grid, each_group)
+        return _map_scales(grid, lambda x: for_groups(x, axis, run))
 
     piece = piece_of(w, axis, size)
     if 4 <= piece < size:

@@ -81,9 +81,17 @@ def reduce_runs(fn: Callable[..., jax.Array], x: jax.Array, axis: int, run: int)
     return repeat_axis(fn(_runs(x, axis, run), axis=axis + 1), axis, run, x.shape[axis])
 
 
-def first_of_runs(x: jax.Array, axis: int, run: int) -> jax.Array:
-    """The first of each ``run`` neighbours along ``axis``."""
-    return x if run == 1 else jax.lax.index_in_dim(_runs(x, axis, run), 0, axis + 1, keepdims=False)
+def for_pieces(scale: jax.Array, axis: int, run: int, pieces: int) -> jax.Array:
+    """The scales of groups of ``run`` pieces each, at each piece, to which elements are the next axis."""
+    return jnp.expand_dims(repeat_axis(scale, axis, run, pieces), axis + 1)
+
+
+def for_groups(scale: jax.Array, axis: int, run: int) -> jax.Array:
+    """What ``for_pieces`` was made of: the first of each ``run`` along ``axis``, without the next axis."""
+    scale = jnp.squeeze(scale, axis + 1)
+    if run == 1:
+        return scale
+    return jax.lax.index_in_dim(_runs(scale, axis, run), 0, axis + 1, keepdims=False)
 
 
 def _runs(x: jax.Array, axis: int, run: int) -> jax.Array:
