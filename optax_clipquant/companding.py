@@ -100,19 +100,22 @@ def compand(
     negative = low < 0
     largest = jnp.maximum(high, -low)
     n = 2.0 ** (bits - 1) - 1
+    # Levels by their distance from zero: codes from 1 up where none is negative, else magnitudes.
+    steps = jnp.where(negative, n, 2.0**bits)
     ratio = jnp.abs(w) / jnp.where(largest == 0, 1, largest)
     root = jnp.sqrt(ratio)
-    below = jnp.floor(jnp.where(negative, root * n, jnp.sqrt(root) * 2.0**bits - 1))
+    below = jnp.floor(jnp.where(negative, root, jnp.sqrt(root)) * steps)
 
     def level(k: jax.Array) -> jax.Array:
-        fourth = jnp.square(jnp.square((k + 1) / 2.0**bits))
-        return jnp.where(negative, jnp.square(k / n), fourth)
+        square = jnp.square(k / steps)
+        return jnp.where(negative, square, jnp.square(square))
 
-    chance = (ratio - level(below)) / (level(below + 1) - level(below))
-    up = chance > (0.5 if draws is None else view(draws))
-    k = below + up.astype(jnp.float32)
-    unsigned = jnp.where(w == 0, 0, jnp.clip(k, 1, 2.0**bits - 1))
-    k = jnp.where(negative, jnp.sign(w) * jnp.minimum(k, n) + (n + 1), unsigned)
+    low = level(below)
+    up = ratio - low > (0.5 if draws is None else view(draws)) * (level(below + 1) - low)
+    k = jnp.where(up, below + 1, below)
+    unsigned = jnp.where(w == 0, 0, jnp.clip(k - 1, 1, 2.0**bits - 1))
+    k = jnp.minimum(k, n)
+    k = jnp.where(negative, jnp.where(w < 0, -k, k) + (n + 1), unsigned)
     codes = jnp.where(jnp.isfinite(largest), k, 0).astype(jnp.uint8)
     codes = merge_axis(codes, axis, spec_of(x, x.shape))
     scale = for_groups(jnp.where(negative, -largest, largest), axis, size // piece)
