@@ -109,7 +109,7 @@ class Grid:
         if self.code_book is not None:
             position = self.lower + _index_in(self.code_book, position)
         if self.zero_point is not None:
-            position += expand(self.zero_point.astype(jnp.float32))
+            position += expand(self._zero_point())
         if self.offset:
             position -= self.offset
         if draws is None:
@@ -141,11 +141,17 @@ class Grid:
             levels += self.offset
         if self.zero_point is None:
             return merge(self.round(levels * scale))
-        values = (levels - expand(self.zero_point.astype(jnp.float32))) * scale
+        values = (levels - expand(self._zero_point())) * scale
         # The outermost level may lie beyond the dtype's range where the weights reach its end.
         largest = float(jnp.finfo(self.dtype).max)
         inside = jnp.clip(values, -largest, largest)
         return merge(self.round(jnp.where(jnp.isfinite(scale), inside, values)))
+
+    def _zero_point(self) -> jax.Array:
+        assert self.zero_point is not None
+        step = jnp.where(self.scale == 0, 1, self.scale).astype(jnp.float32)
+        # By one: what is divided is computed once, and not for each element that it is added to.
+        return self.zero_point.astype(jnp.float32) / (step / step)
 
     def round(self, values: jax.Array) -> jax.Array:
         """``values`` in the grid's dtype, really rounded: a compiler may drop a plain cast."""
