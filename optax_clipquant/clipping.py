@@ -13,9 +13,10 @@ import optax
 from jax.core import Tracer
 
 from optax_clipquant.paths import is_float0, path_of
-from optax_clipquant.reductions import Span, extremes
+from optax_clipquant.reductions import count, extremes
 
 PyTree = Any
+Masks = tuple[jax.Array, ...]  # that exclude each other: where elements of a leaf were clamped
 Bound = Any  # a number, a 0-d array, an optax.Schedule, or a tree prefix with these at its leaves
 
 
@@ -88,16 +89,13 @@ def clip_by_value(c: Bound, *, telemetry: bool = True) -> optax.GradientTransfor
         updates: PyTree, state: PyTree, params: PyTree | None = None
     ) -> tuple[PyTree, PyTree]:
         del params
-        counts = []
-        size = 0
+        outside = []
 
         def clip(bound: Bound, g: Any) -> Any:
-            nonlocal size
             if is_float0(g):
                 return g
-            clipped, count = _clip("clip_by_value", g, bound, telemetry)
-            counts.append(count)
-            size += g.size
+            clipped, masks = _clip("clip_by_value", g, bound)
+            outside.append(masks)
             return clipped
 
         def clip_subtree(bound: Bound, subtree: PyTree) -> PyTree:
@@ -107,7 +105,7 @@ def clip_by_value(c: Bound, *, telemetry: bool = True) -> optax.GradientTransfor
         clipped = jax.tree.map(clip_subtree, c, updates)
         return clipped, ClipByValueState(
             count=None if state.count is None else optax.safe_increment(state.count),
-            clip_fraction=_fraction(counts, size) if telemetry else None,
+            clip_fraction=_fraction(_number(outside), outside) if telemetry else None,
         )
 
     return optax.GradientTransformation(init, update)
@@ -196,7 +194,7 @@ def clip_by_quantile(
         rarer = jnp.minimum(q, share)
         gain = _quantile_gain(share, learning_rate) / rarer
         thresholds = state.threshold if per_leaf else {"": state.threshold}
-        seen: dict[str, list[tuple[jax.Array, int, jax.Array]]] = {}
+        seen: dict[str, list[tuple[Masks, jax.Array]]] = {}
 
         def clip(path: jax.tree_util.KeyPath, g: Any) -> Any:
             if is_float0(g):
@@ -206,25 +204,26 @@ def clip_by_quantile(
                 raise ValueError(
                     f"clip_by_quantile: updates have a leaf {name!r}, which the params of init had not"
                 )
-            clipped, count = _clip("clip_by_quantile", g, thresholds[name], True)
-            assert count is not None
-            seen.setdefault(name, []).append((count, g.size, _peak(g)))
+            clipped, masks = _clip("clip_by_quantile", g, thresholds[name])
+            seen.setdefault(name, []).append((masks, _peak(g)))
             return clipped
 
         clipped = jax.tree_util.tree_map_with_path(clip, updates)
         tracked = dict(thresholds)
+        number = jnp.zeros((), jnp.float32)
         for name, found in seen.items():
-            counts, sizes, peaks = zip(*found, strict=True)
-            off = _fraction(counts, sum(sizes)) - share
+            masks, peaks = zip(*found, strict=True)
+            here = _number(masks)
+            number += here
+            off = _fraction(here, masks) - share
             step = learning_rate * jnp.clip(off * gain, -1, 1)
             moved = jnp.clip(thresholds[name] * jnp.exp(step), _TINY, _HUGE)
             peak = sum(peaks, jnp.zeros((), jnp.float32))
             tracked[name] = jnp.where((peak > 0) & (peak < jnp.inf), moved, thresholds[name])
-        every = [leaf for found in seen.values() for leaf in found]
         return clipped, ClipByQuantileState(
             threshold=tracked if per_leaf else tracked[""],
             clip_fraction=_fraction(
-                [count for count, _, _ in every], sum(size for _, size, _ in every)
+                number, [masks for found in seen.values() for masks, _ in found]
             ),
         )
 
@@ -411,34 +410,44 @@ def _check_gradient(transform: str, g: jax.Array) -> None:
 
 
 # Leaves of one shape are traced once.
-@functools.partial(jax.jit, static_argnames=("transform", "count"))
-def _clip(transform: str, g: jax.Array, c: Any, count: bool) -> tuple[jax.Array, jax.Array | None]:
-    """``g`` clamped to ``[-c, c]``, and the number of elements that were outside."""
+@functools.partial(jax.jit, static_argnames="transform")
+def _clip(transform: str, g: jax.Array, c: Any) -> tuple[jax.Array, Masks]:
+    """``g`` clamped to ``[-c, c]``, and where elements were outside."""
     _check_gradient(transform, g)
     if jnp.issubdtype(g.dtype, jnp.complexfloating):
-        real, real_count = _clip(transform, jnp.real(g), c, False)
-        imag, _ = _clip(transform, jnp.imag(g), c, False)
+        real, _ = _clip(transform, jnp.real(g), c)
+        imag, _ = _clip(transform, jnp.imag(g), c)
         clipped = jax.lax.complex(real, imag)
         # NaN differs from itself, but was not clamped.
-        outside = (clipped != g) & ~jnp.isnan(g)
-        return clipped, _count(outside, jnp.zeros_like(outside)) if count else real_count
+        return clipped, ((clipped != g) & ~jnp.isnan(g),)
     # A half-precision bound must stay finite for an infinity to become it.
     bound = jnp.minimum(jnp.asarray(c, jnp.float32), float(jnp.finfo(g.dtype).max)).astype(g.dtype)
     bound = jnp.where(bound >= 0, bound, jnp.nan)
-    clipped = jnp.minimum(jnp.maximum(g, -bound), bound)
-    return clipped, _count(g > bound, g < -bound) if count else None
+    return jnp.minimum(jnp.maximum(g, -bound), bound), (g > bound, g < -bound)
 
 
-def _count(*masks: jax.Array) -> jax.Array:
-    """The number of true elements, exactly. (Of two masks: XLA's CPU backend is slow for one.)"""
-    counts = Span().reduce(["sum"] * len(masks), lambda _: [m.astype(jnp.int32) for m in masks])
-    return jnp.squeeze(sum(counts))
+def _fraction(number: jax.Array, masks: Iterable[Masks]) -> jax.Array:
+    return number / max(sum(leaf[0].size for leaf in masks), 1)
 
 
-def _fraction(counts: Iterable[jax.Array], size: int) -> jax.Array:
-    """The share of elements counted. Each count is exact, the sum a float32 that cannot overflow."""
-    total = sum((count.astype(jnp.float32) for count in counts), jnp.zeros((), jnp.float32))
-    return total / max(size, 1)
+def _number(masks: Iterable[Masks]) -> jax.Array:
+    """How many elements are true. Each leaf's count is exact, the sum a float32 that cannot overflow.
+
+    Masks of small leaves of one shape are added up first, 8 leaves at a time: most of the time that a
+    compiler takes for a small one goes into a kernel to count it.
+    """
+    counts = []
+    small: dict[tuple[int, ...], list[jax.Array]] = {}
+    for leaf in masks:
+        if leaf[0].size > 4096 or jax.device_count() > 1:
+            counts.append(count(*leaf))
+        else:
+            small.setdefault(leaf[0].shape, []).extend(leaf)
+    for found in small.values():
+        for i in range(0, len(found), 16):
+            ones = sum(mask.astype(jnp.int32) for mask in found[i : i + 16])
+            counts.append(jnp.sum(ones, dtype=jnp.int32))
+    return sum((n.astype(jnp.float32) for n in counts), jnp.zeros((), jnp.float32))
 
 
 def _parts(g: jax.Array) -> tuple[jax.Array, ...]:

@@ -1,6 +1,7 @@
 """What shares a scale, and sums and extremes of it."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -52,32 +53,32 @@ class Span:
           most: how many elements are reduced first. A loop that computes much for each is unrolled, and
             fast, only if they are few; but what it writes is as much smaller as they are many.
         """
-        like = jax.eval_shape(lambda: compute(0.0))[0]
-        integers = jnp.issubdtype(like.dtype, jnp.integer)
+        like = jax.eval_shape(lambda: compute(0.0))
+        integers = all(map(_is_integer, like))
 
         def one_by_one() -> list[jax.Array]:
             found: list[jax.Array] = []
+            later = zero
             for i, kind in enumerate(kinds):
-                later = zero + 0 * found[-1] if found and not integers else zero
                 found.append(self._whole(kind, compute(later)[i]))
+                if not _is_integer(found[-1]):
+                    later = zero + 0 * found[-1]
             return found
 
         def together() -> list[jax.Array]:
             arrays = compute(0.0)
-            while part := self._part(arrays[0], most):
+            while part := self._part(arrays[0], most, integers):
                 axis, size, reduced = part
                 arrays = _reduce(
                     kinds, [split_axis(x, axis, 0, x.shape[axis], size) for x in arrays], (reduced,)
                 )
-                if not integers:  # what is left is a plain reduction
-                    break
             if integers and jax.device_count() == 1:
-                axes = range(like.ndim) if self.axes is None else self.axes
-                axes = tuple(axis % like.ndim for axis in axes)
+                ndim = arrays[0].ndim
+                axes = tuple(a % ndim for a in (range(ndim) if self.axes is None else self.axes))
                 arrays = [jnp.expand_dims(x, axes) for x in _reduce(kinds, arrays, axes)]
             return [self._whole(kind, x) for kind, x in zip(kinds, arrays, strict=True)]
 
-        if self._part(like, most) is None and not integers:
+        if self._part(like[0], most, integers) is None and not integers:
             return one_by_one()
         return jax.lax.platform_dependent(cpu=together, default=one_by_one)
 
@@ -86,7 +87,7 @@ class Span:
         return reduce_runs(_WHOLE[kind], each, self.axis, self.run)
 
     def _part(
-        self, x: jax.Array | jax.ShapeDtypeStruct, most: int
+        self, x: jax.Array | jax.ShapeDtypeStruct, most: int, integers: bool
     ) -> tuple[int, int, int] | None:
         """An axis, the size of the parts to split it into, and which of the two axes to reduce.
 
@@ -98,7 +99,7 @@ class Span:
             return None
         last = max(axis for axis in range(x.ndim) if x.shape[axis] > 1)
         devices = jax.device_count()
-        if jnp.issubdtype(x.dtype, jnp.integer) and last in axes:
+        if integers and last in axes:
             share, rest = divmod(x.shape[last], devices)
             if share >= 16 and rest == 0:
                 return last, share, last + 1
@@ -135,18 +136,44 @@ def _reduce(
     )
 
 
-def extremes(x: jax.Array, span: Span = Span()) -> tuple[jax.Array, jax.Array]:
+def _is_integer(x: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.integer)
+
+
+def extremes(
+    x: jax.Array,
+    span: Span = Span(),
+    sums: Callable[[Zero], Sequence[jax.Array]] = lambda zero: (),
+) -> list[jax.Array]:
     """The largest and the least element of each span, 0 among them, in float32; NaN where an element is.
+
+    And, where both are looked for at once, the ``sums`` of arrays of the shape of ``x``.
 
     Of the bits, which as integers are in the order of the numbers from 0 up, with NaN above infinity:
     NaN of either sign makes one of the two NaN. (XLA's CPU backend drops NaN from the maximum of a large
     floating array, as seen with jaxlib 0.10.2.)
     """
     x = x.astype(jnp.float32)
-    found = span.reduce(
-        ("max", "max"),
-        lambda _: [jax.lax.bitcast_convert_type(y, jnp.int32) for y in (x, -x)],
-    )
-    high, low = (jax.lax.bitcast_convert_type(bits, jnp.float32) for bits in found)
+
+    def compute(zero: Zero) -> list[jax.Array]:
+        bits = [jax.lax.bitcast_convert_type(y, jnp.int32) for y in (x, -x)]
+        return [*bits, *sums(zero)]
+
+    kinds: list[Kind] = ["max", "max", *("sum" for _ in jax.eval_shape(lambda: sums(0.0)))]
+    found = span.reduce(kinds, compute)
+    high, low = (jax.lax.bitcast_convert_type(bits, jnp.float32) for bits in found[:2])
     nan = jnp.isnan(high) | jnp.isnan(low)
-    return jnp.where(nan, jnp.nan, high), jnp.where(nan, jnp.nan, -low)
+    return [jnp.where(nan, jnp.nan, high), jnp.where(nan, jnp.nan, -low), *found[2:]]
+
+
+def count(*masks: jax.Array) -> jax.Array:
+    """How many elements are true in one of ``masks``, which exclude each other: an exact int32.
+
+    XLA's CPU backend is slow at counting a single one (14 times, with jaxlib 0.10.2). On several devices
+    each would be a message of its own.
+    """
+    if jax.device_count() > 1:
+        masks = (functools.reduce(jnp.logical_or, masks),)
+    kinds: list[Kind] = ["sum" for _ in masks]
+    counts = Span().reduce(kinds, lambda _: [mask.astype(jnp.int32) for mask in masks])
+    return jnp.squeeze(sum(counts))

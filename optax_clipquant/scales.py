@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_clipquant.grids import Grid
-from optax_clipquant.reductions import Span, Zero
+from optax_clipquant.reductions import Span, Zero, extremes
 
 _LARGEST = float(jnp.finfo(jnp.float32).max)
 
@@ -34,27 +34,32 @@ def moments(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Mean, standard deviation, and whether all elements are equal (then the mean is that value).
 
     Moments of each column first, in units of the column's range, then those of the columns: nothing
-    cancels or overflows, and each pass is one fused reduction.
+    cancels or overflows, and the weights are read twice.
     """
     w = w.reshape(-1, 1) if w.ndim < 2 else w
-    axes = tuple(range(w.ndim - 1))
+    span = Span(tuple(range(w.ndim - 1)))
     rows = w.size // w.shape[-1]
-    high = jnp.max(w, axis=axes, keepdims=True)
-    low = jnp.min(w, axis=axes, keepdims=True)
-    span = jnp.maximum(high, -low)
-    unit = jnp.where(span == 0, 1, span)
-    means = 2 * jnp.sum(
-        w * (0.5 / rows), axis=axes, keepdims=True
-    )  # halves, for a sum can round up
-    squares = jnp.sum(jnp.square(w / unit - means / unit), axis=axes, keepdims=True) / rows
+    # Halves, for a sum can round up.
+    high, low, halves = extremes(w, span, lambda _: [w * (0.5 / rows)])
+    means = 2 * halves
+    reach = jnp.maximum(high, -low)
+    unit = jnp.where(reach == 0, 1, reach)
+    any_element = jnp.where(high > 0, high, low)
+    squares, differ = span.reduce(
+        ("sum", "max"),
+        lambda zero: (
+            jnp.square(w / unit - (means + zero) / unit),
+            (w != any_element).astype(jnp.int32),
+        ),
+    )
     mean = 2 * jnp.sum(means * (0.5 / means.size))
     largest = jnp.max(unit)
     between = jnp.square(means / largest - mean / largest)
-    spread = jnp.sqrt(jnp.mean(squares * jnp.square(unit / largest) + between))
+    spread = jnp.sqrt(jnp.mean(squares / rows * jnp.square(unit / largest) + between))
     std = jnp.minimum(largest * jnp.minimum(spread, 1), _LARGEST)
-    # A maximum may drop NaN, a sum does not.
-    constant = (jnp.max(high) == jnp.min(low)) & ~jnp.isnan(mean)
-    return jnp.where(constant, jnp.max(high), mean), std, constant
+    highest = jnp.max(any_element)
+    constant = (jnp.max(differ) == 0) & (highest == jnp.min(any_element)) & ~jnp.isnan(mean)
+    return jnp.where(constant, highest, mean), std, constant
 
 
 def mean_magnitude(w: jax.Array, span: Span) -> jax.Array:

@@ -232,6 +232,29 @@ def test_vmap():
     np.testing.assert_array_equal(state.clip_fraction, [0.5, 0])
 
 
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_fraction_of_many_leaves(monkeypatch, variant, devices):
+    """Those of one shape are counted together, in bounded numbers, where there is one device."""
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    rng = np.random.default_rng(0)
+    shapes = [*[(5,)] * 19, *[(4, 3)] * 8, (), (0, 3), *[(96, 64)] * 2, (8192,)]
+    grads = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+    for i, bad in enumerate((np.nan, np.inf, -np.inf)):
+        for leaf in (0, 20, -1, -2):
+            grads[leaf].flat[i] = bad
+    bounds = [0.1 * (i + 1) for i in range(len(grads))]
+    outside = sum(np.sum(np.abs(g) > c) for g, c in zip(grads, bounds, strict=True))
+    tx = clip_by_value(bounds)
+    _, state = variant(tx.update)(grads, tx.init(grads))
+    np.testing.assert_allclose(state.clip_fraction, outside / sum(g.size for g in grads), rtol=1e-6)
+    grads.append((grads[0] + 1j * grads[1]).astype(np.complex64))
+    tx = clip_by_value([*bounds, 0.5])
+    _, state = variant(tx.update)(grads, tx.init(grads))
+    outside += np.sum((np.abs(grads[0]) > 0.5) | (np.abs(grads[1]) > 0.5))
+    # A complex number with a NaN in it is not counted.
+    np.testing.assert_allclose(state.clip_fraction, outside / sum(g.size for g in grads), rtol=1e-6)
+
+
 def test_large_counts_are_exact():
     # A float32 count of ones stops at 2**24.
     g = jnp.full(2**24 + 2**20, 2.0, jnp.float16)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import QUANTIZERS, weights
 
-from optax_clipquant.reductions import Span, extremes
+from optax_clipquant.reductions import Span, count, extremes
 
 
 @pytest.fixture(params=[1, 8])
@@ -37,6 +37,45 @@ def test_zero_is_among_them_and_infinities_are_no_nan():
     np.testing.assert_array_equal(high, [[2], [0], [np.inf]])
     np.testing.assert_array_equal(low, [[0], [-2], [0]])
     assert extremes(jnp.zeros((0, 3)), Span((0,)))[0].shape == (1, 3)
+
+
+def test_extremes_are_exact_at_the_ends_of_the_range(devices):
+    huge = np.float32(np.finfo(np.float32).max)
+    x = np.full((192, 256), huge)
+    x[::2] = -huge
+    high, low = jax.jit(extremes)(jnp.asarray(x))
+    assert (high, low) == (huge, -huge)  # and no NaN, though both sums overflow
+    x = np.zeros((192, 256), np.float32)
+    x[0, 0], x[1, 1] = 1e-30, -0.0
+    high, low = jax.jit(extremes)(jnp.asarray(x))
+    assert (high, low) == (np.float32(1e-30), 0)
+
+
+@pytest.mark.parametrize("axes", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_extremes_and_sums_in_one_loop(devices, dtype, axes):
+    x = jnp.asarray(weights((192, 256)), dtype)
+    found = jax.jit(lambda x: extremes(x, Span(axes), lambda zero: [jnp.square(x), x + zero]))(
+        x.astype(jnp.float32)
+    )
+    wide, whole = np.asarray(x, np.float64), {"axis": axes, "keepdims": True}
+    np.testing.assert_array_equal(found[0], np.maximum(wide, 0).max(**whole))
+    np.testing.assert_array_equal(found[1], np.minimum(wide, 0).min(**whole))
+    np.testing.assert_array_equal(extremes(x, Span(axes)), found[:2])
+    np.testing.assert_allclose(found[2], np.square(wide).sum(**whole), rtol=1e-5)
+    error = np.abs(found[3] - wide.sum(**whole)) / np.abs(wide).sum(**whole)
+    assert error.max() < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (7,), (192, 256), (8192,), (3, 5, 1024), (9000, 1)])
+def test_counts(devices, shape):
+    x = np.random.default_rng(0).normal(size=shape)
+    masks = [jnp.asarray(x > 1), jnp.asarray(x < -1)]
+    for these, expected in ((masks, np.abs(x) > 1), (masks[:1], x > 1)):
+        found = jax.jit(count)(*these)
+        assert found.dtype == jnp.int32
+        assert found.shape == ()
+        assert found == expected.sum()
 
 
 def results(x: jax.Array, span: Span) -> list[jax.Array]:
@@ -129,11 +168,11 @@ def test_quantizers_on_one_device(monkeypatch, name, axis):
     quantizer = dataclasses.replace(quantizer, channel_axis=axis)
     w = jnp.asarray(weights((256, 128), "student3"))
     found = {}
-    for count in (1, 1024):
+    for many in (1, 1024):
         jax.clear_caches()
-        monkeypatch.setattr(jax, "device_count", lambda count=count: count)
+        monkeypatch.setattr(jax, "device_count", lambda many=many: many)
         grid = quantizer.fit(w)
-        found[count] = grid, quantizer.fit(w * 1.01, start=grid)
+        found[many] = grid, quantizer.fit(w * 1.01, start=grid)
     jax.clear_caches()
     for one, many in zip(found[1], found[1024], strict=True):
         # Sums in another order may round a scale the other way.
