@@ -358,13 +358,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in ("rate", "high_rate", "c"):
         if not getattr(args, name) > 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: {error}")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     text = load_text(args.text)
-    args.out.mkdir(parents=True, exist_ok=True)
     console = rich.console.Console()
     columns = (
         rich.progress.BarColumn(),

@@ -334,6 +334,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         clip_by_value(args.c)
     except ValueError as error:
         parser.error(str(error))
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: {error}")
     return args
 
 
@@ -341,7 +345,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     console = rich.console.Console()
     data = load_data(args.data_dir, args.limit)
-    args.out.mkdir(parents=True, exist_ok=True)
     columns = (
         "{task.description}",
         rich.progress.BarColumn(),

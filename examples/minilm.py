@@ -627,6 +627,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         clip_by_value(args.c)
     except ValueError as error:
         parser.error(str(error))
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: {error}")
     return args
 
 
@@ -639,7 +643,6 @@ def main(argv: list[str] | None = None) -> None:
         if not (folder / name).exists():
             raise SystemExit(f"{folder / name} is missing. Get the model with: {INSTALL}")
     pairs = package_file("gensim", "test", "test_data")
-    args.out.mkdir(parents=True, exist_ok=True)
     params = load_params(folder / "model.safetensors")
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     sentences = sentences_of(iter([args.text.read_text()]) if args.text else paragraphs())

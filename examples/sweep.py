@@ -112,7 +112,10 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     if min(args.c) <= 0 or not 1 <= min(args.R) <= max(args.R) <= 127:
         parser.error("--c must be positive and --R from 1 to 127")
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: {error}")
     task = Task(args.steps, args.batch, args.width)
     found = sweep(
         task.evaluate,

@@ -18,10 +18,10 @@ collect_ignore = ["benchmarks"]
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Most of the time goes into compiling, much of it the same programs again. A folder for each worker,
-# since jax writes to it without a lock.
+# Most of the time goes into compiling, much of it the same programs again, in both workers of a run.
+# jax writes to the folder without a lock: who reads half of a program warns (see pyproject.toml), and
+# compiles it.
 _cache = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"
-_cache /= os.environ.get("PYTEST_XDIST_WORKER", "main")
 jax.config.update("jax_compilation_cache_dir", str(_cache))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -57,8 +57,8 @@ def tree():
             [
                 ("a", (32, 8), "normal"),
                 ("b", (64, 16), "heavy"),
-                ("c", (16, 16), "uniform"),
-                ("d", (48, 4), "laplace"),
+                ("c", (64, 16), "uniform"),
+                ("d", (32, 8), "laplace"),
             ]
         )
     }
@@ -155,7 +155,7 @@ def test_sensitivity_may_be_scalars_and_other_quantizers_serve():
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"bits_per_param": 2.0}, "bits_per_param is 2.0, but with the scales .* take 2.4"),
+        ({"bits_per_param": 2.0}, "bits_per_param is 2.0, but with the scales .* take 2.3"),
         ({"bits_per_param": float("nan")}, "bits_per_param must be a positive number, got nan"),
         ({"choices": ()}, "choices must be widths, each once"),
         ({"choices": (2, 2)}, "choices must be widths, each once"),

@@ -4,7 +4,16 @@ import pathlib
 import re
 
 import pytest
-from helpers import run_example
+from helpers import EXAMPLES, run_example, run_python
+
+# A block fewer, which takes half of the time to compile.
+SMALL = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import char_lm
+char_lm.BLOCKS = 1
+char_lm.main(sys.argv[2:])
+"""
 
 
 @pytest.fixture
@@ -16,10 +25,11 @@ def text(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def test_char_lm(tmp_path: pathlib.Path, text: pathlib.Path):
-    process = run_example(
-        "char_lm.py",
-        "--text", str(text), "--part", "state", "--steps", "40", "--batch", "8", "--out", str(tmp_path)
-    )  # fmt: skip
+    process = run_python(
+        *("-c", SMALL, EXAMPLES, "--text", text, "--part", "state", "--steps", "40"),
+        *("--batch", "8", "--out", tmp_path),
+        COLUMNS="160",
+    )
     assert process.returncode == 0, process.stderr
     rows = {
         name.strip(): [float(x) for x in rest.split()]
@@ -29,18 +39,19 @@ def test_char_lm(tmp_path: pathlib.Path, text: pathlib.Path):
         assert abs(rows[name][0] - rows["float"][0]) < 0.3, process.stdout
         assert rows[name][0] < 3
     assert rows["float"][1] == 8
-    assert rows["8-bit state"][1] < 2.3
-    assert rows["4-bit state"][1] < 1.3
-    assert rows["the same, annealed"][2] < 7.4
+    # Of the one block's weights, and in float what is small.
+    assert rows["8-bit state"][1] < 2.4
+    assert rows["4-bit state"][1] < 1.4
+    assert rows["the same, annealed"][2] < 7.5
     assert (tmp_path / "char_lm.png").stat().st_size > 10_000
     assert (tmp_path / "char-lm-4-bits.safetensors").exists()
 
 
 def test_clipping(tmp_path: pathlib.Path, text: pathlib.Path):
-    process = run_example(
-        "char_lm.py",
-        *("--text", str(text), "--part", "clipping", "--steps", "3", "--warmup", "1"),
-        *("--batch", "4", "--out", str(tmp_path)),
+    process = run_python(
+        *("-c", SMALL, EXAMPLES, "--text", text, "--part", "clipping", "--steps", "3"),
+        *("--warmup", "1", "--batch", "4", "--out", tmp_path),
+        COLUMNS="160",
     )
     assert process.returncode == 0, process.stderr
     for name in ("no clipping", "clip_by_value(0.01)", "clip_by_quantile()", "clip_by_zscore()"):
@@ -53,6 +64,9 @@ def test_bad_arguments_are_refused(tmp_path: pathlib.Path):
     assert "--warmup must be from 0 to below --steps, got 10" in process.stderr
     process = run_example("char_lm.py", "--steps", "1", "--warmup", "0")
     assert "--steps must be at least 2, got 1" in process.stderr
+    process = run_example("char_lm.py", "--out", "/dev/null/x")
+    assert process.returncode == 2
+    assert "--out: " in process.stderr
     short = tmp_path / "short.txt"
     short.write_text("too short")
     process = run_example("char_lm.py", "--text", str(short))

@@ -6,9 +6,12 @@ import json
 import pytest
 from helpers import run_python
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs the extra tpu-aot (libtpu)"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None, reason="needs the extra tpu-aot (libtpu)"
+    ),
+    pytest.mark.xdist_group("tpu"),  # in one worker, which compiles once
+]
 
 SIZE = 4096
 # In a process of its own, since libtpu reads its settings when it starts.
