@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Literal
 
 import jax
@@ -13,10 +12,10 @@ import numpy as np
 
 from optax_clipquant.sharding import reduce_runs, split_axis
 
-Kind = Literal["max", "min", "sum"]
+Kind = Literal["max", "sum"]
 Zero = jax.Array | float
-_WHOLE = {kind: partial(getattr(jnp, kind), initial=0) for kind in ("max", "min", "sum")}
-_PAIR = {"max": jax.lax.max, "min": jax.lax.min, "sum": jax.lax.add}
+_WHOLE = {"max": functools.partial(jnp.max, initial=0), "sum": jnp.sum}
+_PAIR = {"max": jax.lax.max, "sum": jax.lax.add}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +35,13 @@ class Span:
         zero: Zero = 0.0,
         most: int = 16,
     ) -> list[jax.Array]:
-        """The largest or least element, 0 among them, or the sum, of several arrays of one shape.
+        """The largest element, 0 among them, or the sum, of several arrays of one shape.
 
         XLA's CPU backend makes a loop of each reduction, and in most of them computes one element at a
-        time. There, all arrays are reduced in one loop. Integers are so along the last axis at the
-        speed of memory, since their order does not matter. Else, a few elements are reduced first, over
-        vectors of neighbours: for floating arrays that are computed 5 times as fast, and more. (Other
-        backends fuse reductions by themselves.)
+        time. There, all arrays are reduced in one loop. Along the last axis, integers are so at the
+        speed of memory, since their order does not matter. Else a few elements are reduced at a time,
+        over vectors of neighbours: for floating arrays that are computed, 5 times as fast and more.
+        (Other backends fuse reductions by themselves.)
 
         Args:
           kinds: what to do with each array.
@@ -50,7 +49,7 @@ class Span:
             ``zero`` and something that is known when the loop before is done: added to what arrays
             share, it keeps that from being written to memory.
           zero: a zero of the result's shape that no compiler takes for a constant.
-          most: how many elements are reduced first. A loop that computes much for each is unrolled, and
+          most: how many elements are reduced at a time. A loop that computes much for each is unrolled, and
             fast, only if they are few; but what it writes is as much smaller as they are many.
         """
         like = jax.eval_shape(lambda: compute(0.0))

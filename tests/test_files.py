@@ -74,9 +74,9 @@ def test_round_trip_of_every_quantizer(file, name, dtype):
     "kwargs", [{}, {"group_size": 8}, {"channel_axis": None}, {"symmetric": False}], ids=str
 )
 def test_round_trip_of_every_width(file, bits, kwargs):
-    quantizer = Uniform(bits=bits, **kwargs)
+    quantizer = Uniform(bits=bits, scale_rule="absmax", **kwargs)  # compiles in a moment
     tree = [
-        quantizer.quantize(jnp.asarray(weights(shape))) for shape in [(13, 5), (7,), (3, 3, 9, 2)]
+        quantizer.quantize(jnp.asarray(weights(shape))) for shape in [(33, 7), (7,), (3, 3, 9, 2)]
     ]
     save(file, tree)
     assert_same(load(file), tree)

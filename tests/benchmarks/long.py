@@ -32,12 +32,32 @@ from optax_clipquant import (
     quantize_weights,
 )
 
+
+def by_hand() -> optax.GradientTransformation:
+    """The least that weights on a 4-bit grid take: no step checks, nothing is exact."""
+
+    def init(params: Any) -> Any:
+        return jax.tree.map(jnp.copy, params)
+
+    def update(updates: Any, latent: Any, params: Any = None) -> tuple[Any, Any]:
+        latent = optax.apply_updates(latent, updates)
+
+        def move(w: jax.Array, p: jax.Array) -> jax.Array:
+            scale = jnp.max(jnp.abs(w), axis=0, keepdims=True) / 7
+            return jnp.round(w / scale) * scale - p
+
+        return jax.tree.map(move, latent, params), latent
+
+    return optax.GradientTransformation(init, update)
+
+
 GRID = quantize_weights(Uniform(bits=4))
 TRANSFORMS = {
     "adam": optax.adam(1e-3),
     # What one reduction of each leaf costs.
     "optax.clip_by_global_norm": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)),
     "clip_by_value": optax.chain(clip_by_value(1.0), optax.adam(1e-3)),
+    "4 bits, by hand": optax.chain(optax.adam(1e-3), by_hand()),
     "4 bits": optax.chain(optax.adam(1e-3), GRID),
     "clip_by_value, 4 bits": optax.chain(clip_by_value(1.0), optax.adam(1e-3), GRID),
     "clip_by_quantile, 8-bit state, 4 bits, residual": optax.chain(
@@ -73,16 +93,18 @@ def step_of(tx: optax.GradientTransformation) -> Any:
 
 
 def compile_seconds(name: str, leaves: int) -> float:
-    """In a process of its own: a program of 1,000 leaves keeps gigabytes."""
+    """The least of several. In a process of its own: a program of 1,000 leaves keeps gigabytes."""
     tx = TRANSFORMS[name]
-    for count in (1, leaves):  # the first one loads the compiler
+    found = []
+    for count in (1, *[leaves] * (5 if leaves <= 100 else 1)):  # the first one loads the compiler
+        jax.clear_caches()
         params = net_of(count)
         state = jax.eval_shape(tx.init, params)
         step = step_of(tx)
         begin = time.perf_counter()
         step.lower(params, state, jnp.ones((8, 32))).compile()
-        seconds = time.perf_counter() - begin
-    return seconds
+        found.append(time.perf_counter() - begin)
+    return min(found[1:])
 
 
 def main() -> None:
