@@ -25,11 +25,10 @@ def text(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def test_char_lm(tmp_path: pathlib.Path, text: pathlib.Path):
-    process = run_python(
-        *("-c", SMALL, EXAMPLES, "--text", text, "--part", "state", "--steps", "40"),
-        *("--batch", "8", "--out", tmp_path),
-        COLUMNS="160",
-    )
+    process = run_example(
+        "char_lm.py",
+        "--text", str(text), "--part", "state", "--steps", "40", "--batch", "8", "--out", str(tmp_path)
+    )  # fmt: skip
     assert process.returncode == 0, process.stderr
     rows = {
         name.strip(): [float(x) for x in rest.split()]
@@ -39,10 +38,9 @@ def test_char_lm(tmp_path: pathlib.Path, text: pathlib.Path):
         assert abs(rows[name][0] - rows["float"][0]) < 0.3, process.stdout
         assert rows[name][0] < 3
     assert rows["float"][1] == 8
-    # Of the one block's weights, and in float what is small.
-    assert rows["8-bit state"][1] < 2.4
-    assert rows["4-bit state"][1] < 1.4
-    assert rows["the same, annealed"][2] < 7.5
+    assert rows["8-bit state"][1] < 2.3
+    assert rows["4-bit state"][1] < 1.3
+    assert rows["the same, annealed"][2] < 7.4
     assert (tmp_path / "char_lm.png").stat().st_size > 10_000
     assert (tmp_path / "char-lm-4-bits.safetensors").exists()
 

@@ -239,9 +239,9 @@ OPTIMIZERS = {
 #   leaf: of one number, for each axis of a leaf that is split;
 #   column: of one number, for each weight whose columns are split;
 #   row: of a number for each column that a device holds, for each weight whose rows are split.
-# For rows these are the largest, the least and a sum (which sees NaN), or at 1 bit the sums of positive
-# and of negative weights; then two sums in each round of least squares; and the same again for the units
-# of residuals.
+# For rows these are the largest and the least, or at 1 bit the sums of positive and of negative weights;
+# then two sums in each round of least squares; and the same again for the units of residuals. For
+# z-scores, the largest, the least and the mean, then the squares and whether any weight differs.
 ALLOWED: dict[str, dict[str, int]] = {
     "value": {"leaf": 1},
     "value-silent": {},

@@ -1,8 +1,8 @@
 """Long and large: 10,000 steps, and nets of up to 1,000 leaves.
 
 Memory must not grow nor the step time drift over the steps; the time to trace and compile a training
-step must grow with the number of leaves as it does for the plain optimizer. 20 minutes and 16 GB on two
-cores, most of both for 1,000 leaves.
+step must grow with the number of leaves as it does for the plain optimizer. 20 minutes on two cores, most
+for 1,000 leaves, where the last line needs more than 22 GB.
 
     python tests/benchmarks/long.py
 """
@@ -34,7 +34,7 @@ from optax_clipquant import (
 
 
 def by_hand() -> optax.GradientTransformation:
-    """The least that weights on a 4-bit grid take: no step checks, nothing is exact."""
+    """The least that weights on a 4-bit grid take: nothing is checked, and nothing exact."""
 
     def init(params: Any) -> Any:
         return jax.tree.map(jnp.copy, params)
