@@ -13,7 +13,7 @@ import optax
 from jax.core import Tracer
 
 from optax_clipquant.paths import is_float0, path_of
-from optax_clipquant.reductions import count, extremes
+from optax_clipquant.reductions import SMALL, count, extremes
 
 PyTree = Any
 Masks = tuple[jax.Array, ...]  # that exclude each other: where elements of a leaf were clamped
@@ -439,7 +439,7 @@ def _number(masks: Iterable[Masks]) -> jax.Array:
     counts = []
     small: dict[tuple[int, ...], list[jax.Array]] = {}
     for leaf in masks:
-        if leaf[0].size > 4096 or jax.device_count() > 1:
+        if leaf[0].size > SMALL or jax.device_count() > 1:
             counts.append(count(*leaf))
         else:
             small.setdefault(leaf[0].shape, []).extend(leaf)

@@ -14,6 +14,7 @@ from optax_clipquant.sharding import reduce_runs, split_axis
 
 Kind = Literal["max", "sum"]
 Zero = jax.Array | float
+SMALL = 4096  # elements: with fewer, what counts is how many loops there are, not how fast each is
 _WHOLE = {"max": functools.partial(jnp.max, initial=0), "sum": jnp.sum}
 _PAIR = {"max": jax.lax.max, "sum": jax.lax.add}
 
@@ -94,7 +95,7 @@ class Span:
         Each device must hold all that is, or it would be moved.
         """
         axes = range(x.ndim) if self.axes is None else [axis % x.ndim for axis in self.axes]
-        if x.size <= 4096 or not axes:
+        if x.size <= SMALL or not axes:
             return None
         last = max(axis for axis in range(x.ndim) if x.shape[axis] > 1)
         devices = jax.device_count()
