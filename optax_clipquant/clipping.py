@@ -37,14 +37,14 @@ def clip_by_value(c: Bound, *, telemetry: bool = True) -> optax.GradientTransfor
     """Clamps each element of the gradients: ``g -> min(max(g, -c), c)``.
 
     The bound is rounded to each leaf's dtype, whose gradients keep their dtype. NaN passes, so that
-    ``optax.apply_if_finite`` and ``optax.zero_nans`` still see it; an infinity becomes the bound.
+    ``optax.apply_if_finite`` and ``optax.zero_nans`` still see it; an infinity becomes the bound, unless that is infinite too.
     The real and imaginary parts of complex gradients are clamped separately.
 
     Args:
       c: the bound: a positive number or 0-d array, or an ``optax.Schedule`` of the step; or a tree
         with one of these at each leaf, which is a prefix of the params.
-      telemetry: whether the state reports the share of clamped elements, which costs a pass over
-        the gradients where it is not fused with another. Read it with
+      telemetry: whether the state reports the share of clamped elements, which costs one pass over
+        the gradients unless the compiler fuses it with another. Read it with
         ``optax.tree.get(opt_state, "clip_fraction")``, or from several transforms with
         ``clip_fractions(opt_state)``.
 
@@ -53,9 +53,9 @@ def clip_by_value(c: Bound, *, telemetry: bool = True) -> optax.GradientTransfor
       ``float0`` leaves pass.
 
     Raises:
-      ValueError: a concrete bound is not positive, is NaN, or is not a scalar. Inside ``jax.jit``,
-        where this cannot be raised, a traced or scheduled bound that is negative or NaN turns the
-        updates into NaN.
+      ValueError: a concrete bound is not positive, is NaN, or is not a scalar; in ``update``, a
+        schedule gives no scalar. A traced or scheduled bound that is negative or NaN, for which
+        nothing can be raised inside ``jax.jit``, turns the updates into NaN.
       TypeError: a bound is not a number, or a gradient is an integer.
 
     Examples:
@@ -99,7 +99,11 @@ def clip_by_value(c: Bound, *, telemetry: bool = True) -> optax.GradientTransfor
             return clipped
 
         def clip_subtree(bound: Bound, subtree: PyTree) -> PyTree:
-            value = bound(state.count) if callable(bound) else bound
+            value: Any = bound(state.count) if callable(bound) else bound
+            if np.ndim(value) != 0:
+                raise ValueError(
+                    f"clip_by_value: c must be a scalar, but the schedule gave shape {np.shape(value)}"
+                )
             return jax.tree.map(lambda g: clip(value, g), subtree)
 
         clipped = jax.tree.map(clip_subtree, c, updates)
@@ -127,10 +131,11 @@ class ClipByQuantileState(NamedTuple):
 def clip_by_quantile(
     q: float = 0.99, *, learning_rate: float = 0.2, initial: float = 1.0, per_leaf: bool = False
 ) -> optax.GradientTransformation:
-    """Clamps each element of the gradients to a bound that finds itself.
+    """Clamps each element of the gradients to a bound that is adapted automatically.
 
     The bound ``c`` follows the quantile ``q`` of the magnitudes, so that a share ``1 - q`` of the
-    elements is clamped, by a geometric step after each update, with ``f`` the share that was::
+    elements is clamped. After each update it takes a geometric step, where ``f`` is the share that
+    was clamped::
 
         g -> min(max(g, -c), c)
         c <- c * exp(learning_rate * clip(k * (f - (1 - q)) / min(q, 1 - q), -1, 1))
@@ -173,18 +178,22 @@ def clip_by_quantile(
         limit = 1 if name == "q" else math.inf
         if not isinstance(value, Tracer) and not value < limit:
             raise ValueError(f"clip_by_quantile: {name} must be below {limit}, got {value}")
+    q, learning_rate = _weak(q), _weak(learning_rate)
 
     def init(params: PyTree) -> PyTree:
-        start = jnp.asarray(initial, jnp.float32)
-        return ClipByQuantileState(
-            threshold={
-                path_of(path): start + 0  # an array each, so that all can be donated
-                for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]
-            }
-            if per_leaf
-            else start,
-            clip_fraction=jnp.zeros((), jnp.float32),
-        )
+        def start() -> jax.Array:
+            return jnp.array(initial, jnp.float32, copy=True)  # so that all can be donated
+
+        threshold: jax.Array | dict[str, jax.Array] = start()
+        if per_leaf:
+            paths = jax.tree_util.tree_flatten_with_path(params)[0]
+            threshold = {path_of(path): start() for path, _ in paths}
+            if len(threshold) < len(paths):
+                raise ValueError(
+                    "clip_by_quantile: two leaves of params have the same path, as "
+                    "{'a': {'b': ...}, 'a/b': ...} would; rename one, or leave out per_leaf"
+                )
+        return ClipByQuantileState(threshold, clip_fraction=jnp.zeros((), jnp.float32))
 
     def update(
         updates: PyTree, state: PyTree, params: PyTree | None = None
@@ -262,8 +271,8 @@ def clip_by_zscore(
 
     which is the smaller the larger the spike. The running moments then take the norm after
     clipping: ``m <- decay * m + (1 - decay) * g``, and the same for the variance, from the new mean.
-    For the first ``warmup_steps`` the norms are only collected, whose mean and variance are the
-    start, and a norm above ``max_norm`` is rescaled to it.
+    During the first ``warmup_steps`` the norms are only collected, and norms above ``max_norm`` are
+    rescaled to it. The mean and variance of the collected norms are the initial moments.
 
     Norms that are zero or not finite are not recorded. Gradients with NaN pass unchanged. Where the
     norm is infinite, finite gradients become 0 and infinite ones NaN, so that
@@ -300,11 +309,19 @@ def clip_by_zscore(
     _check_positive("clip_by_zscore", "max_norm", max_norm, "; for no bound give math.inf")
     if not isinstance(decay, Tracer) and not 0 <= decay < 1:
         raise ValueError(f"clip_by_zscore: decay must be in [0, 1), got {decay}")
-    if not isinstance(warmup_steps, Tracer) and operator.index(warmup_steps) < 2:
-        raise ValueError(
-            "clip_by_zscore: warmup_steps must be at least 2, since one norm has no spread, got "
-            f"{warmup_steps}"
-        )
+    if not isinstance(warmup_steps, Tracer):
+        try:
+            least = operator.index(warmup_steps)
+        except TypeError:
+            raise TypeError(
+                f"clip_by_zscore: warmup_steps must be an integer, got {warmup_steps!r}"
+            ) from None
+        if least < 2:
+            raise ValueError(
+                "clip_by_zscore: warmup_steps must be at least 2, since one norm has no spread, got "
+                f"{warmup_steps}"
+            )
+    z, decay, max_norm = _weak(z), _weak(decay), _weak(max_norm)
 
     def init(params: PyTree) -> PyTree:
         del params
@@ -314,7 +331,7 @@ def clip_by_zscore(
             mean=zero,
             variance=zero + 0,  # an array each, so that all can be donated
             norm=zero + 0,
-            threshold=jnp.asarray(max_norm, jnp.float32),
+            threshold=jnp.array(max_norm, jnp.float32, copy=True),
             clipped=jnp.zeros((), bool),
         )
 
@@ -397,6 +414,11 @@ def _check_positive(transform: str, name: str, value: Any, help: str = "") -> No
         raise ValueError(f"{transform}: {name} must be positive, got {value}{help}")
 
 
+def _weak(value: Any) -> Any:
+    """A Python number as it is, and any other in float32: float64 would change the state's dtypes."""
+    return value if type(value) in (int, float) else jnp.asarray(value, jnp.float32)
+
+
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 _HUGE = float(jnp.finfo(jnp.float32).max)
 
@@ -420,18 +442,21 @@ def _clip(transform: str, g: jax.Array, c: Any) -> tuple[jax.Array, Masks]:
         clipped = jax.lax.complex(real, imag)
         # NaN differs from itself, but was not clamped.
         return clipped, ((clipped != g) & ~jnp.isnan(g),)
-    # A half-precision bound must stay finite for an infinity to become it.
-    bound = jnp.minimum(jnp.asarray(c, jnp.float32), float(jnp.finfo(g.dtype).max)).astype(g.dtype)
+    wide = jnp.asarray(c, g.dtype if g.dtype.itemsize > 4 else jnp.float32)
+    # A finite bound must stay finite in half precision for an infinity to become it.
+    largest = float(jnp.finfo(g.dtype).max)
+    bound = jnp.where(jnp.isinf(wide), wide, jnp.minimum(wide, largest)).astype(g.dtype)
     bound = jnp.where(bound >= 0, bound, jnp.nan)
     return jnp.minimum(jnp.maximum(g, -bound), bound), (g > bound, g < -bound)
 
 
 def _fraction(number: jax.Array, masks: Iterable[Masks]) -> jax.Array:
-    return number / max(sum(leaf[0].size for leaf in masks), 1)
+    # A float, for an integer beyond 32 bits would overflow.
+    return number / float(max(sum(leaf[0].size for leaf in masks), 1))
 
 
 def _number(masks: Iterable[Masks]) -> jax.Array:
-    """How many elements are true. Each leaf's count is exact, the sum a float32 that cannot overflow.
+    """How many elements are true, a float32: what is counted at once is exact, the sum cannot overflow.
 
     Masks of small leaves of one shape are added up first, 8 leaves at a time: most of the time that a
     compiler takes for a small one goes into a kernel to count it.
@@ -446,8 +471,8 @@ def _number(masks: Iterable[Masks]) -> jax.Array:
     for found in small.values():
         for i in range(0, len(found), 16):
             ones = sum(mask.astype(jnp.int32) for mask in found[i : i + 16])
-            counts.append(jnp.sum(ones, dtype=jnp.int32))
-    return sum((n.astype(jnp.float32) for n in counts), jnp.zeros((), jnp.float32))
+            counts.append(jnp.sum(ones, dtype=jnp.int32).astype(jnp.float32))
+    return sum(counts, jnp.zeros((), jnp.float32))
 
 
 def _parts(g: jax.Array) -> tuple[jax.Array, ...]:

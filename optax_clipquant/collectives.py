@@ -61,8 +61,8 @@ def average_gradients(
 
     Returns:
       A ``GradientTransformation`` with an ``AverageGradientsState``. Updates keep their dtypes. Where
-      a device's gradients are not finite, the mean of that block is NaN on all devices, and its error
-      starts at 0 again.
+      a device's gradients are not finite, the mean of that block is NaN on all devices, and its
+      stored error is reset to 0.
 
     Raises:
       ValueError: ``bits`` is neither 4 nor 8; or the gradients do not differ between the devices.
@@ -139,6 +139,15 @@ def state_specs(opt_state: PyTree, axis_name: AxisName) -> PyTree:
     Args:
       opt_state: the state, or its shapes, as ``jax.eval_shape(tx.init, params)`` gives them.
       axis_name: that of ``average_gradients``.
+
+    Returns:
+      The tree with a ``jax.P`` in place of each array.
+
+    Examples:
+      >>> tx = optax.chain(average_gradients("data"), optax.sgd(0.1))
+      >>> state = jax.eval_shape(tx.init, {"kernel": jnp.zeros((512, 512))})
+      >>> state_specs(state, "data")[0].error == jax.P("data")
+      True
     """
     specs: tuple[Any, Any] = (jax.P(), jax.P(axis_name))
     return jax.tree.map(

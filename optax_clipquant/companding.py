@@ -86,7 +86,7 @@ def compand(
     x: jax.Array, block: tuple[int, int], bits: int, draws: jax.Array | None = None
 ) -> CompandedArray:
     """``x`` in blocks along ``block[0]`` of ``block[1]`` elements: nearest levels, or with ``draws``
-    from [0, 1) one of the two around each number, right on the average.
+    from [0, 1) one of the two around each number, unbiased.
     """
     axis, size = block
     axis += x.ndim

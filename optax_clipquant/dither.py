@@ -20,8 +20,8 @@ def dither(like: jax.Array, stream: jax.typing.ArrayLike, step: jax.typing.Array
     would bring it (a Kronecker sequence; the same holds for every k-th step). What is rounded step by
     step with these numbers keeps its mean, as with independent ones, but walks less far from it.
 
-    JAX's own generators cost more than all the rest of a training step on a CPU (20 times this one),
-    and not all give the same numbers on every mesh.
+    JAX's own generators cost more than all the rest of a training step on a CPU, and not all give the
+    same numbers on every mesh.
 
     Args:
       like: the array to be rounded.

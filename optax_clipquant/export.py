@@ -33,6 +33,17 @@ def export_params(params: PyTree, opt_state: PyTree) -> PyTree:
     Warns:
       UserWarning: some weights are not on the grid, and change to the nearest level. Not under
         ``jax.jit``.
+
+    Examples:
+      >>> import optax
+      >>> from optax_clipquant import Uniform, dequantize_params, quantize_weights
+      >>> tx = quantize_weights(Uniform(bits=4))
+      >>> params = {"kernel": jnp.array([[1.0, -0.3], [0.4, 0.2]])}
+      >>> updates, state = tx.update({"kernel": jnp.zeros((2, 2))}, tx.init(params), params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> qparams = export_params(params, state)
+      >>> bool((dequantize_params(qparams)["kernel"] == params["kernel"]).all())
+      True
     """
     grids = dict(_find(opt_state, "grid"))
     total, off_grid = 0, 0
@@ -47,7 +58,12 @@ def export_params(params: PyTree, opt_state: PyTree) -> PyTree:
             total, off_grid = total + p.size, off_grid + int(off)
         return q
 
-    exported = _map_paths(export, params, grids)
+    latents = {
+        path: leaf
+        for state in weight_states(opt_state)
+        for path, leaf in leaves_of(getattr(state, "latent", None))
+    }
+    exported = _map_paths(export, params, grids, latents)
     if off_grid:
         warnings.warn(
             f"{off_grid} of {total} weights are off the grid and were moved to the nearest level; "
@@ -66,10 +82,22 @@ def latent_params(params: PyTree, opt_state: PyTree) -> PyTree:
 
     Raises:
       ValueError: ``opt_state`` holds no state of ``quantize_weights``, or one of other params.
+
+    Examples:
+      >>> import optax
+      >>> from optax_clipquant import Uniform, quantize_weights
+      >>> tx = quantize_weights(Uniform(bits=2))
+      >>> params = {"kernel": jnp.array([[1.0], [0.3]])}
+      >>> updates, state = tx.update({"kernel": jnp.zeros((2, 1))}, tx.init(params), params)
+      >>> latent_params(optax.apply_updates(params, updates), state)["kernel"]
+      Array([[1. ],
+             [0.3]], dtype=float32)
     """
     latents = dict(_find(opt_state, "latent"))
-    grids = dict(_find(opt_state, "grid"))
-    return _map_paths(lambda path, p: latent_of(p, grids[path], latents[path]), params, latents)
+    grids = {path: grid for path, grid in _find(opt_state, "grid") if path in latents}
+    return _map_paths(
+        lambda path, p: latent_of(p, grids[path], latents[path]), params, grids, latents
+    )
 
 
 def _find(opt_state: PyTree, field: str) -> Iterator[tuple[str, Any]]:
@@ -84,20 +112,35 @@ def _find(opt_state: PyTree, field: str) -> Iterator[tuple[str, Any]]:
         yield from leaves_of(getattr(state, field))
 
 
-def _map_paths(fn: Any, params: PyTree, chosen: dict[str, Any]) -> PyTree:
-    """``params`` with ``fn(path, leaf)`` at the leaves that ``chosen`` names, all of which must be."""
+def _map_paths(fn: Any, params: PyTree, grids: dict[str, Grid], latents: dict[str, Any]) -> PyTree:
+    """``params`` with ``fn(path, leaf)`` at the leaves that have a grid, all of which must be there.
+
+    Each must have the shape of its latent weights, where these are kept, and fit its grid.
+    """
     shapes = {path: jnp.shape(leaf) for path, leaf in leaves_of(params)}
-    for path, value in chosen.items():
+    for path, grid in grids.items():
         if path not in shapes:
             raise ValueError(
                 f"params have no leaf {path!r}, which opt_state quantizes: they are not of one run"
             )
-        rank = (value.scale if isinstance(value, Grid) else value).ndim
-        if rank != len(shapes[path]):
+        kept = latents[path].shape if path in latents else shapes[path]
+        if kept != shapes[path] or not _fits(grid, kept):
             raise ValueError(
                 f"params leaf {path!r} has shape {shapes[path]}, but opt_state quantizes an array "
-                f"with {rank} axes: they are not of one run"
+                + (f"of shape {kept}" if path in latents else f"with scales of {grid.scale.shape}")
+                + ": they are not of one run"
             )
     return jax.tree_util.tree_map_with_path(
-        lambda path, p: fn(path_of(path), p) if path_of(path) in chosen else p, params
+        lambda path, p: fn(path_of(path), p) if path_of(path) in grids else p, params
     )
+
+
+def _fits(grid: Grid, shape: tuple[int, ...]) -> bool:
+    """Whether ``grid`` can be of an array of this shape, as far as its scales tell."""
+    if grid.scale.ndim != len(shape):
+        return False
+    extents: list[tuple[int, ...]] = [(1, n) for n in shape]
+    if grid.group is not None:
+        axis, size = grid.group
+        extents[axis] = (-(-shape[axis] // size),)
+    return all(n in allowed for n, allowed in zip(grid.scale.shape, extents, strict=True))

@@ -38,7 +38,7 @@ def save(
 ) -> None:
     """Writes a tree of arrays and ``QArray`` leaves to a safetensors file.
 
-    The file is complete or not there: it is written beside ``path``, synced and renamed, so that a
+    The write is atomic: the file is written beside ``path``, synced and renamed, so that a
     crash leaves the old file as it was. A checksum covers every byte that matters.
 
     Args:
@@ -50,7 +50,7 @@ def save(
 
     Raises:
       TypeError: a leaf cannot be stored, or ``metadata`` is not text.
-      ValueError: ``metadata`` has a key of ours, or the codes of a leaf do not fit their grid.
+      ValueError: ``metadata`` has a key that this library reserves, or the codes of a leaf do not fit their grid.
 
     Examples:
       >>> import tempfile

@@ -49,7 +49,7 @@ class Grid:
       scale: the step between neighbouring levels, a float array. It may be negative: then the
         levels are mirrored.
       zero_point: the code of the level 0, or None where it is 0.
-      max_code: a traced bound on ``abs(code)``, a scalar, or None.
+      max_code: a traced bound on ``abs(code)``, of the shape of ``scale``, or None.
       offset: 0.5 for a mid-rise grid (no level at 0), else 0.
       bits: the storage of a code; log2(3) for three levels.
       lower: the least code.
@@ -81,6 +81,10 @@ class Grid:
     dtype: np.dtype = _FLOAT32
     code_book: tuple[float, ...] | None = None
 
+    def __post_init__(self) -> None:
+        # So that ``jnp.bfloat16``, which is no dtype, may be given.
+        object.__setattr__(self, "dtype", np.dtype(self.dtype))
+
     @jax.jit
     def encode(
         self, w: jax.Array, *, key: jax.Array | None = None, draws: jax.Array | None = None
@@ -89,9 +93,9 @@ class Grid:
 
         Args:
           w: a floating array of any shape that the grid's scale fits.
-          key: a PRNG key for stochastic rounding, which is right on the average: a value between
-            two levels goes to the upper one with the probability of its distance to the lower one.
-            A value on a level stays there.
+          key: a PRNG key for stochastic rounding, which is unbiased: a value between two levels goes
+            to the upper one with the probability of its distance to the lower one. A value on a level
+            stays there.
           draws: in place of a key, numbers drawn uniformly from [0, 1), of the shape of ``w``.
 
         Returns:
@@ -157,7 +161,13 @@ class Grid:
         """``values`` in the grid's dtype, really rounded: a compiler may drop a plain cast."""
         if self.dtype.itemsize < 4:
             info = jnp.finfo(self.dtype)
-            values = jax.lax.reduce_precision(values, info.nexp, info.nmant)
+            rounded = jax.lax.reduce_precision(values, info.nexp, info.nmant)
+            if info.nexp < 8:
+                # It makes subnormal numbers 0; those of float16 are multiples of the least.
+                least = float(info.smallest_subnormal)
+                multiple = jnp.round(values / least) * least
+                rounded = jnp.where(jnp.abs(values) < float(info.tiny), multiple, rounded)
+            values = rounded
         # Code 0 times a negative scale is -0, but adding an update to a param gives +0.
         return jnp.where(values == 0, 0, values).astype(self.dtype)
 

@@ -45,8 +45,8 @@ def quantize_params(
       The tree with ``QArray`` leaves, of the same shapes and dtypes.
 
     Raises:
-      ValueError: no leaf is selected, an expression is found in no path, or a leaf lacks an axis that
-        its quantizer names.
+      ValueError: no leaf is selected, an expression is found in no path, a leaf lacks an axis that
+        its quantizer names, or two selected leaves have the same path.
       TypeError: a selected leaf is not a real floating array.
 
     Examples:
@@ -116,26 +116,25 @@ def naming(path: str) -> Iterator[None]:
 
 def select(params: PyTree, quantizer: Rules, where: Where | None) -> dict[str, Quantizer]:
     """The quantizer of each selected leaf, by its path. Raises as ``quantize_params`` does."""
+    check_rules(quantizer)
     leaves = [
         (path_of(path), leaf)
         for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qarray)[0]
         if not is_qarray(leaf)
     ]
     eligible = [(path, leaf) for path, leaf in leaves if (where or is_weight)(path, leaf)]
-    if isinstance(quantizer, Quantizer):
-        rules: Mapping[str, Quantizer | None] = {"": quantizer}
-    elif isinstance(quantizer, Mapping):
-        rules = quantizer
-        _check_rules(rules, [path for path, _ in leaves], [path for path, _ in eligible])
-    else:
-        raise TypeError(
-            f"quantizer must be a Quantizer or a mapping from regular expressions to Quantizers, got {quantizer!r}"
-        )
+    if not isinstance(quantizer, Quantizer):
+        _check_found(quantizer, [path for path, _ in leaves], [path for path, _ in eligible])
     chosen = {}
     for path, leaf in eligible:
-        rule = rule_for(path, rules)
+        rule = rule_for(path, quantizer)
         if rule is None:
             continue
+        if path in chosen:
+            raise ValueError(
+                f"params have two leaves with the path {path!r}, as {{'a': {{'b': ...}}, 'a/b': ...}} "
+                "would; rename one"
+            )
         dtype = getattr(leaf, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
@@ -169,15 +168,30 @@ def is_weight(path: str, leaf: Any) -> bool:
     )
 
 
-def _check_rules(rules: Mapping[str, Any], paths: list[str], eligible: list[str]) -> None:
-    for pattern, rule in rules.items():
+def check_rules(quantizer: Any) -> None:
+    """Raises where ``quantizer`` is neither a quantizer nor a mapping to them."""
+    if isinstance(quantizer, Quantizer):
+        return
+    if not isinstance(quantizer, Mapping):
+        raise TypeError(
+            f"quantizer must be a Quantizer or a mapping from regular expressions to Quantizers, got {quantizer!r}"
+        )
+    for pattern, rule in quantizer.items():
         if not (rule is None or isinstance(rule, Quantizer)):
             raise TypeError(f"quantizer[{pattern!r}] must be a Quantizer or None, got {rule!r}")
+        if not isinstance(pattern, str):
+            raise TypeError(f"quantizer has the key {pattern!r}; give a regular expression as text")
         try:
-            expression = re.compile(pattern)
+            re.compile(pattern)
         except re.error as error:
             raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
-        found = [path for path in paths if expression.search(path)]
+
+
+def _check_found(
+    rules: Mapping[str, Quantizer | None], paths: list[str], eligible: list[str]
+) -> None:
+    for pattern, rule in rules.items():
+        found = [path for path in paths if re.search(pattern, path)]
         if not found:
             nearest = difflib.get_close_matches(pattern, paths, n=5, cutoff=0) or ["none"]
             raise ValueError(

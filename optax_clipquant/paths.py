@@ -10,9 +10,11 @@ def path_of(path: jax.tree_util.KeyPath) -> str:
     """A path as text, such as ``"Dense_0/kernel"``.
 
     Boxes around a param (Flax NNX's variables, linen's ``Partitioned``) add a last part ``value``
-    in some places and not in others, so it is dropped.
+    in some places and not in others, so it is dropped. It is an attribute: a key of a dict stays.
     """
-    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def is_float0(x: Any) -> bool:

@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import math
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import flax.serialization
 import jax
@@ -22,8 +23,8 @@ class QArray:
       * ``dequantize() == grid.decode(qvalue)``.
       * ``qvalue`` has the logical shape. Its dtype is int8, or after ``narrow`` int4 or int2.
 
-    It can stand in a tree of params where an array stood: Flax's layers, ``jnp`` functions and
-    arithmetic dequantize it where they touch it, inside ``jax.jit`` as a part of the operation that
+    It can stand in a tree of params where an array stood: Flax's layers, ``jnp`` functions, arithmetic
+    and comparisons dequantize it where they touch it, inside ``jax.jit`` as a part of the operation that
     reads it.
 
     Examples:
@@ -37,6 +38,9 @@ class QArray:
 
     qvalue: jax.Array
     grid: Grid
+
+    # As jax.Array, whose comparisons are elementwise too.
+    __hash__: ClassVar[None] = None  # pyright: ignore[reportIncompatibleMethodOverride]
 
     # Binary operators of jax.Array then leave the work to the ones below.
     __array_priority__ = 200
@@ -88,6 +92,10 @@ class QArray:
         return self.dequantize()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError(
+                "a QArray has no array of its values: it cannot be given without a copy"
+            )
         return np.asarray(self.dequantize(), dtype=dtype)
 
     def __getitem__(self, index: Any) -> jax.Array:
@@ -95,6 +103,9 @@ class QArray:
 
     def __len__(self) -> int:
         return len(self.qvalue)
+
+    def __iter__(self) -> Iterator[jax.Array]:
+        return iter(self.dequantize())
 
     def astype(self, dtype: Any) -> jax.Array:
         return self.dequantize().astype(dtype)
@@ -105,6 +116,27 @@ class QArray:
 
     def __neg__(self) -> jax.Array:
         return -self.dequantize()
+
+    def __abs__(self) -> jax.Array:
+        return abs(self.dequantize())
+
+    def __eq__(self, other: Any) -> Any:
+        return self.dequantize() == other
+
+    def __ne__(self, other: Any) -> Any:
+        return self.dequantize() != other
+
+    def __lt__(self, other: Any) -> jax.Array:
+        return self.dequantize() < other
+
+    def __le__(self, other: Any) -> jax.Array:
+        return self.dequantize() <= other
+
+    def __gt__(self, other: Any) -> jax.Array:
+        return self.dequantize() > other
+
+    def __ge__(self, other: Any) -> jax.Array:
+        return self.dequantize() >= other
 
     def __add__(self, other: Any) -> jax.Array:
         return self.dequantize() + other
@@ -132,6 +164,9 @@ class QArray:
 
     def __pow__(self, other: Any) -> jax.Array:
         return self.dequantize() ** other
+
+    def __rpow__(self, other: Any) -> jax.Array:
+        return other ** self.dequantize()
 
     def __matmul__(self, other: Any) -> jax.Array:
         return self.dequantize() @ other

@@ -33,7 +33,7 @@ class Quantizer(abc.ABC):
 
         Args:
           w: a floating array.
-          start: the grid of the step before, to start a search from.
+          start: the grid of the step before, to start a search from; the new grid has its dtype.
 
         Raises:
           TypeError: ``w`` is not a real floating array.
@@ -96,10 +96,13 @@ class ZScore(Quantizer):
             raise ValueError(f"ZScore: resolution must be positive, got {self.resolution}")
 
     def fit(self, w: jax.Array, *, start: Grid | None = None) -> Grid:
-        del start
         w = _floating(w)
+        dtype = _dtype(w, start)
+        ones = (1,) * w.ndim
         R = _concrete(self.R)
         if R is None:
+            if not isinstance(self.R, (Tracer, jax.Array, np.ndarray)):
+                raise TypeError(f"ZScore: R must be an integer, got {self.R!r}")
             bits, largest = 8, 127
             max_code = jnp.asarray(self.R, jnp.int32)
             valid = (max_code >= 1) & (max_code <= 127)
@@ -111,7 +114,7 @@ class ZScore(Quantizer):
         else:
             mean, std, constant = moments(w.astype(jnp.float32))
             step = std / jnp.asarray(self.resolution, jnp.float32)
-        scale = round_scale(step, largest, w.dtype)
+        scale = round_scale(step, largest, dtype)
         zero_point = jnp.round(-mean / jnp.where(scale == 0, 1, scale) * 64) / 64
         # A constant is the level of code 0, by a scale that has a normal reciprocal or is 0.
         constant_zero_point = jnp.where(jnp.abs(mean) > 2.0**100, -4, jnp.where(mean == 0, 0, -1))
@@ -119,21 +122,20 @@ class ZScore(Quantizer):
         scale = jnp.where(constant, -mean / jnp.where(zero_point == 0, 1, zero_point), scale)
         if valid is not None:
             scale = jnp.where(valid, scale, jnp.nan)
-        ones = (1,) * w.ndim
         return Grid(
             scale=scale.reshape(ones),
             zero_point=zero_point.reshape(ones),
-            max_code=max_code,
+            max_code=None if max_code is None else max_code.reshape(ones),
             bits=bits,
             lower=-largest,
             upper=largest,
-            dtype=w.dtype,
+            dtype=dtype,
         )
 
 
 def _concrete(x: Any) -> float | None:
-    """``x`` as a Python number, or None where it is traced or a transform's placeholder."""
-    if isinstance(x, Tracer) or not isinstance(x, (int, float, np.generic, np.ndarray, jax.Array)):  # fmt: skip
+    """``x`` as a Python number, or None where it is traced, stacked or a transform's placeholder."""
+    if np.ndim(x) > 0 or isinstance(x, Tracer) or not isinstance(x, (int, float, np.generic, np.ndarray, jax.Array)):  # fmt: skip
         return None
     return float(x)
 
@@ -153,20 +155,17 @@ class Granular(Quantizer):
         name = type(self).__name__
         axes = self.channel_axis if isinstance(self.channel_axis, tuple) else (self.channel_axis,)
         for axis in axes:
-            if not (_is_int(axis) or self.channel_axis is None):
+            if not (is_int(axis) or self.channel_axis is None):
                 raise ValueError(
                     f"{name}: channel_axis must be an int, a tuple of ints or None, got {self.channel_axis!r}"
                 )
-        if self.group_size is not None and not (_is_int(self.group_size) and self.group_size >= 1):
+        if self.group_size is not None and not (is_int(self.group_size) and self.group_size >= 1):
             raise ValueError(
                 f"{name}: group_size must be an integer of at least 1 or None, got {self.group_size!r}"
             )
 
     def fit(self, w: jax.Array, *, start: Grid | None = None) -> Grid:
-        w = _floating(w)
-        if start is not None:
-            start = dataclasses.replace(start, dtype=w.dtype)
-        return _fit(self, w, start)
+        return _fit(self, _floating(w), start)
 
     def _reduced_axes(self, ndim: int) -> tuple[int, ...]:
         """The axes that share a scale."""
@@ -190,7 +189,15 @@ class Granular(Quantizer):
         """A grid with one scale for each span, which each of its runs has."""
 
 
-def _is_int(x: Any) -> bool:
+def _dtype(w: jax.Array, start: Grid | None) -> np.dtype:
+    """Of what the grid decodes, within whose range the levels must lie.
+
+    In training, latent weights are float32 whatever the params are; the grid of the start knows these.
+    """
+    return w.dtype if start is None else start.dtype
+
+
+def is_int(x: Any) -> bool:
     return isinstance(x, (int, np.integer)) and not isinstance(x, bool)
 
 
@@ -203,6 +210,8 @@ def _map_scales(grid: Grid, fn: Callable[[jax.Array], jax.Array]) -> Grid:
 @functools.partial(jax.jit, static_argnames="quantizer")
 def _fit(quantizer: Granular, w: jax.Array, start: Grid | None) -> Grid:
     axes = quantizer._reduced_axes(w.ndim)
+    if not axes and quantizer.group_size is not None:
+        axes = (w.ndim - 1,) if w.ndim else ()  # else each weight would have a scale of its own
     if quantizer.group_size is None or not axes or w.size == 0:
         return quantizer._fit_axes(w, Span(axes), start)
     axis = max(axes, key=lambda a: w.shape[a])
@@ -254,10 +263,11 @@ class Uniform(Granular):
       symmetric: whether the levels lie around 0.
       channel_axis: the axis, or axes, with a scale for each index; None for one scale a tensor.
       group_size: if given, runs of so many neighbours share a scale, along the longest of the axes
-        that are not channel axes. A shorter last group is a group of its own.
+        that are not channel axes, or where there are none, the last. A shorter last group is a group
+        of its own.
       scale_rule: ``"absmax"``: the levels span the weights. ``"mse"``: the scale that minimises the
         squared error, by least squares and nearest codes in turn; never worse than absmax. None:
-        "mse" at 3 bits and below, else "absmax". One bit always has the optimal scale, ``2 *
+        "mse" at 3 bits and below, else "absmax". One symmetric bit always has the optimal scale, ``2 *
         mean(abs(w))`` (levels ``+-mean(abs(w))``).
 
     Raises:
@@ -278,7 +288,7 @@ class Uniform(Granular):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (_is_int(self.bits) and 1 <= self.bits <= 8):
+        if not (is_int(self.bits) and 1 <= self.bits <= 8):
             raise ValueError(f"Uniform: bits must be an integer from 1 to 8, got {self.bits!r}")
         if self.scale_rule not in (None, "absmax", "mse"):
             raise ValueError(
@@ -286,7 +296,7 @@ class Uniform(Granular):
             )
 
     def _fit_axes(self, w: jax.Array, span: Span, start: Grid | None) -> Grid:
-        dtype, w = w.dtype, w.astype(jnp.float32)
+        dtype, w = _dtype(w, start), w.astype(jnp.float32)
         lower, upper = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
         grid = Grid(jnp.zeros(()), bits=self.bits, lower=lower, upper=upper, dtype=dtype)
         if not self.symmetric:
@@ -377,7 +387,7 @@ class Ternary(Granular):
             )
 
     def _fit_axes(self, w: jax.Array, span: Span, start: Grid | None) -> Grid:
-        dtype, w = w.dtype, w.astype(jnp.float32)
+        dtype, w = _dtype(w, start), w.astype(jnp.float32)
         high, low = extremes(w, span)
         largest = jnp.maximum(high, -low)
         absmax = self.scale_rule == "absmax"
@@ -418,14 +428,13 @@ class NormalFloat(Granular):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (_is_int(self.bits) and 2 <= self.bits <= 4):
+        if not (is_int(self.bits) and 2 <= self.bits <= 4):
             raise ValueError(
                 f"NormalFloat: bits must be an integer from 2 to 4, got {self.bits!r}; use Uniform"
             )
 
     def _fit_axes(self, w: jax.Array, span: Span, start: Grid | None) -> Grid:
-        del start
-        dtype, w = w.dtype, w.astype(jnp.float32)
+        dtype, w = _dtype(w, start), w.astype(jnp.float32)
         high, low = extremes(w, span)
         half = 2 ** (self.bits - 1)
         return Grid(

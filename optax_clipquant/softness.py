@@ -13,8 +13,8 @@ def softness_schedule(start: int, end: int, steepness: float = 20.0) -> optax.Sc
 
     A sigmoid, scaled so that it meets both ends: with ``r = (count - start) / (end - start)`` and
     ``f(r) = 1 / (1 + exp(steepness * (r - 1/2)))``, it is ``(f(r) - f(1)) / (f(0) - f(1))``; exactly 1
-    up to ``start`` and exactly 0 from ``end``. Give the levels the last steps, so that the params
-    settle on them: ``start`` at 0 and ``end`` at three quarters of training serve well.
+    up to ``start`` and exactly 0 from ``end``. Leave some steps after ``end``, so that the params settle
+    on the levels; ``start=0`` and ``end`` at three quarters of training work well.
 
     Args:
       start: the number of updates at which it begins to fall.
@@ -43,8 +43,9 @@ def softness_schedule(start: int, end: int, steepness: float = 20.0) -> optax.Sc
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:
         count = jnp.asarray(count)
         ratio = (count - start).astype(jnp.float32) / (end - start)
-        first, last = (jax.nn.sigmoid(jnp.float32(sign * steepness / 2)) for sign in (1, -1))
-        fall = (jax.nn.sigmoid(steepness * (0.5 - ratio)) - last) / (first - last)
+        # The formula above in terms of tanh: nothing cancels where the steepness is small.
+        reach = jnp.tanh(jnp.float32(steepness / 4))
+        fall = (1 + jnp.tanh(steepness / 2 * (0.5 - ratio)) / reach) / 2
         return jnp.where(count >= end, 0.0, jnp.where(count <= start, 1.0, fall))
 
     return schedule
@@ -53,13 +54,17 @@ def softness_schedule(start: int, end: int, steepness: float = 20.0) -> optax.Sc
 def check_softness(softness: Any) -> None:
     if isinstance(softness, Tracer) or softness is None:
         return
+    if isinstance(softness, str):
+        raise TypeError(
+            f"quantize_weights: softness must be a number or a schedule, got {softness!r}"
+        )
     if not 0 <= float(softness) <= 1:  # NaN is not
         raise ValueError(f"quantize_weights: softness must be from 0 to 1, got {softness}")
 
 
 def soften(level: jax.Array, latent: jax.Array, softness: jax.typing.ArrayLike) -> jax.Array:
-    """``level + softness * (latent - level)``, and at 0 and 1 exactly one of them."""
-    softness = jnp.asarray(softness, jnp.float32)
+    """``level + softness * (latent - level)``, and up to 0 and from 1 on exactly one of them."""
+    softness = jnp.clip(jnp.asarray(softness, jnp.float32), 0, 1)
     # The product would be NaN for 0 times an infinite distance, which no level hides.
     between = jnp.where(softness == 1, latent, level + softness * (latent - level))
     return jnp.where(softness == 0, level, between)

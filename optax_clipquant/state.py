@@ -12,6 +12,7 @@ from optax_clipquant.companding import CompandedArray, compand
 from optax_clipquant.dither import dither
 from optax_clipquant.params import PyTree, is_quantized
 from optax_clipquant.paths import unboxed
+from optax_clipquant.quantizers import is_int
 from optax_clipquant.weights import weight_states
 
 
@@ -55,7 +56,7 @@ def quantize_state(
       optimizer: any optax optimizer.
       bits: 8, or 4. (Arrays with an odd last axis are kept in 8.)
       block_size: the largest number of elements that share a float32 scale.
-      min_size: arrays of fewer elements stay as they are.
+      min_size: arrays of fewer elements stay as they are, and so do scalars.
 
     Returns:
       A ``GradientTransformationExtraArgs`` with a ``QuantizeStateState``. For Adam it keeps 2 bytes a
@@ -84,7 +85,7 @@ def quantize_state(
     """
     if bits not in (4, 8):
         raise ValueError(f"quantize_state: bits must be 8 or 4, got {bits!r}")
-    if not isinstance(block_size, int) or block_size < 16:
+    if not is_int(block_size) or block_size < 16:
         raise ValueError(
             f"quantize_state: block_size must be an integer of at least 16, got {block_size!r}"
         )
@@ -102,7 +103,9 @@ def quantize_state(
         def shrink(x: Any) -> Any:
             nonlocal found
             dtype = getattr(x, "dtype", jnp.int32)
-            if is_quantized(x) or not jnp.issubdtype(dtype, jnp.floating) or x.size < min_size:
+            if is_quantized(x) or not jnp.issubdtype(dtype, jnp.floating):
+                return x
+            if x.ndim == 0 or x.size < max(min_size, 1):
                 return x
             found = True
             # Under jit these are mostly constants, which the compiler would take seconds to fold.

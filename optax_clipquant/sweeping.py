@@ -110,8 +110,8 @@ def sweep(
     The values are traced, so they cannot decide on shapes or Python's control flow: ``c``, ``R``,
     ``resolution``, learning rates and seeds may be in a grid; for ``bits``, call ``sweep`` with each.
 
-    Sums run in another order in a batch than alone, and a weight at the border of two levels can go
-    either way: a long training on a grid ends a little elsewhere, as with another seed.
+    Sums are computed in another order in a batch than alone, so that a weight halfway between two levels
+    can go either way. A long training on a grid therefore ends slightly differently, as with another seed.
 
     Args:
       evaluate: called as ``evaluate(c=..., R=...)`` with a scalar for each column, int32 where all of

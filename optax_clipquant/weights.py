@@ -14,6 +14,7 @@ from optax_clipquant.params import (
     PyTree,
     Rules,
     Where,
+    check_rules,
     is_quantized,
     leaves_of,
     naming,
@@ -80,12 +81,12 @@ def quantize_weights(
     accuracy.
 
     With a ``softness`` that falls from 1 to 0, the params pass from the latent weights to the levels
-    gradually, which serves accuracy at 2 bits and below. For ternary and 2 bits the larger scales of
-    ``scale_rule="absmax"`` may then serve better still. The params are on the grid where softness is exactly
+    gradually, which improves accuracy at 2 bits and below. For ternary and 2 bits, the larger scales of
+    ``scale_rule="absmax"`` may improve it further. The params are on the grid where softness is exactly
     0, from about the third such step; where training stops before, ``export_params`` moves them
     there and warns with the number of weights that were off.
 
-    Updates are emitted in float32 for params of any dtype, so a wrapper that needs one dtype goes
+    Updates are emitted in float32 for params of half precision, so a wrapper that needs one dtype goes
     around the optimizer alone: ``optax.chain(optax.apply_if_finite(optimizer, n),
     quantize_weights(quantizer))``.
 
@@ -98,7 +99,7 @@ def quantize_weights(
       quantizer: the quantizer, or a mapping from regular expressions on paths to quantizers, as in
         ``quantize_params``.
       softness: None for 0; a number from 0 to 1; or a schedule of the number of updates so far, such
-        as ``softness_schedule``.
+        as ``softness_schedule``. What a schedule gives is cut to 0..1.
       where: which leaves may be quantized, as in ``quantize_params``.
       residual_bits: None, or 8 to keep the latent weights in a byte: as their distance to the levels,
         in 127 parts of the largest distance in a channel or group, stochastically rounded; at 1 bit as
@@ -110,8 +111,8 @@ def quantize_weights(
 
     Raises:
       ValueError: ``softness`` is a concrete number outside 0..1, or ``residual_bits`` is neither None
-        nor 8; in ``init``, no leaf is selected or an expression is found in no path; in
-        ``update``, no params are given.
+        nor 8; in ``init``, as for ``quantize_params``; in ``update``, no params are given.
+      TypeError: ``quantizer`` or ``softness`` is something else.
 
     References:
       Courbariaux et al., BinaryConnect, 2015 (arXiv:1511.00363). Jin et al., PARQ, 2025
@@ -129,6 +130,7 @@ def quantize_weights(
              [-3,  2]], dtype=int8)
     """
 
+    check_rules(quantizer)
     if not callable(softness):
         check_softness(softness)
     if residual_bits not in (None, 8):
@@ -168,11 +170,14 @@ def quantize_weights(
             level = target = _level(grid, latent)
             if soft is not None:
                 target = soften(level, latent, soft)
+            u = _difference(target, p)
             if not isinstance(kept, QArray):
-                kept = latent
-            else:
-                kept = residual.advance(latent, level, grid, kept, index[path], state.count)
-            return target - p.astype(jnp.float32), grid, kept
+                return u, grid, latent
+            if soft is not None:
+                # The next step finds the level of what the params are then, rounded to their dtype.
+                level = _level(grid, (p.astype(u.dtype) + u).astype(p.dtype))
+            kept = residual.advance(latent, level, grid, kept, index[path], state.count)
+            return u, grid, kept
 
         updates, grid, latent = _map_quantized(
             step, updates, params, state.grid, "quantize_weights"
@@ -189,13 +194,13 @@ def round_weights(
 
     There is no latent copy, so an update that is smaller than half a step of the grid is rounded
     away, and with rounding to the nearest level training stalls: this is the plain form of the
-    method, kept to show that. ``quantize_weights`` does not stall. Stochastic rounding keeps small
-    updates on the average, and trains.
+    method, kept to show that. ``quantize_weights`` does not stall. Stochastic rounding is unbiased, so
+    that small updates count on the average, and trains.
 
     Args:
       quantizer: as for ``quantize_weights``.
-      stochastic: round to one of the two levels around each weight, right on the average.
-      seed: of the stochastic rounding.
+      stochastic: round to one of the two levels around each weight, unbiased.
+      seed: of the stochastic rounding. Under ``jax.vmap`` all members draw the same numbers.
       where: as for ``quantize_weights``.
 
     Returns:
@@ -213,6 +218,8 @@ def round_weights(
              [0.]], dtype=float32)
     """
 
+    check_rules(quantizer)
+
     def init(params: PyTree) -> PyTree:
         grid = _init_grids(params, quantizer, where)
         key = jax.random.key(seed) if stochastic else None
@@ -229,7 +236,7 @@ def round_weights(
             key = None
             if state.key is not None:
                 key = jax.random.fold_in(jax.random.fold_in(state.key, state.count), index[path])
-            return _level(grid, w, key) - p.astype(jnp.float32), grid
+            return _difference(_level(grid, w, key), p), grid
 
         updates, grid = _map_quantized(step, updates, params, state.grid, "round_weights")
         return updates, RoundWeightsState(optax.safe_increment(state.count), grid, state.key)
@@ -249,6 +256,12 @@ def clipquant(
       optimizer: any optax optimizer.
       c: the bound on each gradient, as for ``clip_by_value``.
       quantizer: as for ``quantize_weights``.
+
+    Returns:
+      A ``GradientTransformation`` whose state is that of the chain.
+
+    Raises:
+      ValueError, TypeError: as ``clip_by_value`` and ``quantize_weights`` do.
 
     Examples:
       >>> tx = clipquant(optax.adam(1e-3), c=1.0, quantizer=Uniform(bits=4))
@@ -288,6 +301,12 @@ def _refit(quantizer: Rules, path: str, w: jax.Array, grid: Grid) -> Grid:
 def _level(grid: Grid, w: jax.Array, key: jax.Array | None = None) -> jax.Array:
     """The level of each of ``w``, in float32, in which the difference of two is exact."""
     return grid.decode(grid.encode(w, key=key)).astype(jnp.float32)
+
+
+def _difference(target: jax.Array, p: jax.Array) -> jax.Array:
+    """``target - p``, at least in float32, in which the difference of two levels is exact."""
+    wide = p.dtype if p.dtype.itemsize > 4 else jnp.float32
+    return target.astype(wide) - p.astype(wide)
 
 
 def latent_of(p: jax.Array, grid: Grid, kept: jax.Array | QArray) -> jax.Array:

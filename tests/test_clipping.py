@@ -189,10 +189,44 @@ def test_integer_gradients_are_refused():
         update(1.0, jnp.arange(3))
 
 
-@pytest.mark.parametrize("c", [-1.0, math.nan])
-def test_traced_bad_bound_gives_nan_never_garbage(c):
-    clipped = jax.jit(lambda c: update(c, jnp.array([0.5, 3.0]))[0])(jnp.float32(c))
-    assert np.all(np.isnan(clipped))
+@pytest.mark.parametrize("c", [-1.0, math.nan, -math.inf])
+def test_traced_or_scheduled_bad_bound_gives_nan_never_garbage(c):
+    g = jnp.array([0.5, 3.0])
+    assert np.all(np.isnan(jax.jit(lambda c: update(c, g)[0])(jnp.float32(c))))
+    assert np.all(np.isnan(update(lambda count: c, g)[0]))
+
+
+def test_schedule_of_another_shape():
+    with pytest.raises(
+        ValueError, match=r"c must be a scalar, but the schedule gave shape \(4, 3\)"
+    ):
+        update(lambda count: jnp.ones((4, 3)), jnp.ones(3))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_an_infinite_bound_clamps_nothing(dtype):
+    g = jnp.array([jnp.inf, -jnp.inf, 1.0, jnp.nan], dtype)
+    clipped, state = update(math.inf, g)
+    np.testing.assert_array_equal(clipped.astype(jnp.float32), g.astype(jnp.float32))
+    assert state.clip_fraction == 0
+
+
+def test_float64():
+    with jax.enable_x64(True):
+        clipped, _ = update(0.1, jnp.array([5.0, -5.0, 0.05], jnp.float64))
+        np.testing.assert_array_equal(clipped, np.array([0.1, -0.1, 0.05]))  # and not float32's 0.1
+        clipped, _ = update(1e39, jnp.array([5e50], jnp.float64))
+        np.testing.assert_array_equal(clipped, [1e39])
+
+
+@pytest.mark.parametrize("shapes", [[(40_000, 40_000)] * 2, [(5, 30_000, 40_000)]])
+@pytest.mark.parametrize("tx", [clip_by_value(1.0), clip_by_quantile(), clip_by_zscore()])
+def test_more_elements_than_an_int32_counts(tx, shapes):
+    params = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    state = jax.eval_shape(tx.init, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        jax.eval_shape(tx.update, params, state), (params, state)
+    )
 
 
 def test_inject_hyperparams():
@@ -550,6 +584,37 @@ def test_tracking_state_may_be_donated(name):
         params, state = step(params, state)
 
 
+def test_tracking_copies_what_it_starts_from():
+    one, g = jnp.float32(1.0), jnp.array([0.5, 2.0])
+    for tx in (clip_by_quantile(initial=one), clip_by_zscore(max_norm=one)):
+        for _ in range(2):
+            jax.tree.map(lambda x: x.delete(), tx.init(g))
+    assert one == 1
+
+
+NUMPY = {
+    "q": (clip_by_quantile, 0.9),
+    "learning_rate": (clip_by_quantile, 0.2),
+    "initial": (clip_by_quantile, 0.3),
+    "z": (clip_by_zscore, 2.5),
+    "decay": (clip_by_zscore, 0.9),
+    "max_norm": (clip_by_zscore, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", NUMPY)
+def test_tracking_takes_numbers_of_numpy(name):
+    make, value = NUMPY[name]
+    g = jax.random.normal(jax.random.key(0), (30,))
+    plain = make(**{name: value})
+    expected = plain.update(g, plain.init(g))
+    with jax.enable_x64(True):
+        tx = make(**{name: np.float64(value)})
+        state, _ = jax.lax.scan(lambda s, _: (tx.update(g, s)[1], None), tx.init(g), length=1)
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, expected[1])
+        chex.assert_trees_all_close(state, expected[1], rtol=1e-6)
+
+
 def test_tracking_takes_injected_hyperparams():
     g = jax.random.normal(jax.random.key(0), (1000,))
     for factory, kwargs in ((clip_by_quantile, {"q": 0.9}), (clip_by_zscore, {"z": 2.0})):
@@ -578,3 +643,14 @@ def test_tracking_takes_injected_hyperparams():
 def test_tracking_refuses(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_tracking_refuses_what_is_no_integer():
+    with pytest.raises(TypeError, match=r"warmup_steps must be an integer, got 2\.5"):
+        clip_by_zscore(warmup_steps=2.5)  # pyright: ignore[reportArgumentType]
+
+
+def test_tracking_refuses_two_leaves_of_one_path():
+    params = {"a": {"b": jnp.ones(3)}, "a/b": jnp.ones(2)}
+    with pytest.raises(ValueError, match="two leaves of params have the same path"):
+        clip_by_quantile(per_leaf=True).init(params)

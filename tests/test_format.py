@@ -59,7 +59,7 @@ def decode(packed, static, shape, arrays) -> np.ndarray:
     if "~z" in parts:
         top = np.float32(ml_dtypes.finfo(dtype).max)
         value = np.where(np.isfinite(parts["~s"]), value.clip(-top, top), value)
-    return (value + np.float32(0)).astype(dtype)
+    return value.astype(dtype) + np.dtype(dtype).type(0)
 
 
 def check(path, tree):
@@ -74,9 +74,12 @@ def check(path, tree):
             assert found[name].tobytes() == array.tobytes(), name
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_every_quantizer(tmp_path, dtype):
-    w = jnp.asarray(weights((33, 7))).astype(dtype)
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [*((t, 1) for t in (jnp.float32, jnp.bfloat16, jnp.float16)), (jnp.float16, 1e-3), (jnp.float16, 2e-5)],
+)  # fmt: skip
+def test_every_quantizer(tmp_path, dtype, size):
+    w = jnp.asarray(weights((33, 7)) * np.float32(size)).astype(dtype)
     tree = {name: q.quantize(w) for name, q in QUANTIZERS.items()}
     check(tmp_path / "file", tree | {"b": jnp.ones(7, dtype), "scalar": jnp.array(3)})
 

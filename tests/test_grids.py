@@ -169,3 +169,24 @@ def test_rounding_to_half_precision_cannot_be_compiled_away(dtype):
     widen = lambda q: q.dequantize().astype(jnp.float32)  # noqa: E731
     chex.assert_trees_all_equal(jax.jit(widen)(q), widen(q))
     assert "reduce_precision" in str(jax.make_jaxpr(widen)(q))
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3, 2e-5, 1e-7])
+@pytest.mark.parametrize("quantizer", MIXED)
+def test_float16_keeps_its_smallest_numbers(variant, quantizer, size):
+    """``reduce_precision`` makes those below 2**-14 zero."""
+    w = jnp.asarray(weights((24, 6)) * np.float32(size)).astype(jnp.float16)
+    q = quantizer.quantize(w)
+    grid, codes = q.grid, np.asarray(q.qvalue, np.float32)
+    level = codes + np.float32(grid.offset)
+    if grid.code_book is not None:
+        level = np.asarray(grid.code_book, np.float32)[np.asarray(q.qvalue, int) - grid.lower]
+    if grid.zero_point is not None:
+        level = level - expanded(grid, grid.zero_point, w.shape).astype(np.float32)
+    expected = (level * expanded(grid, grid.scale, w.shape).astype(np.float32)).astype(np.float16)
+    np.testing.assert_array_equal(variant(QArray.dequantize)(q), expected)
+
+
+def test_the_dtype_may_be_a_type():
+    grid = Grid(scale=jnp.ones((1, 1)), dtype=jnp.bfloat16)  # pyright: ignore[reportArgumentType]
+    chex.assert_type(grid.decode(jnp.zeros((2, 2), jnp.int8)), jnp.bfloat16)

@@ -165,3 +165,16 @@ def test_a_quantizers_complaint_names_the_leaf():
         ValueError, match=r"params leaf 'Dense_0/kernel': Uniform: channel_axis 2 is out of range"
     ):
         quantize_params(mlp_params(), Uniform(channel_axis=2))
+
+
+def test_two_leaves_of_one_path():
+    params = {"a": {"b": jnp.ones((3, 2))}, "a/b": jnp.ones((4, 5))}
+    with pytest.raises(ValueError, match="two leaves with the path 'a/b'"):
+        quantize_params(params)
+
+
+def test_a_key_named_value_is_part_of_the_path():
+    params = {"attention": {"value": jnp.ones((3, 2)), "key": jnp.ones((3, 2))}}
+    found = quantize_params(params, {"attention/value": Uniform(bits=4)})
+    assert isinstance(found["attention"]["value"], QArray)
+    assert not isinstance(found["attention"]["key"], QArray)

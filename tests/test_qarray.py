@@ -116,3 +116,22 @@ def test_nnx_modules_take_it_in_place_of_params():
         out = nnx.merge(graphdef, qparams, rest)(tokens)
         expected = nnx.merge(graphdef, dequantize_params(qparams), rest)(tokens)
     chex.assert_trees_all_close(out, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_iterates_and_compares_as_an_array(q):
+    w = q.dequantize()
+    rows = list(q)
+    assert len(rows) == 6
+    chex.assert_trees_all_equal(rows, list(w))
+    other = w.at[0].add(1)
+    for right in (0, np.asarray(other), other):
+        found = [q == right, q != right, q < right, q <= right, q > right, q >= right, right == q]
+        chex.assert_trees_all_equal(
+            [jnp.asarray(x) for x in found],
+            [w == right, w != right, w < right, w <= right, w > right, w >= right, w == right],
+        )
+    chex.assert_trees_all_equal([abs(q), 2.0**q], [abs(w), 2.0**w])
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(q)
+    with pytest.raises(ValueError, match="without a copy"):
+        np.asarray(q, copy=False)

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import chex
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import QUANTIZERS, squared_error, weights
 
-from optax_clipquant import Binary, NormalFloat, Ternary, Uniform, ZScore
+from optax_clipquant import Binary, Grid, NormalFloat, Ternary, Uniform, ZScore
 
 KINDS = ["normal", "laplace", "student3", "heavy", "uniform", "skewed"]
 
@@ -431,3 +432,47 @@ def test_any_weights_give_codes_in_range_and_finite_values_only_for_finite_ones(
     again = q.grid.encode(q.dequantize())
     if np.all(finite) and (q.zero_point is None or dtype == jnp.float32):
         np.testing.assert_array_equal(np.asarray(q.grid.decode(again)), np.asarray(q.dequantize()))
+
+
+@pytest.mark.parametrize("quantizer", [Uniform(bits=4, group_size=16), NormalFloat(group_size=16)])
+def test_groups_of_an_array_without_reduced_axes(quantizer):
+    w = jnp.asarray(weights((40,)))
+    q = quantizer.quantize(w)
+    assert q.scale.shape == (3,)
+    expected = dataclasses.replace(quantizer, channel_axis=None).quantize(w)
+    np.testing.assert_array_equal(q.dequantize(), expected.dequantize())
+
+
+def test_zscore_is_mapped_over_its_leaves():
+    w = jnp.asarray(weights((8, 5)))
+    stacked = jax.vmap(lambda R: ZScore(R=R, resolution=2.0))(jnp.arange(1, 4))
+    found = jax.vmap(lambda w, rule: rule.quantize(w), (None, 0))(w, stacked)
+    joined = jax.tree.map(lambda *x: jnp.stack(x), ZScore(R=1), ZScore(R=2))
+    np.testing.assert_array_equal(joined.R, [1, 2])
+    for i, R in enumerate((1, 2, 3)):
+        expected = ZScore(R=R, resolution=2.0).quantize(w)
+        np.testing.assert_array_equal(found.qvalue[i], expected.qvalue)
+    # A grid that vmap has stacked serves outside of it too, whatever the shapes.
+    three = jnp.asarray(weights((3, 8, 3)))
+    grids = jax.vmap(lambda w, R: ZScore(R=R).fit(w))(three, jnp.arange(1, 4))
+    np.testing.assert_array_equal(
+        grids.encode(three), jax.vmap(lambda grid, w: grid.encode(w))(grids, three)
+    )
+
+
+def test_R_is_no_text():
+    with pytest.raises(TypeError, match="R must be an integer, got '7'"):
+        ZScore(R="7").quantize(jnp.ones((2, 2)))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_what_shares_a_scale_with_a_non_finite_weight_is_not_finite(name, bad):
+    """And nothing else."""
+    w = weights((15, 6))
+    w[7, 2] = bad
+    q = QUANTIZERS[name].quantize(jnp.asarray(w))
+    # The grid that decodes a code of one to the number of its scale.
+    marked = Grid(jnp.arange(1.0, 1 + q.scale.size).reshape(q.scale.shape), group=q.grid.group)
+    owner = np.asarray(marked.decode(jnp.ones_like(q.qvalue)))
+    np.testing.assert_array_equal(np.isfinite(q.dequantize()), owner != owner[7, 2])

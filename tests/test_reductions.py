@@ -12,7 +12,10 @@ from optax_clipquant.reductions import Span, count, extremes
 
 @pytest.fixture(params=[1, 8])
 def devices(request, monkeypatch):
-    """With how many a reduction reckons: parts that they would have to share are reduced whole."""
+    """With how many a reduction reckons: parts that they would have to share are reduced whole.
+
+    What is compiled must be a function of the test's own, or it would be the one of the other number.
+    """
     monkeypatch.setattr(jax, "device_count", lambda: request.param)
     return request.param
 
@@ -43,11 +46,11 @@ def test_extremes_are_exact_at_the_ends_of_the_range(devices):
     huge = np.float32(np.finfo(np.float32).max)
     x = np.full((192, 256), huge)
     x[::2] = -huge
-    high, low = jax.jit(extremes)(jnp.asarray(x))
+    high, low = jax.jit(lambda x: extremes(x))(jnp.asarray(x))
     assert (high, low) == (huge, -huge)  # and no NaN, though both sums overflow
     x = np.zeros((192, 256), np.float32)
     x[0, 0], x[1, 1] = 1e-30, -0.0
-    high, low = jax.jit(extremes)(jnp.asarray(x))
+    high, low = jax.jit(lambda x: extremes(x))(jnp.asarray(x))
     assert (high, low) == (np.float32(1e-30), 0)
 
 
@@ -72,10 +75,19 @@ def test_counts(devices, shape):
     x = np.random.default_rng(0).normal(size=shape)
     masks = [jnp.asarray(x > 1), jnp.asarray(x < -1)]
     for these, expected in ((masks, np.abs(x) > 1), (masks[:1], x > 1)):
-        found = jax.jit(count)(*these)
-        assert found.dtype == jnp.int32
+        found = jax.jit(lambda *masks: count(*masks))(*these)
+        assert found.dtype == jnp.float32
         assert found.shape == ()
         assert found == expected.sum()
+
+
+def test_counts_of_more_than_an_int32_counts(devices, monkeypatch):
+    monkeypatch.setattr("optax_clipquant.reductions._COUNTABLE", 100)
+    x = np.random.default_rng(0).normal(size=(5, 7, 64))
+    found = jax.jit(lambda *masks: count(*masks))(jnp.asarray(x > 1), jnp.asarray(x < -1))
+    assert found == np.sum(np.abs(x) > 1)
+    many = jax.ShapeDtypeStruct((3, 2**15, 2**15), bool)
+    assert "s32[3,1,1]" in jax.jit(lambda *m: count(*m)).lower(many, many).as_text("hlo")
 
 
 def results(x: jax.Array, span: Span) -> list[jax.Array]:

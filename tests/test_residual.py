@@ -330,3 +330,27 @@ def test_nnx_optimizer_with_softness():
         assert_on_grid(nnx.as_pure(params), opt)
         latent = nnx.to_pure_dict(latent_params(params, opt))
         assert latent["layers"][0]["kernel"].shape == (12, 10)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", ["uniform8", "uniform4", "uniform2", "binary", "zscore7"])
+def test_softness_and_half_precision_keep_the_latent(dtype, name):
+    """The level is found again from params that are between levels, rounded to their dtype."""
+    rng = np.random.default_rng(0)
+    tx = quantize_weights(QUANTIZERS[name], residual_bits=8, softness=softness_schedule(0, 400))
+    params = {"w": jnp.asarray(rng.normal(size=(64, 32)), dtype)}
+    state, update = tx.init(params), jax.jit(tx.update)
+    exact = np.asarray(params["w"], np.float64)
+    for _ in range(60):
+        u = 1e-3 * rng.normal(size=(64, 32)).astype(np.float32)
+        exact += u
+        updates, state = update({"w": jnp.asarray(u)}, state, params)
+        with jax.numpy_dtype_promotion("standard"):
+            params = optax.apply_updates(params, updates)
+    error = np.asarray(latent_params(params, state)["w"]) - exact
+    unit = np.asarray(state.latent["w"].scale.astype(jnp.float32))
+    if name == "binary":  # units of the roots of weights
+        error /= 2 * np.sqrt(np.abs(exact)) + unit
+    # A stochastic rounding a step, of at most a unit each.
+    assert np.abs(error / unit).max() < 4 * np.sqrt(60)
+    assert np.sqrt(np.mean(np.square(error / unit))) < np.sqrt(60)

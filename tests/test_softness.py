@@ -173,3 +173,27 @@ def test_no_warning_on_the_grid():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         export_params(params, state)
+
+
+@pytest.mark.parametrize("steepness", [1e-7, 1e-3, 1.0, 20.0, 200.0])
+def test_schedule_of_any_steepness_in_float64(steepness):
+    r = np.arange(11) / 10
+    expected = (1 + np.tanh(steepness / 2 * (0.5 - r)) / np.tanh(steepness / 4)) / 2
+    found = softness_schedule(0, 10, steepness)(jnp.arange(11))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_refuses_text():
+    with pytest.raises(TypeError, match=r"must be a number or a schedule, got '0\.5'"):
+        quantize_weights(Uniform(bits=4), softness="0.5")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(("given", "used"), [(1.5, 1.0), (-0.5, 0.0)])
+def test_what_a_schedule_gives_is_cut(given, used):
+    params = projected(Uniform(bits=4))
+    updates = jax.tree.map(lambda p: 0.01 * jnp.ones_like(p), params)
+    emitted = []
+    for softness in (lambda count: given, used):
+        tx = quantize_weights(Uniform(bits=4), softness=softness)
+        emitted.append(tx.update(updates, tx.init(params), params)[0])
+    chex.assert_trees_all_equal(*emitted)

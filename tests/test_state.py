@@ -342,3 +342,15 @@ def test_checkpoints_continue_identically(tmp_path, bits):
     expected = step(*step(params, state, 3), 4)
     for found in restored:
         chex.assert_trees_all_equal(step(*step(*found, 3), 4), expected)
+
+
+def test_scalars_and_empty_arrays_stay_as_they_are():
+    tx = quantize_state(
+        optax.inject_hyperparams(optax.adam)(1e-3), min_size=0, block_size=np.int64(32)
+    )
+    params = {"w": jnp.ones((4, 32)), "none": jnp.zeros((0, 3)), "number": jnp.ones(())}
+    with jax.numpy_dtype_promotion("standard"):
+        state = tx.init(params)
+        updates, _ = tx.update(params, state, params)
+    np.testing.assert_allclose(updates["w"], -1e-3, rtol=1e-2)
+    np.testing.assert_allclose(updates["number"], -1e-3, rtol=1e-5)

@@ -402,3 +402,90 @@ def test_state_survives_msgpack():
     )
     chex.assert_trees_all_equal(restored, state)
     chex.assert_trees_all_equal(step(params, restored, *batch()), step(params, state, *batch()))
+
+
+@pytest.mark.parametrize("make", [quantize_weights, round_weights])
+def test_dtype_of_the_updates(make):
+    """Half precision could not hold the difference of two levels exactly; float64 has no need of less."""
+    tx = make(Uniform(bits=4))
+    with jax.enable_x64(True):
+        for dtype, wide in (
+            ("bfloat16", "float32"),
+            ("float16", "float32"),
+            ("float64", "float64"),
+        ):
+            params = {"w": jnp.asarray(weights((12, 5)), dtype)}
+            updates, _ = tx.update(params, tx.init(params), params)
+            assert updates["w"].dtype == wide
+
+
+@pytest.mark.parametrize("make", [quantize_weights, round_weights])
+def test_float64_params_are_on_the_grid_after_three_steps(make):
+    with jax.enable_x64(True):
+        params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(32, 32)))}
+        tx = optax.chain(optax.sgd(0.01), make(Uniform(bits=4)))
+        state = tx.init(params)
+        for _ in range(3):
+            updates, state = tx.update(params, state, params)
+            params = optax.apply_updates(params, updates)
+        assert_on_grid(params, state)
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_float16_params_at_the_end_of_the_range_stay_finite(name):
+    params = {"w": jnp.array([[65504.0, 1], [-65504, 2], [3, 4]] * 2, jnp.float16)}
+    tx = quantize_weights(QUANTIZERS[name])
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update({"w": jnp.zeros((6, 2), jnp.float16)}, state, params)
+        with jax.numpy_dtype_promotion("standard"):
+            params = optax.apply_updates(params, updates)
+        assert np.all(np.isfinite(params["w"]))
+    assert_on_grid(params, state)
+
+
+def test_round_weights_may_be_donated():
+    params = projected(Uniform(bits=4))
+    tx = round_weights(Uniform(bits=4), stochastic=True)
+    state = tx.init(params)
+    step = jax.jit(lambda p, s: (optax.apply_updates(p, tx.update(p, s, p)[0]), tx.update(p, s, p)[1]), donate_argnums=(0, 1))  # fmt: skip
+    for _ in range(2):
+        params, state = step(params, state)
+
+
+@pytest.mark.parametrize("shape", [(13, 10), (12, 1), (12, 11), (12, 10, 1)])
+@pytest.mark.parametrize("group_size", [None, 4])
+def test_export_refuses_other_shapes(shape, group_size):
+    params = {"w": jnp.asarray(weights((12, 10)))}
+    other = {"w": jnp.ones(shape)}
+    rule = Uniform(bits=4, group_size=group_size)
+    for options in ({}, {"residual_bits": 8}):
+        state = quantize_weights(rule, **options).init(params)
+        for read in (export_params, latent_params):
+            with pytest.raises(ValueError, match=r"'w' has shape .*, but opt_state .* of one run"):
+                read(other, state)
+    if shape != (13, 10) or group_size:  # else the grid would fit these too, and is all there is
+        with pytest.raises(ValueError, match=r"with scales of .*: they are not of one run"):
+            export_params(other, round_weights(rule).init(params))
+
+
+def test_the_class_of_a_quantizer_is_none():
+    for make in (quantize_weights, round_weights):
+        with pytest.raises(TypeError, match="quantizer must be a Quantizer or a mapping"):
+            make(Uniform)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        *(quantize_weights(QUANTIZERS[name]) for name in CORE),
+        quantize_weights(Uniform(bits=8), residual_bits=8),
+        round_weights(Uniform(bits=4), stochastic=True),
+    ],
+)
+def test_more_elements_than_an_int32_counts(tx):
+    params = [jax.ShapeDtypeStruct((5, 30_000, 40_000), jnp.bfloat16)]
+    state = jax.eval_shape(tx.init, params)
+    updates, new = jax.eval_shape(tx.update, params, state, params)
+    assert updates[0].shape == params[0].shape
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
