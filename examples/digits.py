@@ -152,6 +152,7 @@ def plot(
     left.set_title("Accuracy in training")
     latent = latent_params(state.params, state.opt_state)["Dense_0"]["kernel"]
     plots.weight_histogram(right, latent, exported["Dense_0"]["kernel"])
+    right.xaxis.get_major_locator().set_params(integer=True)  # levels are whole steps
     right.set_title(f"Dense_0/kernel: {name}")
     figure.savefig(path)
 

@@ -24,16 +24,16 @@ def test_minilm(tmp_path: pathlib.Path):
     rows = {
         name.strip(): [float(x) for x in cells]
         for name, *cells in re.findall(
-            r"(?m)^ (\w[\w ,]+?) +\d+ +[\d.]+ +[\d.]+\*? +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+) *$",
+            r"(?m)^(\w[\w ,]+?) +\d+ +[\d.]+ +[\d.]+\*? +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+) *$",
             process.stdout,
         )
     }
     assert rows["float"] == [0.729, 0.446, 1, 1], process.stdout
-    groups, trained = rows["groups, mse"], rows["groups, trained"]
-    plain = rows["channel, absmax"]
+    groups, trained = rows["groups of 32, least squares"], rows["groups of 32, trained"]
+    plain = rows["a channel, plain absmax"]
     assert groups[2] > plain[2]
     assert groups[3] > plain[3]
-    assert rows["groups, mixed widths"][2] > groups[2]
+    assert rows["groups of 32, mixed widths"][2] > groups[2]
     assert trained[2] > 0.9
     assert (tmp_path / "minilm-4-bits.safetensors").stat().st_size < 13e6
     assert (tmp_path / "minilm.png").read_bytes().startswith(b"\x89PNG")

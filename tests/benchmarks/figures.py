@@ -1,11 +1,13 @@
-"""Runs every benchmark and writes one Markdown table of what was measured, beside its target.
+"""Runs the benchmarks and writes one Markdown table of what was measured, with targets where there are any.
 
     pip install -e '.[dev]' optuna
     python tests/benchmarks/figures.py --quick
     python tests/benchmarks/figures.py --torch-python torchenv/bin/python --data-dir DIR
 
-Without --torch-python and --data-dir, what needs them is left out (see lowbit.py). An hour on two
-cores, and a few minutes with --quick, whose figures say little. Nothing else should run meanwhile.
+Without --data-dir lowbit.py is left out, and without --torch-python what is measured in PyTorch (see
+lowbit.py for both). Compile times are those of 10 and 100 leaves; with --all also of 1,000, which takes more
+than 22 GB of memory (a process that is killed gives "inf"). Up to an hour on two cores, and a few minutes
+with --quick, whose figures say little. Nothing else should run meanwhile.
 """
 
 import argparse
@@ -49,6 +51,7 @@ def verdict(value: float, target: float | None, least: bool = False) -> str:
 
 def commands(args: argparse.Namespace) -> dict[str, list[str]]:
     quick = args.quick
+    leaves = [] if args.all else ["--leaves", "10", "100"]
     torch = ["--torch-python", args.torch_python] if args.torch_python else []
     found = {
         "quantize": ["--repeats", "2"] if quick else [],
@@ -56,7 +59,7 @@ def commands(args: argparse.Namespace) -> dict[str, list[str]]:
         "optimizer_state": [*(["--repeats", "1"] if quick else []), *torch],
         "cli": ["--layers", "2", "--repeats", "1"] if quick else [],
         "sweep": ["--steps", "30", "--repeats", "1"] if quick else [],
-        "long": ["--steps", "200", "--leaves", "10"] if quick else [],
+        "long": ["--steps", "200", "--leaves", "10"] if quick else leaves,
     }
     if args.data_dir and not quick:
         found["lowbit"] = ["--data-dir", args.data_dir, *torch, *([] if torch else ["--methods", "float", "ours, hard", "ours, annealed", "ours, 8-bit latent", "qwix"])]  # fmt: skip
@@ -86,6 +89,7 @@ def main() -> None:
     )
     parser.add_argument("--torch-python", help="a Python with torch, torchao and bitsandbytes")
     parser.add_argument("--data-dir", help="as of examples/fashion_mnist.py")
+    parser.add_argument("--all", action="store_true", help="also long.py with 1,000 leaves")
     parser.add_argument("--quick", action="store_true", help="see that all of them run")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/benchmarks.md"))
     args = parser.parse_args()
