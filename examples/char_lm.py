@@ -117,6 +117,12 @@ def loss_of(apply_fn: Callable[..., jax.Array], params: Any, windows: jax.Array)
     return jnp.mean(losses) / jnp.log(2)
 
 
+@functools.cache
+def model_of(vocabulary: int) -> Transformer:
+    """One for all runs, which then share what is compiled of it."""
+    return Transformer(vocabulary)
+
+
 @functools.partial(jax.jit, donate_argnums=0)
 def train_step(state: TrainState, windows: jax.Array) -> tuple[TrainState, jax.Array]:
     loss, grads = jax.value_and_grad(lambda p: loss_of(state.apply_fn, p, windows))(state.params)
@@ -187,7 +193,7 @@ def train(
     run: Run, text: Text, rate: float, seed: int, args: argparse.Namespace, progress: Any
 ) -> Result:
     started = time.perf_counter()
-    model = Transformer(text.vocabulary)
+    model = model_of(text.vocabulary)
     params = model.init(jax.random.key(seed), text.validation[:1, :-1])["params"]
     if run.on_grid:
         params = dequantize_params(quantize_params(params, GRID))
@@ -205,7 +211,7 @@ def train(
     params = state.params
     if run.on_grid:
         params = through_file(state, args.out / "char-lm-4-bits.safetensors")
-    weights = sum(p.size for p in jax.tree.leaves(params))
+    weights = sum(p.size for p in jax.tree.leaves(state.params))
     state_bytes = sum(x.nbytes for x in jax.tree.leaves(state.opt_state))
     threshold = [x for _, x in optax.tree.get_all_with_path(state.opt_state, "threshold")]
     return Result(

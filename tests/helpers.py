@@ -1,9 +1,12 @@
 """Data, float64 references and ways to start Python that several test files use."""
 
+import functools
+import importlib.util
 import os
 import pathlib
 import subprocess
 import sys
+import types
 import warnings
 
 import chex
@@ -156,4 +159,35 @@ def run_python(
 
 
 def run_example(script: str, *args: str | pathlib.Path) -> subprocess.CompletedProcess[str]:
-    return run_python(EXAMPLES / script, *args, COLUMNS="160")
+    return run_python(EXAMPLES / script, *args, COLUMNS="160", **compiled())
+
+
+def compiled() -> dict[str, str]:
+    """For a process that compiles much: this one's cache (see conftest.py)."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+@functools.cache
+def _example(script: str) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(pathlib.Path(script).stem, EXAMPLES / script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def refusal(capsys: pytest.CaptureFixture[str], script: str, *args: object) -> tuple[int, str]:
+    """The exit code and the message of an example that stops at its arguments.
+
+    In this process: another one would do little but import.
+    """
+    with pytest.raises(SystemExit) as stopped:
+        _example(script).main([str(arg) for arg in args])
+    code, message = stopped.value.code, capsys.readouterr().err
+    # Python prints a text that it finds there, and exits with 1.
+    return (1, message + code) if isinstance(code, str) else (code, message)

@@ -421,15 +421,21 @@ def test_an_error_in_the_thread_that_reads(source, tmp_path, monkeypatch, capsys
     assert os.listdir(tmp_path) == [source.name]
 
 
-@pytest.mark.parametrize("command", ["compress", "decompress", "budget", "inspect"])
-def test_memory_holds_few_tensors(tmp_path, command):
-    """Of 20 tensors of 8 MB, counted where they are made: jax's memory is not seen by tracemalloc."""
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A folder with ``in``, 20 tensors of 8 MB, and ``small``, the same compressed."""
+    folder = tmp_path_factory.mktemp("large")
     specs = {f"w{i}": (np.dtype(np.float32), (1024, 2048)) for i in range(20)}
-    with container.writing(tmp_path / "in", specs, {}) as file:
+    with container.writing(folder / "in", specs, {}) as file:
         for name in specs:
             file.put(name, np.full((1024, 2048), 0.5, np.float32))
-    if command in ("decompress", "inspect"):
-        assert run("compress", tmp_path / "in", tmp_path / "small", "--bits", 4) == 0
+    assert run("compress", folder / "in", folder / "small", "--bits", 4) == 0
+    return folder
+
+
+@pytest.mark.parametrize("command", ["compress", "decompress", "budget", "inspect"])
+def test_memory_holds_few_tensors(tmp_path, large, command):
+    """Of 20 tensors of 8 MB, counted where they are made: jax's memory is not seen by tracemalloc."""
     gc.collect()
     device = sum(x.nbytes for x in jax.live_arrays())
     peak = 0
@@ -449,10 +455,10 @@ def test_memory_holds_few_tensors(tmp_path, command):
         patch.setattr(conversion, "_on_device", watch(conversion._on_device))
         patch.setattr(cli, "array_of", watch(cli.array_of))
         args = {
-            "compress": ("compress", tmp_path / "in", tmp_path / "out"),
-            "budget": ("compress", tmp_path / "in", tmp_path / "out", "--budget", 5),
-            "decompress": ("decompress", tmp_path / "small", tmp_path / "out"),
-            "inspect": ("inspect", tmp_path / "small", "--against", tmp_path / "in"),
+            "compress": ("compress", large / "in", tmp_path / "out"),
+            "budget": ("compress", large / "in", tmp_path / "out", "--budget", 5),
+            "decompress": ("decompress", large / "small", tmp_path / "out"),
+            "inspect": ("inspect", large / "small", "--against", large / "in"),
         }[command]
         assert run(*args) == 0
     assert 0 < peak <= 3 * 8 * 2**20
@@ -463,9 +469,11 @@ import resource, sys
 import numpy as np
 from optax_clipquant import cli, container
 specs = {f"w{i}": (np.dtype(np.float32), (4096, 4096)) for i in range(10)}
+w = np.random.default_rng(0).standard_normal((4096, 4096), np.float32)
 with container.writing(sys.argv[1] + "/in", specs, {}) as file:
     for name in specs:
-        file.put(name, np.random.default_rng(0).standard_normal((4096, 4096), np.float32))
+        file.put(name, w)
+del w
 assert "rich.progress" in sys.modules
 code = cli.main(["compress", sys.argv[1] + "/in", sys.argv[1] + "/out", "--bits", "4"])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)

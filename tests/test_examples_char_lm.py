@@ -4,7 +4,7 @@ import pathlib
 import re
 
 import pytest
-from helpers import EXAMPLES, run_example, run_python
+from helpers import EXAMPLES, refusal, run_example, run_python
 
 # A block fewer, which takes half of the time to compile.
 SMALL = """
@@ -52,21 +52,52 @@ def test_clipping(tmp_path: pathlib.Path, text: pathlib.Path):
         COLUMNS="160",
     )
     assert process.returncode == 0, process.stderr
-    for name in ("no clipping", "clip_by_value(0.01)", "clip_by_quantile()", "clip_by_zscore()"):
-        assert name in process.stdout
+    # Bits a character, the worst jump, the share that is clipped, and the bound of those that find one.
+    rows = {
+        name: [float(x) for x in rest.replace("%", "").split()]
+        for name, rest in re.findall(
+            r"(?m)^ (no clipping|clip_by_\S+)  +([\d.% ]+) *$", process.stdout
+        )
+    }
+    plain, by_value = rows["no clipping"], rows["clip_by_value(0.01)"]
+    by_quantile, by_zscore = rows["clip_by_quantile()"], rows["clip_by_zscore()"]
+    assert plain[2:] == [0], process.stdout
+    assert len(by_value) == 3
+    assert 5 < by_value[2] < 95
+    assert 0 < by_quantile[2] < 5
+    assert by_zscore[2] == 100
+    assert 0.01 < by_quantile[3] < 10
+    assert 0.1 < by_zscore[3] < 10
+    # At this rate the loss rises but for the bounds that are tight from the start.
+    for tight in (by_value, by_zscore):
+        assert tight[0] < plain[0] / 2
+        assert tight[1] < plain[1] / 2
+    assert by_quantile[0] != plain[0]
 
 
-def test_bad_arguments_are_refused(tmp_path: pathlib.Path):
-    process = run_example("char_lm.py", "--steps", "10", "--warmup", "10")
-    assert process.returncode == 2
-    assert "--warmup must be from 0 to below --steps, got 10" in process.stderr
-    process = run_example("char_lm.py", "--steps", "1", "--warmup", "0")
-    assert "--steps must be at least 2, got 1" in process.stderr
-    process = run_example("char_lm.py", "--out", "/dev/null/x")
-    assert process.returncode == 2
-    assert "--out: " in process.stderr
-    short = tmp_path / "short.txt"
-    short.write_text("too short")
-    process = run_example("char_lm.py", "--text", str(short))
-    assert process.returncode == 1
-    assert "9 characters are too few" in process.stderr
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (
+            ["--steps", "10", "--warmup", "10"],
+            2,
+            "--warmup must be from 0 to below --steps, got 10",
+        ),
+        (["--steps", "1", "--warmup", "0"], 2, "--steps must be at least 2, got 1"),
+        (["--out", "/dev/null/x"], 2, "--out: "),
+        (["--text", "short.txt"], 1, "9 characters are too few"),
+    ],
+)
+def test_refuses(
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    args: list[str],
+    code: int,
+    message: str,
+):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("short.txt").write_text("too short")
+    stopped, found = refusal(capsys, "char_lm.py", *args)
+    assert stopped == code
+    assert message in found

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from helpers import run_example
+from helpers import refusal, run_example
 from sklearn.datasets import load_digits
 
 DEBIAN = pathlib.Path("/usr/share/datasets/fashion-mnist")
@@ -75,17 +75,23 @@ def test_fashion(tmp_path: pathlib.Path):
     assert all(value > 0.7 for value in accuracies(process.stdout).values()), process.stdout
 
 
-def test_refuses(tmp_path: pathlib.Path, digits: pathlib.Path):
-    process = run_example("fashion_mnist.py", "--data-dir", str(tmp_path))
-    assert process.returncode == 1
-    assert "lacks train-images-idx3-ubyte" in process.stderr
+def test_refuses(
+    tmp_path: pathlib.Path,
+    digits: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.chdir(tmp_path)
+    code, message = refusal(capsys, "fashion_mnist.py", "--data-dir", tmp_path)
+    assert code == 1
+    assert "lacks train-images-idx3-ubyte" in message
     for name in ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"):
         (tmp_path / name).write_bytes((digits / name).read_bytes())
     (tmp_path / "t10k-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03" + bytes(20))
     (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(b"not an IDX file")
-    process = run_example("fashion_mnist.py", "--data-dir", str(tmp_path))
-    assert process.returncode == 1
-    assert "is cut short" in process.stderr
-    process = run_example("fashion_mnist.py", "--epochs", "0")
-    assert process.returncode == 2
-    assert "--epochs must be at least 1" in process.stderr
+    code, message = refusal(capsys, "fashion_mnist.py", "--data-dir", tmp_path)
+    assert code == 1
+    assert "is cut short" in message
+    code, message = refusal(capsys, "fashion_mnist.py", "--epochs", "0")
+    assert code == 2
+    assert "--epochs must be at least 1" in message

@@ -2,7 +2,7 @@
 
 import json
 
-from helpers import EXAMPLES, run_python
+from helpers import EXAMPLES, compiled, run_python
 
 NOTEBOOK = EXAMPLES / "colab_tpu.ipynb"
 
@@ -31,8 +31,9 @@ def pictures(notebook: dict) -> int:
 def test_runs(tmp_path):
     out = tmp_path / "run.ipynb"
     process = run_python(
-        "-c", RUN, NOTEBOOK, out, timeout=400, QUICK="1", JAX_PLATFORMS="cpu", TMPDIR=str(tmp_path)
-    )
+        *("-c", RUN, NOTEBOOK, out),
+        timeout=400, QUICK="1", JAX_PLATFORMS="cpu", TMPDIR=str(tmp_path), **compiled(),
+    )  # fmt: skip
     assert process.returncode == 0, process.stderr[-3000:]
     run = json.loads(out.read_text())
     text = printed(run)
