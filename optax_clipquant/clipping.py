@@ -37,8 +37,8 @@ def clip_by_value(c: Bound, *, telemetry: bool = True) -> optax.GradientTransfor
     """Clamps each element of the gradients: ``g -> min(max(g, -c), c)``.
 
     The bound is rounded to each leaf's dtype, whose gradients keep their dtype. NaN passes, so that
-    ``optax.apply_if_finite`` and ``optax.zero_nans`` still see it; an infinity becomes the bound, unless that is infinite too.
-    The real and imaginary parts of complex gradients are clamped separately.
+    ``optax.apply_if_finite`` and ``optax.zero_nans`` still see it; an infinity becomes the bound, unless
+    that is infinite too. The real and imaginary parts of complex gradients are clamped separately.
 
     Args:
       c: the bound: a positive number or 0-d array, or an ``optax.Schedule`` of the step; or a tree

@@ -50,7 +50,8 @@ def save(
 
     Raises:
       TypeError: a leaf cannot be stored, or ``metadata`` is not text.
-      ValueError: ``metadata`` has a key that this library reserves, or the codes of a leaf do not fit their grid.
+      ValueError: ``metadata`` has a key that this library reserves, or the codes of a leaf do not fit
+        their grid.
 
     Examples:
       >>> import tempfile

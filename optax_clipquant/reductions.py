@@ -171,8 +171,8 @@ def count(*masks: jax.Array) -> jax.Array:
     """How many elements are true in one of ``masks``, which exclude each other: a float32.
 
     The count is exact, then rounded; of 2**31 elements and more, which an int32 cannot count, it is
-    rounded for each index of the first axis. XLA's CPU backend is slow at counting a single one (as seen with jaxlib 0.10.2). On several
-    devices each would be a message of its own.
+    rounded for each index of the first axis. XLA's CPU backend is slow at counting a single mask (as seen
+    with jaxlib 0.10.2). On several devices each would be a message of its own.
     """
     if jax.device_count() > 1:
         masks = (functools.reduce(jnp.logical_or, masks),)

@@ -175,7 +175,7 @@ def quantize_weights(
                 return u, grid, latent
             if soft is not None:
                 # The next step finds the level of what the params are then, rounded to their dtype.
-                level = _level(grid, (p.astype(u.dtype) + u).astype(p.dtype))
+                level = _level(grid, grid.round(p.astype(u.dtype) + u))
             kept = residual.advance(latent, level, grid, kept, index[path], state.count)
             return u, grid, kept
 
