@@ -1,5 +1,6 @@
 """Which leaf of a tree of params gets which quantizer."""
 
+import collections
 import contextlib
 import difflib
 import re
@@ -46,7 +47,7 @@ def quantize_params(
 
     Raises:
       ValueError: no leaf is selected, an expression is found in no path, a leaf lacks an axis that
-        its quantizer names, or two selected leaves have the same path.
+        its quantizer names, or another leaf has the path of a selected one.
       TypeError: a selected leaf is not a real floating array.
 
     Examples:
@@ -126,11 +127,12 @@ def select(params: PyTree, quantizer: Rules, where: Where | None) -> dict[str, Q
     if not isinstance(quantizer, Quantizer):
         _check_found(quantizer, [path for path, _ in leaves], [path for path, _ in eligible])
     chosen = {}
+    times = collections.Counter(path for path, _ in leaves)
     for path, leaf in eligible:
         rule = rule_for(path, quantizer)
         if rule is None:
             continue
-        if path in chosen:
+        if times[path] > 1:
             raise ValueError(
                 f"params have two leaves with the path {path!r}, as {{'a': {{'b': ...}}, 'a/b': ...}} "
                 "would; rename one"

@@ -15,6 +15,7 @@ Examples:
   >>> figure.savefig("kernel.png")  # doctest: +SKIP
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -93,6 +94,8 @@ def weight_histogram(axes: Axes, before: jax.typing.ArrayLike, after: QArray) ->
     weights = np.asarray(before, np.float32)
     if weights.shape != after.shape:
         raise ValueError(f"before has shape {weights.shape}, after {after.shape}")
+    # In float32: rounded to half precision, levels would not lie evenly.
+    after = QArray(after.qvalue, dataclasses.replace(after.grid, dtype=np.dtype(np.float32)))
     grid = after.grid
     ends = [grid.decode(jnp.full(after.shape, k, jnp.int8)) for k in (grid.lower, grid.upper)]
     low, high = (np.asarray(end, np.float32) for end in ends)
@@ -144,6 +147,7 @@ def against_bits(
       better: which values are better.
     """
     everything = [point for points in series.values() for point in points]
+    _check_better(better)
     sign = 1 if better == "higher" else -1
     front = pareto_front([(bits, sign * value) for bits, value in everything])
     if front:
@@ -274,6 +278,7 @@ def heat_map(
     Raises:
       ValueError: there are no rows, a key is missing, or two rows have the same ``x`` and ``y``.
     """
+    _check_better(better)
     if not rows:
         raise ValueError("heat_map: there are no rows")
     for key in (x, y, value):
@@ -348,3 +353,8 @@ def _styled(series: Mapping[str, Any]) -> Any:
 
 def _cell(i: int, j: int, **style: Any) -> Any:
     return matplotlib.patches.Rectangle((j - 0.5, i - 0.5), 1, 1, **style)
+
+
+def _check_better(better: str) -> None:
+    if better not in ("higher", "lower"):
+        raise ValueError(f"better must be 'higher' or 'lower', got {better!r}")

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import rich.table
+import rich.text
 
 from optax_clipquant.params import PyTree
 from optax_clipquant.paths import path_of
@@ -76,7 +77,7 @@ class Summary(Printed):
         for row in self.rows:
             errors = (row.max_error, ".2g"), (row.snr_db, ".1f")
             table.add_row(
-                row.path,
+                rich.text.Text(row.path),  # and no markup
                 "x".join(map(str, row.shape)),
                 f"{row.bits:.3g}",
                 f"{row.bytes_before:,}",

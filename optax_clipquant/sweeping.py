@@ -10,8 +10,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import rich.console
 import rich.progress
 import rich.table
+import rich.text
 
 from optax_clipquant.sweep_file import Row, read, write
 from optax_clipquant.tables import Printed, compact_table
@@ -84,7 +86,8 @@ class Sweep(Printed):
         some_failed = len(self._finished()) < len(self.rows)
         for name in self.rows[0]:
             if name != _FAILED or some_failed:
-                table.add_column("" if name == _FAILED else name, justify="right", overflow="fold")
+                header = rich.text.Text("" if name == _FAILED else name)  # and no markup
+                table.add_column(header, justify="right", overflow="fold")
         for row in self.rows:
             values = (value for name, value in row.items() if name != _FAILED)
             table.add_row(
@@ -171,6 +174,7 @@ def sweep(
         rich.progress.BarColumn(),
         rich.progress.MofNCompleteColumn(),
         rich.progress.TimeElapsedColumn(),
+        console=rich.console.Console(stderr=True),
         disable=not progress,
     )
     with bar:

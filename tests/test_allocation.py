@@ -186,3 +186,27 @@ def test_refuses(edit, message):
 def test_no_batches():
     with pytest.raises(ValueError, match="batches is empty"):
         squared_gradients(lambda p, b: 0.0, {"w": jnp.ones(2)}, [])
+
+
+def test_never_over_the_budget_where_the_solver_is():
+    """Its tolerance is relative: of tens of millions of bytes, one too many passes for none."""
+    rng = np.random.default_rng(0)
+    exceeded = 0
+    for _ in range(40):
+        weights = 10 ** rng.uniform(4, 9, 5)
+        sizes = np.stack(
+            [np.ceil(weights * bits / 8) + rng.integers(9) for bits in (2, 3, 4, 6, 8)], 1
+        )
+        sizes = sizes.astype(np.int64)
+        errors = weights[:, None] * 4.0 ** -np.array([2, 3, 4, 6, 8]) * rng.uniform(0.5, 2, (5, 5))
+        each = np.array(list(itertools.product(range(5), repeat=5)))
+        total = sizes[np.arange(5), each].sum(1)
+        budget = int(total[rng.integers(len(each))]) - 1
+        if budget < total.min():
+            continue
+        chosen = _knapsack(sizes, errors, budget)
+        assert sizes[np.arange(5), chosen].sum() <= budget
+        least = errors[np.arange(5), each].sum(1)[total <= budget].min()
+        np.testing.assert_allclose(errors[np.arange(5), chosen].sum(), least, rtol=1e-6)
+        exceeded += 1
+    assert exceeded > 30

@@ -594,3 +594,13 @@ def test_statics_are_restored(file):
         if isinstance(q, QArray):
             for field in dataclasses.fields(Grid)[3:]:
                 assert getattr(loaded.grid, field.name) == getattr(q.grid, field.name)
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe is not a regular file"):
+        save(tmp_path / "pipe", {"w": jnp.ones(2)})
+    assert stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
+    with pytest.raises(IsADirectoryError, match="is a folder; name a file"):
+        save(tmp_path, {"w": jnp.ones(2)})
+    assert os.listdir(tmp_path) == ["pipe"]

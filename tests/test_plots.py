@@ -1,5 +1,6 @@
 """Pictures show the numbers that they are given."""
 
+import dataclasses
 import math
 
 import hypothesis
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from helpers import CORE, QUANTIZERS, weights
 
-from optax_clipquant import Uniform, plots, quantize_params, summarize
+from optax_clipquant import QArray, Uniform, plots, quantize_params, summarize
 
 
 def draw(figure) -> None:
@@ -172,3 +173,22 @@ def test_no_setting_of_matplotlib_is_changed():
     assert len(axes) == 4
     draw(figure)
     assert dict(matplotlib.rcParams) == before
+
+
+def test_better_is_one_of_two_words():
+    _, (axes,) = plots.subplots(1)
+    with pytest.raises(ValueError, match="better must be 'higher' or 'lower', got 'max'"):
+        plots.against_bits(axes, {"a": [(2, 0.5)]}, ylabel="", better="max")  # pyright: ignore
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_histogram_of_half_precision_has_a_stem_for_each_level(bits):
+    q = Uniform(bits=bits).quantize(jnp.asarray(weights((512, 16)), jnp.bfloat16))
+    counts = []
+    for dtype in (jnp.bfloat16, jnp.float32):
+        _, (axes,) = plots.subplots(1)
+        grid = dataclasses.replace(q.grid, dtype=np.dtype(dtype))
+        plots.weight_histogram(axes, weights((512, 16)), QArray(q.qvalue, grid))
+        counts.append(len(axes.get_lines()[0].get_xdata()))
+    assert counts[0] == counts[1]
+    assert counts[0] <= 2**bits + 1  # a scale may be negative: -8 to 7 and -7 to 8

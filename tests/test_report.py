@@ -69,3 +69,9 @@ def test_a_leaf_with_nan_shows_it():
     (row,) = summarize(params, quantize_params(params, Uniform(bits=8))).rows
     assert math.isnan(row.max_error)
     assert row.snr_db == -math.inf
+
+
+def test_names_are_no_markup():
+    tree = {name: jnp.ones((3, 2)) for name in ("x[red]y", "z[/z]", "a:key:b")}
+    text = str(summarize(tree, quantize_params(tree)))
+    assert all(name in text for name in tree)

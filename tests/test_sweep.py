@@ -438,6 +438,6 @@ def test_prints_a_table():
 
 def test_progress(capsys):
     sweep(lambda c: {"loss": c}, {"c": [1.0, 2.0, 3.0]}, batch_size=2)
-    assert "3/3" in capsys.readouterr().out
+    assert "3/3" in capsys.readouterr().err  # stdout is for results
     sweep(lambda c: {"loss": c}, {"c": [1.0, 2.0, 3.0]}, progress=False)
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr() == ("", "")
