@@ -5,11 +5,10 @@ import os
 import pathlib
 
 # Before jax is imported: it reads this once. HOST_DEVICES=1 is what most users have; tests that need
-# eight skip themselves then. Programs are small: one LLVM module each compiles faster than several.
+# eight skip themselves then.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + f" --xla_force_host_platform_device_count={os.environ.get('HOST_DEVICES', 8)}"
-    + " --xla_cpu_parallel_codegen_split_count=1"
 )
 
 import hypothesis
