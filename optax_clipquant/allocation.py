@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,8 @@ import numpy as np
 
 from optax_clipquant.params import PyTree, Where, leaves_of, naming, select
 from optax_clipquant.quantizers import Quantizer, Uniform
+
+Q = TypeVar("Q", bound=Quantizer)
 
 
 def allocate_bits(
@@ -80,10 +82,10 @@ def allocate_bits(
 
 def allocate(
     specs: Mapping[str, Any],
-    rules: Mapping[str, Sequence[Quantizer]],
+    rules: Mapping[str, Sequence[Q]],
     read: Callable[[str], tuple[Any, jax.Array]],
     bits_per_param: float,
-) -> dict[str, Quantizer]:
+) -> dict[str, Q]:
     """``allocate_bits`` for leaves that are read one at a time and not kept.
 
     Args:

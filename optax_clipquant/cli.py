@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -14,24 +13,19 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-import jax
-import rich.console
-import rich.progress
-
-from optax_clipquant.container import Reader, nbytes, replacing
+from optax_clipquant.container import Reader, check_replaceable, nbytes, replacing
 from optax_clipquant.conversion import (
     WIDTHS,
     Progress,
-    allocate_widths,
-    array_of,
+    Rule,
+    Tensors,
     compress,
     decompress,
-    tensors_of,
+    threads,
     widths_of,
 )
-from optax_clipquant.files import is_saved
-from optax_clipquant.quantizers import Quantizer, Uniform
-from optax_clipquant.report import Row, Summary, row_of
+from optax_clipquant.rows import Row, Summary, errors
+from optax_clipquant.saved import is_saved
 
 T = TypeVar("T")
 
@@ -42,15 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     As a command, without ``argv``, it keeps off accelerators unless ``JAX_PLATFORMS`` names them.
     """
     args = _parser().parse_args(argv)
-    if argv is None and "JAX_PLATFORMS" not in os.environ:
+    if argv is None:
         # All is done while a byte is read and written; and a TPU belongs to who trains on it.
-        jax.config.update("jax_platforms", "cpu")
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # As Ctrl-C does: so that a half-written file is removed.
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         args.run(args)
     except (KeyboardInterrupt, _Terminated) as stop:
-        print("optax-clipquant: interrupted; nothing was written", file=sys.stderr)
+        print("optax-clipquant: interrupted; nothing is left half-written", file=sys.stderr)
         return 128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)
     except (OSError, ValueError, TypeError, RuntimeError, MemoryError) as error:
         print(f"optax-clipquant: error: {_message(error)}", file=sys.stderr)
@@ -72,15 +66,12 @@ def _inspect(args: argparse.Namespace) -> None:
     if args.plot is not None:
         _check_plot(args)
     with Reader(args.file) as reader:
-        tensors = tensors_of(reader)
-        dtypes = [tensor.spec[0].name for tensor in tensors.values()]
-        rows = [
-            Row(path, tensor.spec[1], tensor.bits, nbytes(*tensor.spec), tensor.nbytes)
-            for path, tensor in tensors.items()
-        ]
+        tensors = Tensors(reader)
+        dtypes = [leaf.spec[0].name for leaf in tensors.leaves.values()]
+        rows = tensors.rows
         if args.against is not None:
             with Reader(args.against) as floats:
-                rows = _compared(reader, floats, rows)
+                rows = _compared(tensors, Tensors(floats), args)
     summary = Summary(tuple(rows))
     if args.plot is not None:
         _plot(args.plot, summary)
@@ -88,6 +79,8 @@ def _inspect(args: argparse.Namespace) -> None:
         totals = {"bytes_before": summary.bytes_before, "bytes_after": summary.bytes_after}
         _print_json({"file": args.file, **totals, "tensors": _plain(rows, dtypes)})
     else:
+        import rich.console
+
         rich.console.Console(width=None if sys.stdout.isatty() else 120).print(summary)
 
 
@@ -118,22 +111,26 @@ def _format_of(path: str) -> str:
     return os.path.splitext(path)[1].lstrip(".").lower()
 
 
-def _compared(reader: Reader, floats: Reader, rows: list[Row]) -> list[Row]:
-    """The rows with the errors beside ``floats``."""
-    before, after = tensors_of(floats), tensors_of(reader)
-    if before.keys() != after.keys():
+def _compared(after: Tensors, before: Tensors, args: argparse.Namespace) -> list[Row]:
+    """The rows with the errors beside a float file."""
+    if before.leaves.keys() != after.leaves.keys():
         raise ValueError(
-            f"--against {floats.path}: {reader.path} has other tensors: "
-            f"{sorted(before.keys() ^ after.keys())[:8]}"
+            f"--against {args.against}: {args.file} has other tensors: "
+            f"{sorted(before.leaves.keys() ^ after.leaves.keys())[:8]}"
         )
-    compared = []
-    with _progress("comparing", sum(row.bytes_before for row in rows)) as progress:
-        for row in rows:
-            leaf = array_of(after[row.path].read())
-            found = row_of(row.path, array_of(before[row.path].read()), leaf)
-            compared.append(
-                dataclasses.replace(row, max_error=found.max_error, snr_db=found.snr_db)
+    for path, leaf in after.leaves.items():
+        shape = before.leaves[path].shape
+        if shape != leaf.shape:
+            raise ValueError(
+                f"--against {args.against}: tensor {path!r} has shape {shape} there, and {leaf.shape} "
+                f"in {args.file}"
             )
+    compared = []
+    total = sum(row.bytes_before for row in after.rows)
+    with threads() as pool, _progress("comparing", total) as progress:
+        for row in after.rows:
+            max_error, snr_db = errors(before.read(row.path, pool), after.read(row.path, pool))
+            compared.append(dataclasses.replace(row, max_error=max_error, snr_db=snr_db))
             progress(row.bytes_before)
     return compared
 
@@ -153,17 +150,23 @@ def _compress(args: argparse.Namespace) -> None:
     _report(args, rows, dtypes, quantized=len(rules), bits_per_param=8 * packed / max(weights, 1))
 
 
-def _choose(args: argparse.Namespace, source: Reader) -> dict[str, Quantizer]:
-    """The quantizer of each tensor that is to have one."""
-    options = {"channel_axis": args.channel_axis, "group_size": args.group_size}
-    make = functools.partial(Uniform, **options, scale_rule=args.scale)
+def _choose(args: argparse.Namespace, source: Reader) -> dict[str, Rule]:
+    """The rule of each tensor that is to be quantized."""
     try:
-        widths = widths_of(source.specs, args.bits if args.budget is None else None, args.rule)
+        rules = {
+            name: Rule(bits, args.channel_axis, args.group_size, args.scale)
+            for name, bits in widths_of(source.specs, args.rule).items()
+        }
         if args.budget is None:
-            return {name: make(bits=bits or 8) for name, bits in widths.items()}
-        total = sum(nbytes(*source.specs[name]) for name in widths)
+            return {
+                name: rule if rule.bits else rule._replace(bits=args.bits)
+                for name, rule in rules.items()
+            }
+        from optax_clipquant.searching import allocate_rules
+
+        total = sum(nbytes(*source.specs[name]) for name in rules)
         with _progress("choosing bits", total) as progress:
-            return allocate_widths(source, widths, args.budget, make, progress)
+            return allocate_rules(source, rules, args.budget, progress)
     except ValueError as error:
         raise ValueError(f"{source.path}: {error}") from error
 
@@ -173,12 +176,12 @@ def _decompress(args: argparse.Namespace) -> None:
     with Reader(args.input) as source:
         if not is_saved(source):
             raise ValueError(f"{args.input} is not compressed: optax_clipquant did not write it")
-        tensors = tensors_of(source).values()
-        total = sum(nbytes(*tensor.spec) for tensor in tensors)
+        leaves = Tensors(source).leaves.values()
+        total = sum(nbytes(*leaf.spec) for leaf in leaves)
         with _progress("decompressing", total) as progress:
             rows = decompress(source, args.output, progress)
-    dtypes = [tensor.spec[0].name for tensor in tensors]
-    _report(args, rows, dtypes, quantized=sum(tensor.quantized for tensor in tensors))
+    dtypes = [leaf.spec[0].name for leaf in leaves]
+    _report(args, rows, dtypes, quantized=sum(leaf.levels is not None for leaf in leaves))
 
 
 def _check_output(args: argparse.Namespace) -> None:
@@ -192,8 +195,8 @@ def _check_output(args: argparse.Namespace) -> None:
 
 
 def _check_free(what: str, path: str, force: bool) -> None:
-    if os.path.isdir(path):
-        raise IsADirectoryError(f"{what} is a folder; name a file")
+    """Before the work: whether ``path`` may be written."""
+    check_replaceable(path)
     if os.path.lexists(path) and not force:
         raise FileExistsError(f"{what} exists; overwrite it with --force")
 
@@ -201,16 +204,20 @@ def _check_free(what: str, path: str, force: bool) -> None:
 @contextlib.contextmanager
 def _progress(text: str, total: int) -> Iterator[Progress]:
     """A bar on stderr, to be told of bytes; none where that is no terminal."""
-    console = rich.console.Console(stderr=True)
+    if not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    import rich.console
+    import rich.progress
+
     columns = (
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),
         rich.progress.DownloadColumn(),
         rich.progress.TimeRemainingColumn(),
     )
-    with rich.progress.Progress(
-        *columns, console=console, transient=True, disable=not sys.stderr.isatty()
-    ) as progress:
+    console = rich.console.Console(stderr=True)
+    with rich.progress.Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(text, total=total)
         yield lambda count: progress.advance(task, count)
 
@@ -247,7 +254,7 @@ def _print_json(content: dict[str, Any]) -> None:
 
 def _message(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+        return f"{error.filename}: {error.strerror or error}"
     return " ".join(str(error).split()) or type(error).__name__
 
 

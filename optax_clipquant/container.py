@@ -9,8 +9,10 @@ import json
 import math
 import os
 import secrets
+import stat
+import threading
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, Self
 
 import ml_dtypes
@@ -29,6 +31,8 @@ DTYPES: dict[str, np.dtype] = {
 }
 _TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
 
+_HEADER_LIMIT = 100_000_000  # of the safetensors format
+
 Spec = tuple[np.dtype, tuple[int, ...]]
 """Dtype and shape of a tensor."""
 
@@ -43,7 +47,8 @@ class Reader:
 
     Raises:
       OSError: the file cannot be opened.
-      ValueError: it is truncated or no safetensors file, or has a dtype that NumPy lacks.
+      ValueError: it is truncated or no safetensors file, or has a dtype that NumPy lacks; or it is no
+        regular file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -51,6 +56,13 @@ class Reader:
         self.texts: dict[str, str] = {}
         self.specs: dict[str, Spec] = {}
         self._offsets: dict[str, int] = {}
+        self._lock = threading.Lock()
+        # To open a pipe waits for who writes to it.
+        mode = os.stat(self.path).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(f"{self.path} is a folder; name a safetensors file")
+        if not stat.S_ISREG(mode):
+            raise ValueError(f"{self.path} is not a regular file; name a safetensors file")
         with contextlib.ExitStack() as stack:
             self._file = stack.enter_context(open(self.path, "rb"))
             self._read_header()
@@ -82,10 +94,29 @@ class Reader:
         dtype, shape = self.specs[name]
         size = nbytes(dtype, shape)
         out = np.empty(size, np.uint8) if out is None else out[:size]
-        self._file.seek(self._offsets[name])
-        if self._file.readinto(out.data) != size:
-            raise ValueError(f"{self.path}: tensor {name!r} is truncated")
+        self.read_at(name, 0, out)
         return out.view(dtype).reshape(shape)
+
+    def read_at(self, name: str, first: int, out: np.ndarray) -> None:
+        """Fills ``out`` with the bytes of a tensor, from its ``first`` on. Threads may call it."""
+        try:
+            with self._lock:
+                self._file.seek(self._offsets[name] + first)
+                count = self._file.readinto(out.data)
+        except OSError as error:
+            error.filename = self.path if error.errno else None
+            raise
+        if count != out.nbytes:
+            raise ValueError(f"{self.path}: tensor {name!r} is truncated")
+
+    def pieces(self, name: str) -> Iterator[np.ndarray]:
+        """The bytes of the tensor ``name`` in turn; each takes the place of the one before."""
+        size = nbytes(*self.specs[name])
+        room = np.empty(min(size, 2**20), np.uint8)
+        for first in range(0, size, max(room.size, 1)):
+            piece = room[: size - first]
+            self.read_at(name, first, piece)
+            yield piece
 
     def __enter__(self) -> Self:
         return self
@@ -100,7 +131,7 @@ class Reader:
 
 
 class Writer:
-    """A new file, whose tensors may be put in any order; see ``writing``.
+    """A new file, in which tensors may be put in any order, one at a time; see ``writing``.
 
     Attributes:
       texts: the metadata. It may change until the end, but take no more room.
@@ -118,16 +149,35 @@ class Writer:
             self._offsets[name] = end
             end += nbytes(*specs[name])
         self._room = -(-len(self._header()) // 8) * 8
+        if self._room > _HEADER_LIMIT:
+            raise ValueError(
+                f"the header would take {self._room:,} bytes, of which no safetensors reader takes more "
+                f"than {_HEADER_LIMIT:,}; shorten the metadata"
+            )
         file.truncate(8 + self._room + end)
 
     def put(self, name: str, array: np.ndarray) -> None:
+        """Writes a tensor."""
         if (array.dtype, array.shape) != self._specs[name]:
             raise ValueError(
                 f"tensor {name!r} is {array.dtype} {array.shape}, but was announced as "
                 "{} {}".format(*self._specs[name])
             )
+        for _ in self.putting(name, [array]):
+            pass
+
+    def putting(self, name: str, pieces: Iterable[np.ndarray]) -> Iterator[memoryview]:
+        """Writes a tensor from pieces of it, in C order; gives the bytes of each when it is written."""
         self._file.seek(8 + self._room + self._offsets[name])
-        self._file.write(bytes_of(array).data)
+        written = 0
+        for piece in pieces:
+            content = bytes_of(piece).data
+            self._file.write(content)
+            written += len(content)
+            yield content
+        size = nbytes(*self._specs[name])
+        if written != size:
+            raise ValueError(f"tensor {name!r} has {written} bytes, but {size} were announced")
         self._missing.discard(name)
 
     def finish(self) -> None:
@@ -183,13 +233,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
       ValueError: it is a device, a pipe or a socket, which a file would take the place of.
     """
     path = os.fspath(path)
-    if os.path.isdir(path):
-        raise IsADirectoryError(f"{path} is a folder; name a file")
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"{path} is not a regular file; name another")
+    check_replaceable(path)
     folder, name = os.path.split(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"{path}: there is no folder {folder}")
     temporary = os.path.join(folder, f".{name[:32]}.{secrets.token_hex(6)}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -198,10 +243,23 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync(folder)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            error.filename = path  # as of a full disk
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
         raise
+
+
+def check_replaceable(path: str) -> None:
+    """Raises as ``replacing`` does at once."""
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{path} is a folder; name a file")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} is not a regular file; name another")
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{path}: there is no folder {folder}")
 
 
 def bytes_of(array: np.ndarray) -> np.ndarray:
@@ -214,6 +272,8 @@ def nbytes(dtype: np.dtype, shape: tuple[int, ...]) -> int:
 
 
 def _sync(folder: str) -> None:
+    if os.name != "posix":
+        return  # only there a folder can be opened
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

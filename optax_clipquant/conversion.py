@@ -1,103 +1,116 @@
-"""Safetensors files made small, and plain again, one tensor at a time.
+"""Safetensors files made small, and plain again, a tensor at a time, with JAX only where it is needed.
 
-A tensor is quantized or dequantized in a thread while the one before is packed and written, so that
-memory holds two of them: about twice the largest.
+Absmax scales are found and weights are encoded in NumPy (``host.py``), in threads and a block at a time,
+while blocks before are written. Scales of least squared error, and bits under a budget, are searched for
+by JAX (``searching.py``).
 """
 
-import concurrent.futures
 import contextlib
-import dataclasses
 import functools
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Literal, NamedTuple
 
-import jax
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
-from optax_clipquant.allocation import allocate
-from optax_clipquant.container import Reader, Spec, nbytes, writing
-from optax_clipquant.files import SavedFile, is_saved, write
-from optax_clipquant.names import name_of
-from optax_clipquant.params import is_weight, naming
-from optax_clipquant.qarray import is_qarray
-from optax_clipquant.quantizers import Quantizer
-from optax_clipquant.report import Row
+from optax_clipquant.container import Reader, Spec, bytes_of, nbytes, writing
+from optax_clipquant.host import Absmax, Threads, decode
+from optax_clipquant.layout import Entry, Leaf, plain
+from optax_clipquant.names import name_of, names_a_weight
+from optax_clipquant.rows import Row
+from optax_clipquant.saved import Parts, SavedFile, is_saved, write
 
 WIDTHS = (2, 3, 4, 6, 8)  # that a budget is spent on
 # Others are left alone: jax would cut 64 bits, and 8 bits are small.
-_QUANTIZED = {jnp.dtype(t) for t in (jnp.float16, jnp.bfloat16, jnp.float32)}
+_QUANTIZED = {np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32)}
 
-T = TypeVar("T")
 Progress = Callable[[int], None]
 """Is told of bytes done."""
 
-_quantize = jax.jit(lambda rule, w: rule.quantize(w))
+
+class Rule(NamedTuple):
+    """A ``Uniform`` by its arguments. ``bits`` of None is for a budget to choose, and 8 without one."""
+
+    bits: int | None
+    channel_axis: int
+    group_size: int | None
+    scale_rule: Literal["absmax", "mse"] | None
+
+    @property
+    def is_absmax(self) -> bool:
+        """Whether ``host`` can do it."""
+        bits = self.bits or 8
+        return bits >= 3 and (self.scale_rule or ("absmax" if bits > 3 else "mse")) == "absmax"
 
 
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """A tensor of a file, quantized or not.
+class Tensors:
+    """The tensors of any file, by name; of one of ``save``, by path.
 
     Attributes:
-      spec: dtype and shape of what it stands for.
-      bits: bits of a code or an element.
-      nbytes: its bytes in the file.
-      quantized: whether it is a ``QArray``.
-      read: gives it.
+      leaves: what the file holds of each.
     """
 
-    spec: Spec
-    bits: float
-    nbytes: int
-    quantized: bool
-    read: Callable[[], Any]
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._entries: dict[str, Entry] = {}
+        if not is_saved(reader):
+            self.leaves = {name: plain(spec) for name, spec in reader.specs.items()}
+            return
+        self._file = SavedFile(reader)
+        for entry in self._file.entries:
+            if entry.path in self._entries:
+                raise ValueError(f"{reader.path}: two tensors would have the name {entry.path!r}")
+            self._entries[entry.path] = entry
+        self.leaves = {path: entry.leaf for path, entry in self._entries.items()}
+
+    @property
+    def rows(self) -> list[Row]:
+        return [_row(path, leaf) for path, leaf in self.leaves.items()]
+
+    def pieces(self, path: str, threads: Threads) -> Iterable[np.ndarray]:
+        """What a tensor stands for, in pieces."""
+        if path not in self._entries:
+            return self._reader.pieces(path)
+        entry = self._entries[path]
+        tensors = self._file.read(entry)
+        return [tensors[""]] if entry.leaf.levels is None else decode(entry.leaf, tensors, threads)
+
+    def read(self, path: str, threads: Threads) -> np.ndarray:
+        """What a tensor stands for."""
+        dtype, shape = self.leaves[path].spec
+        whole = np.empty(nbytes(dtype, shape), np.uint8)
+        done = 0
+        for piece in self.pieces(path, threads):
+            whole[done : done + piece.nbytes] = bytes_of(piece)
+            done += piece.nbytes
+        return whole.view(dtype).reshape(shape)
 
 
-def tensors_of(reader: Reader) -> dict[str, Tensor]:
-    """The tensors of any file, by name; of one of ``save``, by path."""
-    if not is_saved(reader):
-        return {
-            name: _plain(spec, functools.partial(reader.read, name))
-            for name, spec in reader.specs.items()
-        }
-    file = SavedFile(reader)
-    found: dict[str, Tensor] = {}
-    for entry in file.entries:
-        if entry.path in found:
-            raise ValueError(f"{reader.path}: two tensors would have the name {entry.path!r}")
-        read = functools.partial(file.leaf, entry)
-        if entry.static is None or entry.shape is None:
-            found[entry.path] = _plain(reader.specs[entry.name], read)
-            continue
-        spec = jnp.dtype(entry.static[5]), tuple(entry.shape)
-        size = sum(nbytes(*reader.specs[name]) for name in entry.tensors.values())
-        found[entry.path] = Tensor(spec, entry.static[0] or math.log2(3), size, True, read)
-    return found
-
-
-def array_of(leaf: Any) -> Any:
-    return leaf.dequantize() if is_qarray(leaf) else leaf
+def threads() -> Threads:
+    return Threads(min(os.cpu_count() or 1, 8))
 
 
 def widths_of(
-    specs: Mapping[str, Spec], default: int | None, rules: Sequence[tuple[str, int | None]]
+    specs: Mapping[str, Spec], rules: Sequence[tuple[str, int | None]]
 ) -> dict[str, int | None]:
     """The bits of each tensor that is to be quantized: those with at least 2 axes, not bias or scale.
 
     Args:
       specs: dtypes and shapes by name.
-      default: what tensors get where no rule is found.
       rules: an expression and bits, or None for a tensor to be kept; the first that is found decides.
+
+    Returns:
+      The bits by name, None where no rule is found.
 
     Raises:
       ValueError: an expression is found nowhere, or in no tensor that could be quantized; or no tensor
         is to be quantized.
     """
-    chosen = {name: default for name, spec in specs.items() if _is_weight(name, spec)}
+    chosen: dict[str, int | None] = {
+        name: None for name, spec in specs.items() if _is_weight(name, spec)
+    }
     kept: set[str] = set()
     decided: set[str] = set()
     for pattern, bits in rules:
@@ -123,131 +136,82 @@ def widths_of(
     return chosen
 
 
-def allocate_widths(
-    source: Reader,
-    widths: Mapping[str, int | None],
-    budget: float,
-    make: Callable[..., Quantizer],
-    progress: Progress,
-) -> dict[str, Quantizer]:
-    """The quantizers of the least squared error within a budget, where ``widths`` leaves it open."""
-    buffer = _buffer(source, widths)
-    specs = {name: jax.ShapeDtypeStruct(*reversed(source.specs[name])) for name in widths}
-    rules = {
-        name: [make(bits=b) for b in (WIDTHS if bits is None else [bits] * len(WIDTHS))]
-        for name, bits in widths.items()
-    }
-
-    def read(name: str) -> tuple[jax.Array, jax.Array]:
-        w = _on_device(source.read(name, buffer))
-        progress(nbytes(*source.specs[name]))
-        return w, jnp.ones((1,) * w.ndim)
-
-    return allocate(specs, rules, read, budget)
-
-
 def compress(
     source: Reader,
     output: str | os.PathLike[str],
-    rules: Mapping[str, Quantizer],
+    rules: Mapping[str, Rule],
     progress: Progress,
 ) -> list[Row]:
-    """Writes what ``save`` would write for the dict of all tensors, those in ``rules`` quantized."""
-    programs: dict[Any, jax.stages.Lowered] = {}
-    keys, leaves, rows = {}, {}, []
-    for name, (dtype, shape) in source.specs.items():
-        leaf = jax.ShapeDtypeStruct(shape, dtype)
-        bits, size = 8.0 * dtype.itemsize, nbytes(dtype, shape)
-        if name in rules:
-            keys[name] = key = rules[name], dtype, shape
-            if key not in programs:
-                with naming(name):
-                    programs[key] = _quantize.lower(rules[name], leaf)
-            leaf = programs[key].out_info
-            bits, size = leaf.bits, leaf.nbytes_packed
-        leaves[name_of((name,))] = leaf
-        rows.append(Row(name, shape, bits, nbytes(dtype, shape), size))
+    """Writes what ``save`` would write for the dict of all tensors, those in ``rules`` quantized.
 
-    with _compiling(programs) as compiled:
+    Raises:
+      ValueError: a tensor lacks the axis that its rule names.
+    """
+    for name, rule in rules.items():
+        ndim = len(source.specs[name][1])
+        if not -ndim <= rule.channel_axis < ndim:
+            raise ValueError(
+                f"tensor {name!r}: channel_axis {rule.channel_axis} is out of range for an array with "
+                f"{ndim} axes; name an axis in [{-ndim}, {ndim - 1}], or keep the tensor by a rule"
+            )
+    coders = {
+        name: Absmax.of(source.specs[name], rule.bits or 8, rule.channel_axis, rule.group_size)
+        for name, rule in rules.items()
+        if rule.is_absmax
+    }
+    searched = {name: rule for name, rule in rules.items() if name not in coders}
+    leaves = {name: plain(spec) for name, spec in source.specs.items()}
+    leaves |= {name: coder.leaf for name, coder in coders.items()}
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(threads())
+        search = None
+        if searched:
+            from optax_clipquant.searching import Search
 
-        def contents() -> Iterator[tuple[str, Any]]:
-            buffer = _buffer(source, rules)
+            search = stack.enter_context(Search(source, searched))
+            leaves |= search.leaves
+
+        def parts(name: str) -> Parts:
+            if name in coders:
+                return coders[name].encode(functools.partial(source.read_at, name), pool)
+            if search is not None and name in searched:
+                return search.parts(name)
+            return [("", source.pieces(name))]
+
+        def contents() -> Iterator[tuple[str, Parts]]:
             for name, spec in source.specs.items():
-                if name in rules:
-                    quantize = compiled[keys[name]].result()
-                    leaf: Any = quantize(rules[name], _on_device(source.read(name, buffer)))
-                    jax.block_until_ready(leaf)  # the next takes the buffer
-                else:
-                    leaf = source.read(name)
-                yield name_of((name,)), leaf
+                yield name_of((name,)), parts(name)
                 progress(nbytes(*spec))
 
-        with _ahead(contents()) as items:
-            write(output, leaves, items, nodes={}, metadata=source.texts)
-    return rows
+        named = {name_of((name,)): leaf for name, leaf in leaves.items()}
+        write(output, named, contents(), nodes={}, metadata=source.texts)
+    return [_row(name, leaves[name]) for name in source.specs]
 
 
 def decompress(source: Reader, output: str | os.PathLike[str], progress: Progress) -> list[Row]:
     """Writes the tensors of a file of ``save`` as a plain file, with the metadata given to ``save``."""
-    tensors = tensors_of(source)
-    if "__metadata__" in tensors:
+    tensors = Tensors(source)
+    if "__metadata__" in tensors.leaves:
         raise ValueError(f"{source.path}: a plain file cannot have a tensor named '__metadata__'")
-    specs = {path: tensor.spec for path, tensor in tensors.items()}
+    specs = {path: leaf.spec for path, leaf in tensors.leaves.items()}
+    with (
+        threads() as pool,
+        writing(output, specs, SavedFile(source).metadata) as file,
+    ):
+        for path, spec in specs.items():
+            for _ in file.putting(path, tensors.pieces(path, pool)):
+                pass
+            progress(nbytes(*spec))
+    return [
+        Row(path, leaf.shape, leaf.bits, leaf.nbytes, nbytes(*leaf.spec))
+        for path, leaf in tensors.leaves.items()
+    ]
 
-    def contents() -> Iterator[tuple[str, np.ndarray]]:
-        for path, tensor in tensors.items():
-            yield path, np.asarray(array_of(tensor.read()))
-            progress(nbytes(*tensor.spec))
 
-    with writing(output, specs, SavedFile(source).metadata) as file, _ahead(contents()) as items:
-        for path, array in items:
-            file.put(path, array)
-    return [Row(p, t.spec[1], t.bits, t.nbytes, nbytes(*t.spec)) for p, t in tensors.items()]
-
-
-def _plain(spec: Spec, read: Callable[[], Any]) -> Tensor:
-    return Tensor(spec, 8 * spec[0].itemsize, nbytes(*spec), False, read)
+def _row(path: str, leaf: Leaf) -> Row:
+    return Row(path, leaf.shape, leaf.bits, nbytes(*leaf.spec), leaf.nbytes)
 
 
 def _is_weight(name: str, spec: Spec) -> bool:
     dtype, shape = spec
-    leaf = jax.ShapeDtypeStruct(shape, dtype)
-    return dtype in _QUANTIZED and is_weight(name.replace(".", "/"), leaf)
-
-
-def _buffer(source: Reader, names: Iterable[str]) -> np.ndarray:
-    """Room for the largest of these tensors, at an address from which jax need not copy."""
-    size = max(nbytes(*source.specs[name]) for name in names)
-    room = np.empty(size + 64, np.uint8)
-    first = -room.ctypes.data % 64
-    return room[first : first + size]
-
-
-def _on_device(array: np.ndarray) -> jax.Array:
-    return jax.device_put(array, may_alias=True)
-
-
-@contextlib.contextmanager
-def _compiling(
-    programs: Mapping[Any, jax.stages.Lowered],
-) -> Iterator[dict[Any, concurrent.futures.Future[Any]]]:
-    """The programs, which threads compile while the first of them run."""
-    threads = concurrent.futures.ThreadPoolExecutor(2)
-    try:
-        yield {key: threads.submit(program.compile) for key, program in programs.items()}
-    finally:
-        threads.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _ahead(items: Iterator[T]) -> Iterator[Iterator[T]]:
-    """``items``, each made in a thread while the one before is in use."""
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-
-        def take() -> Iterator[T]:
-            future = thread.submit(next, items, None)
-            while (item := future.result()) is not None:
-                future = thread.submit(next, items, None)
-                yield item
-
-        yield take()
+    return dtype in _QUANTIZED and len(shape) >= 2 and names_a_weight(name.replace(".", "/"))

@@ -1,36 +1,31 @@
-"""Small files: safetensors with the codes packed at exactly their bits.
+"""save, load: a tree of arrays and ``QArray`` leaves in a small file (``saved.py``)."""
 
-``layout.py`` says which tensors hold a tree, ``container.py`` how tensors lie in a file. Beside them, the file's metadata hold the layout's JSON,
-with the ``version`` of the format, under ``optax_clipquant``; and under ``optax_clipquant.sha256`` the
-digest of all of the header that matters.
-"""
-
-import hashlib
-import json
+import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
+from jax.core import Tracer
 
-from optax_clipquant.container import Reader, Spec, writing
-from optax_clipquant.layout import (
-    Altered,
-    Entry,
-    Plan,
-    entries_of,
-    leaf_of,
-)
-from optax_clipquant.names import assemble, flatten
+from optax_clipquant.container import DTYPES, Reader, Spec
+from optax_clipquant.grids import Grid
+from optax_clipquant.layout import Leaf, Levels, plain
+from optax_clipquant.names import path_of_name
+from optax_clipquant.packing import pack, packed_size, unpack
 from optax_clipquant.params import PyTree
 from optax_clipquant.paths import path_of
-from optax_clipquant.qarray import is_qarray
+from optax_clipquant.qarray import QArray, is_qarray
 from optax_clipquant.qarray import narrow as narrow_codes
+from optax_clipquant.saved import Parts, SavedFile, Tensors, write
+from optax_clipquant.trees import assemble, flatten
 
-_HEADER = "optax_clipquant"
-_DIGEST = "optax_clipquant.sha256"
-_VERSION = 1
+_STORED = set(DTYPES.values())
+_CODES = {np.dtype(t) for t in (np.int8, ml_dtypes.int4, ml_dtypes.int2)}
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def save(
@@ -64,44 +59,9 @@ def save(
       2040
     """
     leaves, nodes = flatten(tree)
-    write(path, leaves, leaves.items(), nodes=nodes, metadata=metadata)
-
-
-def write(
-    path: str | os.PathLike[str],
-    leaves: Mapping[str, Any],
-    contents: Iterable[tuple[str, Any]],
-    *,
-    nodes: Mapping[str, str],
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Writes a file leaf by leaf: ``save`` for a tree that need not be in memory.
-
-    Args:
-      path: as for ``save``.
-      leaves: the leaves by name, or what they will be: see ``Plan``.
-      contents: name and value of each leaf, in any order; each is asked for when the one before is
-        written.
-      nodes: the kinds of the nodes by name.
-      metadata: as for ``save``.
-    """
-    for key, value in (metadata or {}).items():
-        if not (isinstance(key, str) and isinstance(value, str)):
-            raise TypeError(f"metadata must map text to text, got {key!r}: {value!r}")
-        if key in (_HEADER, _DIGEST):
-            raise ValueError(f"metadata key {key!r} is reserved; choose another")
-    plan = Plan(leaves, nodes)
-
-    def texts() -> dict[str, str]:
-        header = {"version": _VERSION, **plan.content()}
-        texts = {**(metadata or {}), _HEADER: json.dumps(header, separators=(",", ":"))}
-        return texts | {_DIGEST: _digest(texts, plan.specs)}
-
-    with writing(path, plan.specs, texts()) as file:
-        for name, leaf in contents:
-            for tensor, array in plan.tensors_of(name, leaf).items():
-                file.put(tensor, array)
-        file.texts = texts()
+    announced = {name: leaf_of(leaf, path_of_name(name)) for name, leaf in leaves.items()}
+    contents = ((name, parts_of(leaf, path_of_name(name))) for name, leaf in leaves.items())
+    write(path, announced, contents, nodes=nodes, metadata=metadata)
 
 
 def load(path: str | os.PathLike[str], *, like: PyTree = None, narrow: bool = False) -> PyTree:
@@ -135,70 +95,124 @@ def load(path: str | os.PathLike[str], *, like: PyTree = None, narrow: bool = Fa
     """
     with Reader(path) as reader:
         file = SavedFile(reader)
-        tree = file.rebuild({entry.name: file.leaf(entry) for entry in file.entries})
+        leaves = {}
+        for entry in file.entries:
+            tensors = file.read(entry)
+            with file.describing():
+                leaves[entry.name] = _restored(entry.leaf, tensors)
+        with file.describing():
+            tree = assemble(leaves, file.nodes)
     if like is not None:
         tree = _fill(like, tree, os.fspath(path))
     return narrow_codes(tree) if narrow else tree
 
 
-class SavedFile:
-    """An open file of ``save``, whose header is checked.
+def leaf_of(leaf: Any, path: str) -> Leaf:
+    """What a file holds of ``leaf``. Raises as ``save`` does where one cannot be stored.
 
-    Attributes:
-      entries: its leaves, in the order of names.
-      metadata: the text that was given to ``save``.
-
-    Raises:
-      ValueError: it was altered, or is not one of ``save``.
+    It may stand for what it will be, of ``jax.ShapeDtypeStruct``; then the scales of a ``QArray`` must
+    fit bfloat16.
     """
-
-    def __init__(self, reader: Reader) -> None:
-        self._reader, path = reader, reader.path
-        if not is_saved(reader):
-            raise ValueError(
-                f"{path}: not written by optax_clipquant.save; read it with safetensors.numpy.load_file"
-            )
-        if _digest(reader.texts, reader.specs) != reader.texts[_DIGEST]:
-            raise ValueError(
-                f"{path}: the header was altered (its checksum differs); write it again"
-            )
-        try:
-            self._header = json.loads(reader.texts[_HEADER])
-            version = self._header["version"]
-        except Exception as error:
-            raise ValueError(f"{path}: the header is damaged ({error}); write it again") from error
-        if version != _VERSION:
-            raise ValueError(f"{path}: format version {version}, but this reads {_VERSION}")
-        self.entries = self._trying(lambda: entries_of(reader.specs, self._header))
-        self.metadata = {k: v for k, v in reader.texts.items() if k not in (_HEADER, _DIGEST)}
-
-    def leaf(self, entry: Entry) -> Any:
-        """A leaf, whose checksum is checked."""
-        return self._trying(lambda: leaf_of(entry, self._reader.read))
-
-    def rebuild(self, leaves: Mapping[str, Any]) -> PyTree:
-        """The tree of all leaves, given by name."""
-        return self._trying(lambda: assemble(leaves, self._header["nodes"]))
-
-    def _trying(self, fn: Callable[[], Any]) -> Any:
-        path = self._reader.path
-        try:
-            return fn()
-        except OSError:
-            raise
-        except Altered as error:
-            raise ValueError(
-                f"{path}: tensor {str(error)!r} was altered (its checksum differs)"
-            ) from None
-        except Exception as error:
-            raise ValueError(
-                f"{path}: the header does not describe its tensors ({error}); write it again"
-            ) from error
+    if not is_qarray(leaf):
+        return plain(_spec(leaf, path))
+    grid = leaf.grid
+    where = f"leaf {path!r}" if path else "the tree"
+    if grid.bits != math.log2(3) and grid.bits not in range(1, 9):
+        raise ValueError(f"{where}: bits must be 1 to 8 or log2(3), got {grid.bits}")
+    _, shape = _spec(leaf.qvalue, path, _CODES)
+    scale = _spec(grid.scale, path)
+    concrete = not isinstance(grid.scale, jax.ShapeDtypeStruct)
+    specs = {
+        "": (np.dtype(np.uint8), (packed_size(math.prod(shape), grid.bits),)),
+        "s": (_scale(grid).dtype if concrete else _BFLOAT16, scale[1]),
+    }
+    if grid.zero_point is not None:
+        specs["z"] = _spec(grid.zero_point, path)
+    if grid.max_code is not None:
+        specs["m"] = _spec(grid.max_code, path)
+    return Leaf(specs, Levels(*(getattr(grid, field) for field in Levels._fields)), shape)
 
 
-def is_saved(reader: Reader) -> bool:
-    """Whether the file says that ``save`` wrote it."""
-    return _HEADER in reader.texts and _DIGEST in reader.texts
+def parts_of(leaf: Any, path: str) -> Parts:
+    """The tensors of ``leaf`` for a file. Raises as ``save`` does."""
+    if not is_qarray(leaf):
+        yield "", [_host(leaf)]
+        return
+    grid = leaf.grid
+    codes = np.asarray(leaf.qvalue).astype(np.int8, copy=False)
+    _check_codes(codes, grid, path)
+    yield "", [pack(codes, grid)]
+    yield "s", [_scale(grid)]
+    if grid.zero_point is not None:
+        yield "z", [_host(grid.zero_point)]
+    if grid.max_code is not None:
+        yield "m", [_host(grid.max_code)]
+
+
+def _restored(leaf: Leaf, tensors: Tensors) -> Any:
+    """The leaf whose tensors these are."""
+    if leaf.levels is None:
+        return _device(tensors[""])
+    grid = Grid(
+        scale=_device(tensors["s"].astype(np.float32)),
+        zero_point=_device(tensors["z"]) if "z" in tensors else None,
+        max_code=_device(tensors["m"]) if "m" in tensors else None,
+        **leaf.levels._asdict(),
+    )
+    codes = unpack(tensors[""], math.prod(leaf.shape), leaf.levels)
+    return QArray(jnp.asarray(codes.reshape(leaf.shape)), grid)
+
+
+def _scale(grid: Grid) -> np.ndarray:
+    """As bfloat16 where that loses nothing."""
+    scale = np.asarray(grid.scale).astype(np.float32)
+    short = scale.astype(ml_dtypes.bfloat16)
+    exact = np.array_equal(short.astype(np.float32), scale, equal_nan=True)
+    return short if exact else scale
+
+
+def _check_codes(codes: np.ndarray, grid: Grid, path: str) -> None:
+    """Raises where packing would cut codes: only a ``QArray`` made by hand can hold such."""
+    levels = 3 if grid.bits == math.log2(3) else 2 ** int(grid.bits)
+    upper = min(grid.upper, grid.lower + levels - 1)
+    if codes.size and not (grid.lower <= codes.min() and codes.max() <= upper):
+        raise ValueError(
+            f"leaf {path!r}: codes from {codes.min()} to {codes.max()} do not fit its grid, which has "
+            f"room for {grid.lower} to {upper}; correct the grid's bits, lower and upper"
+        )
+
+
+def _spec(leaf: Any, path: str, stored: set[np.dtype] = _STORED) -> Spec:
+    """Dtype and shape of ``leaf`` in a file. Raises where it cannot be there."""
+    where = f"leaf {path!r}" if path else "the tree"
+    if isinstance(leaf, Tracer):
+        raise TypeError(f"{where} is traced; call save outside jax.jit")
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        raise TypeError(f"{where} is a PRNG key; store jax.random.key_data of it")
+    if isinstance(leaf, (bool, int, float, complex)):
+        leaf = np.asarray(leaf)
+    if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)):
+        raise TypeError(
+            f"{where} is a {type(leaf).__name__}; only arrays and numbers can be stored"
+        )
+    dtype = np.dtype(leaf.dtype).newbyteorder("=")
+    if dtype not in stored:
+        if stored is _CODES:
+            raise TypeError(f"{where} has codes of dtype {dtype}; cast them to int8")
+        raise TypeError(f"{where} has dtype {dtype}, which a file cannot hold; cast it first")
+    return dtype, tuple(leaf.shape)
+
+
+def _host(leaf: Any) -> np.ndarray:
+    array = np.asarray(leaf)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def _device(array: np.ndarray) -> Any:
+    """As a jax array, but where jax would cut it."""
+    return (
+        array if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype else jnp.asarray(array)
+    )
 
 
 def _fill(like: PyTree, tree: PyTree, file: str) -> PyTree:
@@ -237,11 +251,3 @@ def _parts(key: jax.tree_util.KeyPath) -> tuple[str, ...]:
 
 def _some(found: Mapping[tuple[str, ...], Any]) -> list[str]:
     return ["/".join(parts) for parts in list(found)[:8]]
-
-
-def _digest(texts: Mapping[str, str], specs: Mapping[str, Spec]) -> str:
-    content = [
-        sorted((key, text) for key, text in texts.items() if key != _DIGEST),
-        sorted((name, dtype.name, shape) for name, (dtype, shape) in specs.items()),
-    ]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -109,7 +109,8 @@ class Grid:
             draws = jax.random.uniform(key, w.shape)
         elif draws is not None:
             draws = split(draws)
-        position = w.astype(jnp.float32) / expand(jnp.where(scale == 0, 1, scale))
+        # By the reciprocal, as XLA would divide by what is broadcast, but not by what is not.
+        position = w.astype(jnp.float32) * expand(1 / jnp.where(scale == 0, 1, scale))
         if self.code_book is not None:
             position = self.lower + _index_in(self.code_book, position)
         if self.zero_point is not None:
@@ -119,8 +120,8 @@ class Grid:
         if draws is None:
             codes = jnp.round(position)
         else:
-            # A compiler may divide by multiplying with the reciprocal, which leaves a level a few
-            # units in the last place beside its code. The margin keeps it from moving.
+            # The reciprocal is rounded, which leaves a level a few units in the last place beside its
+            # code. The margin keeps it from moving.
             margin = 2.0**-14
             below = jnp.floor(position)
             chance = margin + (1 - 2 * margin) * draws

@@ -8,14 +8,28 @@ codes, the first the least significant digit in base 3. Unused digits and bits a
 
 import math
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 
-from optax_clipquant.grids import Grid
-from optax_clipquant.qarray import packed_size
+
+class Levels(Protocol):
+    """What a ``Grid`` says of its codes, in JAX or in a file."""
+
+    @property
+    def bits(self) -> float: ...
+    @property
+    def lower(self) -> int: ...
+    @property
+    def upper(self) -> int: ...
 
 
-def pack(codes: np.ndarray, grid: Grid) -> np.ndarray:
+def packed_size(size: int, bits: float) -> int:
+    """The bytes of ``size`` codes: ``ceil(size * bits / 8)``, five codes a byte at log2(3) bits."""
+    return math.ceil(size / 5) if bits == math.log2(3) else math.ceil(size * bits / 8)
+
+
+def pack(codes: np.ndarray, grid: Levels) -> np.ndarray:
     """The packed bytes of ``codes``: see the head of this module."""
     digits = codes.ravel().view(np.uint8) - np.uint8(grid.lower % 256)  # modulo 256
     if grid.bits == 8:
@@ -27,7 +41,7 @@ def pack(codes: np.ndarray, grid: Grid) -> np.ndarray:
     return packed[: packed_size(digits.size, grid.bits)]
 
 
-def unpack(packed: np.ndarray, size: int, grid: Grid) -> np.ndarray:
+def unpack(packed: np.ndarray, size: int, grid: Levels) -> np.ndarray:
     """The int8 codes, flat, that ``pack`` packed. Raises ``ValueError`` where they cannot be."""
     if packed.size != packed_size(size, grid.bits):
         raise ValueError(f"{packed.size} bytes cannot hold {size} codes of {grid.bits} bits")

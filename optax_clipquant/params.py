@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_clipquant.grids import Grid
+from optax_clipquant.names import names_a_weight
 from optax_clipquant.paths import path_of
 from optax_clipquant.qarray import QArray, is_qarray
 from optax_clipquant.quantizers import Quantizer, Uniform
@@ -166,7 +167,7 @@ def is_weight(path: str, leaf: Any) -> bool:
     return (
         jnp.issubdtype(getattr(leaf, "dtype", jnp.int32), jnp.floating)
         and leaf.ndim >= 2
-        and path.rpartition("/")[2] not in ("bias", "scale")
+        and names_a_weight(path)
     )
 
 

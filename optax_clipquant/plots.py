@@ -37,7 +37,7 @@ except ImportError as error:
     ) from error
 
 from optax_clipquant.qarray import QArray
-from optax_clipquant.report import Row, Summary
+from optax_clipquant.rows import Row, Summary
 from optax_clipquant.sweeping import pareto_front
 
 BLUE, ORANGE, GREEN, PINK, YELLOW, SKY = (

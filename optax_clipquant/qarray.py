@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_clipquant.grids import Grid
+from optax_clipquant.packing import packed_size
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("qvalue", "grid"), meta_fields=())
@@ -173,11 +173,6 @@ class QArray:
 
     def __rmatmul__(self, other: Any) -> jax.Array:
         return other @ self.dequantize()
-
-
-def packed_size(size: int, bits: float) -> int:
-    """The bytes of ``size`` codes: ``ceil(size * bits / 8)``, five codes a byte at log2(3) bits."""
-    return math.ceil(size / 5) if bits == math.log2(3) else math.ceil(size * bits / 8)
 
 
 def is_qarray(leaf: Any) -> bool:

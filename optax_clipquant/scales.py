@@ -1,7 +1,6 @@
 """Statistics of weights, and the scales that follow from them."""
 
 import dataclasses
-import math
 from functools import partial
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_clipquant.grids import Grid
+from optax_clipquant.host import largest_scale
 from optax_clipquant.reductions import Span, Zero, extremes
 
 _LARGEST = float(jnp.finfo(jnp.float32).max)
@@ -21,9 +21,7 @@ def round_scale(scale: jax.Array, largest: float, dtype: np.dtype) -> jax.Array:
     of others are no normal numbers: 1 and 2 bits and ternary saturate at weights beyond that. With 8 significant bits in the scale, the product with a code, and the difference of two such
     products, is exact in float32. Plain casts to bfloat16 and back may be dropped by a compiler.
     """
-    limit = min(float(jnp.finfo(dtype).max), float(jnp.finfo(jnp.bfloat16).max)) / largest
-    mantissa, exponent = math.frexp(limit)
-    cap = min(math.ldexp(math.floor(mantissa * 256) / 256, exponent), 2.0**126 * (1 - 2.0**-8))
+    cap = largest_scale(largest, dtype)
     rounded = jnp.clip(jax.lax.reduce_precision(scale, 8, 7), -cap, cap)
     rounded = jnp.where(jnp.abs(rounded) < 2.0**-126, 0, rounded)
     return jnp.where(jnp.isinf(scale), scale, rounded)
