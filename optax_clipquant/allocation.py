@@ -123,7 +123,7 @@ def allocate(
     errors = []
     for path, choices in rules.items():
         leaf, weight = read(path)
-        error = {rule: float(_error(rule, leaf, weight)) for rule in dict.fromkeys(choices)}
+        error = {rule: _error(rule, leaf, weight) for rule in dict.fromkeys(choices)}
         if not np.all(np.isfinite(list(error.values()))):
             raise ValueError(f"params leaf {path!r}: its error is not finite, nor are its weights")
         errors.append([error[rule] for rule in choices])
@@ -201,19 +201,37 @@ def _sensitivities(sensitivity: PyTree, leaves: dict[str, Any]) -> dict[str, jax
     return weights
 
 
+def _error(rule: Quantizer, w: jax.Array, weight: jax.Array) -> float:
+    error, unit, weight_unit = map(float, _relative_error(rule, w, weight))
+    return error * unit**2 * weight_unit
+
+
 @jax.jit
-def _error(rule: Quantizer, w: jax.Array, weight: jax.Array) -> jax.Array:
+def _relative_error(
+    rule: Quantizer, w: jax.Array, weight: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The weighted error in units of the largest weight and sensitivity, which float32 has room for."""
+
+    def unit_of(x: jax.Array) -> jax.Array:
+        largest = jnp.max(jnp.abs(x), initial=0)
+        return jnp.where(largest == 0, 1, largest)
+
     error = rule.quantize(w).dequantize().astype(jnp.float32) - w.astype(jnp.float32)
-    return jnp.sum(jnp.broadcast_to(weight, w.shape) * jnp.square(error))
+    unit, weight_unit = unit_of(w.astype(jnp.float32)), unit_of(weight)
+    relative = jnp.broadcast_to(weight / weight_unit, w.shape) * jnp.square(error / unit)
+    return jnp.sum(relative), unit, weight_unit
 
 
 def _knapsack(sizes: np.ndarray, errors: np.ndarray, budget: int) -> np.ndarray:
     """For each row a column, so that the sizes sum to at most ``budget`` and the errors to the least."""
     import scipy.optimize  # it takes as long to load as half of jax, and only this needs it
+    import scipy.sparse
 
     rows, columns = sizes.shape
     constraints = [
-        scipy.optimize.LinearConstraint(np.kron(np.eye(rows), np.ones(columns)), 1, 1),
+        scipy.optimize.LinearConstraint(
+            scipy.sparse.kron(scipy.sparse.eye(rows), np.ones((1, columns))), 1, 1
+        ),
         scipy.optimize.LinearConstraint(sizes.reshape(1, -1), -np.inf, budget),
     ]
     # The solver stops at an absolute gap of 1e-6.

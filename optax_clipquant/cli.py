@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -39,10 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         # All is done while a byte is read and written; and a TPU belongs to who trains on it.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # As Ctrl-C does: so that a half-written file is removed.
-    before = signal.signal(signal.SIGTERM, _terminate)
+    # As Ctrl-C does: so that a half-written file is removed. Only the main thread is told of signals.
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminate) if main_thread else None
     try:
         args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Who read the output has enough. Python flushes what is left of it once more at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + _SIGPIPE
     except (KeyboardInterrupt, _Terminated) as stop:
         print("optax-clipquant: interrupted; nothing is left half-written", file=sys.stderr)
         return 128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)
@@ -50,8 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"optax-clipquant: error: {_message(error)}", file=sys.stderr)
         return 1
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if main_thread:
+            signal.signal(signal.SIGTERM, before)
     return 0
+
+
+_SIGPIPE = 13  # which Windows lacks
 
 
 class _Terminated(BaseException):

@@ -100,7 +100,7 @@ def weight_histogram(axes: Axes, before: jax.typing.ArrayLike, after: QArray) ->
     ends = [grid.decode(jnp.full(after.shape, k, jnp.int8)) for k in (grid.lower, grid.upper)]
     low, high = (np.asarray(end, np.float32) for end in ends)
     step = np.abs(high - low) / (grid.upper - grid.lower)
-    shown = np.isfinite(step) & (step > 0)
+    shown = np.isfinite(step) & (step > 0) & np.isfinite(weights)
     position = weights[shown] / step[shown]
     levels, counts = np.unique(
         np.round(np.asarray(after.dequantize(), np.float32)[shown] / step[shown], 3),
@@ -146,7 +146,7 @@ def against_bits(
       reference: the value in float.
       better: which values are better.
     """
-    everything = [point for points in series.values() for point in points]
+    everything = [p for points in series.values() for p in points if all(map(math.isfinite, p))]
     _check_better(better)
     sign = 1 if better == "higher" else -1
     front = pareto_front([(bits, sign * value) for bits, value in everything])
@@ -188,7 +188,7 @@ def leaf_bars(axes: Sequence[Axes], summary: Summary, *, most: int = 40) -> None
     rows = summary.rows
     by_size = sorted(rows, key=lambda row: -row.bytes_before)
     large = {row.path for row in by_size[:most]}
-    names = [f"{row.path} ({row.bits:.3g})" for row in rows if row.path in large]
+    names = [f"{_shortened(row.path)} ({row.bits:.3g})" for row in rows if row.path in large]
     shown = [row for row in rows if row.path in large]
     if rest := [row for row in rows if row.path not in large]:
         before, after = (
@@ -202,8 +202,10 @@ def leaf_bars(axes: Sequence[Axes], summary: Summary, *, most: int = 40) -> None
         at + 0.2, [row.bytes_after for row in shown], 0.4, color=BLUE, hatch="//", label="after"
     )
     left.set_xscale("log")
+    sizes = [size for row in shown for size in (row.bytes_before, row.bytes_after) if size]
+    left.set_xlim(left=min(sizes, default=2) / 2)
     left.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter("B"))
-    left.set_yticks(at, names)
+    left.set_yticks(at, names, parse_math=False)
     left.set(
         xlabel=f"bytes; in all {summary.bytes_before:,} to {summary.bytes_after:,}",
         ylabel="leaf (bits)",
@@ -216,8 +218,9 @@ def leaf_bars(axes: Sequence[Axes], summary: Summary, *, most: int = 40) -> None
         where, lengths = zip(*finite, strict=True)
         right.barh(where, lengths, 0.6, color=GREEN)
     for i, x in enumerate(ratios):
-        if x == math.inf:
-            right.text(0.0, i, " exact", va="center", fontsize=9)
+        if x is not None and not math.isfinite(x):
+            text = "exact" if x == math.inf else "lost"
+            right.text(0.0, i, f" {text}", va="center", fontsize=9)
     right.set(xlabel="signal-to-noise ratio (dB)")
     for each in axes:
         each.set_ylim(len(shown) - 0.4, -0.6)
@@ -299,8 +302,8 @@ def heat_map(
     axes.set_facecolor("white")
     image = axes.imshow(np.ma.masked_invalid(cells), cmap="cividis", origin="lower", aspect="auto")
     axes.grid(False)
-    axes.set_xticks(range(len(across)), [f"{v:.4g}" for v in across])
-    axes.set_yticks(range(len(up)), [f"{v:.4g}" for v in up])
+    axes.set_xticks(range(len(across)), map(_tick, across))
+    axes.set_yticks(range(len(up)), map(_tick, up))
     axes.set(xlabel=x, ylabel=y)
     outline: list[matplotlib.patheffects.AbstractPathEffect] = [
         matplotlib.patheffects.withStroke(linewidth=2, foreground="black")
@@ -349,6 +352,15 @@ def curves(
 def _styled(series: Mapping[str, Any]) -> Any:
     """The series with the styles in turn."""
     return ((item, STYLES[i % len(STYLES)]) for i, item in enumerate(series.items()))
+
+
+def _shortened(path: str) -> str:
+    """The end tells leaves apart."""
+    return path if len(path) <= 48 else f"\N{HORIZONTAL ELLIPSIS}{path[-47:]}"
+
+
+def _tick(value: float) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _cell(i: int, j: int, **style: Any) -> Any:

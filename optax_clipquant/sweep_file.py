@@ -13,6 +13,9 @@ from typing import Any
 
 from optax_clipquant.container import replacing
 
+FAILED = "failed"
+_TEXTS = ("nan", "inf", "-inf")
+
 Row = dict[str, Any]
 """The values of a point, its metrics, and ``failed``, as Python numbers."""
 
@@ -33,20 +36,21 @@ def read(
     way_out = "give another path, or delete the file"
     try:
         with open(path, encoding="utf-8") as file:
-            content = json.load(file)
+            content = json.load(file, parse_constant=_refuse)
         # As text, which tells 1 from 1.0, and one order of columns from another.
         grid, expected = json.dumps(content["grid"]), json.dumps(_plain(columns))
         if grid == expected:
-            rows = [
-                {name: float(x) if isinstance(x, str) else x for name, x in row.items()}
-                for row in content["rows"]
-            ]
+            rows = [{name: _number(x) for name, x in row.items()} for row in content["rows"]]
             if [{name: row[name] for name in columns} for row in rows] != points[: len(rows)]:
                 raise ValueError("the rows are not those of its grid")
+            for row in rows:
+                metrics = [x for name, x in row.items() if name not in (*columns, FAILED)]
+                if row[FAILED] is all(map(math.isfinite, metrics)):
+                    raise ValueError(f"a row is marked {row[FAILED]}, with the metrics {metrics}")
             return rows
     except FileNotFoundError:
         return []
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: damaged, or no sweep's file ({error!r}); {way_out}") from error
     raise ValueError(f"{path}: of the grid {grid}, but this sweep is of {expected}; {way_out}")
 
@@ -58,6 +62,18 @@ def write(
     content = {"grid": _plain(columns), "rows": _plain(rows)}
     with replacing(path) as file:
         file.write(json.dumps(content, indent=1, allow_nan=False).encode())
+
+
+def _number(x: Any) -> Any:
+    if x in _TEXTS:
+        return float(x)
+    if isinstance(x, (bool, int, float)):
+        return x
+    raise TypeError(f"{x!r} is no number")
+
+
+def _refuse(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")
 
 
 def _plain(x: Any) -> Any:

@@ -15,10 +15,8 @@ import rich.progress
 import rich.table
 import rich.text
 
-from optax_clipquant.sweep_file import Row, read, write
+from optax_clipquant.sweep_file import FAILED, Row, read, write
 from optax_clipquant.tables import Printed, compact_table
-
-_FAILED = "failed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +67,11 @@ class Sweep(Printed):
         return sorted(kept, key=lambda row: row[cost])
 
     def _finished(self) -> list[Row]:
-        return [row for row in self.rows if not row[_FAILED]]
+        return [row for row in self.rows if not row[FAILED]]
 
     def _check(self, caller: str, mode: str, *names: str) -> int:
         """1 for "max", -1 for "min"."""
-        known = [name for name in self.rows[0] if name != _FAILED]
+        known = [name for name in self.rows[0] if name != FAILED]
         for name in names:
             if name not in known:
                 raise ValueError(f"{caller}: there is no {name!r}; choose from {known}")
@@ -85,14 +83,14 @@ class Sweep(Printed):
         table = compact_table()
         some_failed = len(self._finished()) < len(self.rows)
         for name in self.rows[0]:
-            if name != _FAILED or some_failed:
-                header = rich.text.Text("" if name == _FAILED else name)  # and no markup
+            if name != FAILED or some_failed:
+                header = rich.text.Text("" if name == FAILED else name)  # and no markup
                 table.add_column(header, justify="right", overflow="fold")
         for row in self.rows:
-            values = (value for name, value in row.items() if name != _FAILED)
+            values = (value for name, value in row.items() if name != FAILED)
             table.add_row(
                 *(f"{value:.5g}" if isinstance(value, float) else f"{value}" for value in values),
-                *(["failed" if row[_FAILED] else ""] if some_failed else []),
+                *(["failed" if row[FAILED] else ""] if some_failed else []),
             )
         return table
 
@@ -150,8 +148,12 @@ def sweep(
       >>> print(result)  # doctest: +SKIP
     """
     columns = _columns(grid)
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"sweep: batch_size must be at least 1, or None for all, got {batch_size}")
+    if batch_size is not None and not (
+        isinstance(batch_size, (int, np.integer)) and batch_size >= 1
+    ):
+        raise ValueError(
+            f"sweep: batch_size must be an integer of at least 1, or None for all, got {batch_size}"
+        )
     points = [
         dict(zip(columns, values, strict=True)) for values in itertools.product(*columns.values())
     ]
@@ -180,7 +182,7 @@ def sweep(
     with bar:
         task = bar.add_task("compiling", total=len(points), completed=len(rows))
         traced = jax.jit(jax.vmap(run)).trace(batch())
-        names = {*columns, *traced.out_info, _FAILED}
+        names = {*columns, *traced.out_info, FAILED}
         for row in rows:
             if row.keys() != names:
                 raise ValueError(
@@ -198,7 +200,7 @@ def sweep(
             # The points end before the values where the batch was filled up.
             for point, *found in zip(points[len(rows) :], *metrics.values(), strict=False):
                 failed = not all(map(math.isfinite, found))
-                rows.append({**point, **dict(zip(metrics, found, strict=True)), _FAILED: failed})
+                rows.append({**point, **dict(zip(metrics, found, strict=True)), FAILED: failed})
             if path is not None:
                 write(path, columns, rows)
             bar.update(task, completed=len(rows))
@@ -223,7 +225,7 @@ def _columns(grid: Mapping[str, Any]) -> dict[str, list[Any]]:
         )
     columns = {}
     for name, values in grid.items():
-        if name == _FAILED:
+        if name == FAILED:
             raise ValueError(f"sweep: grid has a column {name!r}, which rows need; rename it")
         try:
             column = np.asarray(values)
@@ -238,9 +240,12 @@ def _columns(grid: Mapping[str, Any]) -> dict[str, list[Any]]:
             raise ValueError(f"sweep: grid[{name!r}] is empty; give values, or leave it out")
         columns[name] = column.tolist()
         dtype = _dtype(columns[name])
-        largest = jnp.iinfo(dtype).max if dtype == np.int32 else float(jnp.finfo(dtype).max)
+        if dtype == np.int32:
+            least, largest = 1, int(jnp.iinfo(dtype).max)
+        else:
+            least, largest = (float(x) for x in (jnp.finfo(dtype).tiny, jnp.finfo(dtype).max))
         for value in columns[name]:
-            if not (abs(value) <= largest or abs(value) == math.inf):
+            if not (value == 0 or least <= abs(value) <= largest or abs(value) == math.inf):
                 raise ValueError(
                     f"sweep: grid[{name!r}] has {value}, which {dtype.__name__} lacks; leave it out"
                 )
@@ -259,7 +264,7 @@ def _metrics(found: Any, columns: Mapping[str, Any]) -> dict[str, jax.Array]:
         )
     metrics = {}
     for name, value in found.items():
-        if not isinstance(name, str) or name in columns or name == _FAILED:
+        if not isinstance(name, str) or name in columns or name == FAILED:
             raise ValueError(
                 f"sweep: evaluate returned a metric {name!r}, which is the name of a column, or not "
                 "text; rename it"

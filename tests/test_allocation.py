@@ -188,6 +188,19 @@ def test_no_batches():
         squared_gradients(lambda p, b: 0.0, {"w": jnp.ones(2)}, [])
 
 
+@pytest.mark.parametrize(("size", "sensitivity"), [(1e22, 1e-3), (1e-22, 1.0), (1.0, 1e-33), (1.0, 1e33)])  # fmt: skip
+def test_errors_beyond_the_range_of_float32(size, sensitivity):
+    params = {name: size * jnp.asarray(weights((16, 16), seed=i)) for i, name in enumerate("abc")}
+    factors = {"a": 1.0, "b": 1e-2, "c": 1e-4}
+    plain = {name: factor * jnp.ones(()) for name, factor in factors.items()}
+    ordinary = {name: w / size for name, w in params.items()}
+    wanted = allocate_bits(ordinary, plain, bits_per_param=5.5)
+    scaled = {name: sensitivity * factor * jnp.ones(()) for name, factor in factors.items()}
+    found = allocate_bits(params, scaled, bits_per_param=5.5)
+    assert found == wanted
+    assert len({rule.bits for rule in found.values()}) > 1
+
+
 def test_never_over_the_budget_where_the_solver_is():
     """Its tolerance is relative: of tens of millions of bytes, one too many passes for none."""
     rng = np.random.default_rng(0)

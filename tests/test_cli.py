@@ -1,4 +1,5 @@
 import argparse
+import concurrent.futures
 import gc
 import importlib.util
 import json
@@ -554,6 +555,49 @@ def test_the_command_keeps_off_accelerators_and_a_call_does_not_choose(
     )
     process = run_python("-c", code, "compress", source, tmp_path / "out", "--bits", "3")
     assert process.stdout.split()[-1] == platforms, process.stderr
+
+
+def test_a_pipe_is_no_file(tmp_path, capsys):
+    """To open it would wait for a writer."""
+    os.mkfifo(tmp_path / "pipe")
+    assert run("inspect", tmp_path / "pipe") == 1
+    assert "is not a regular file" in capsys.readouterr().err
+
+
+def test_who_reads_may_stop(source):
+    """As `| head -1` does."""
+    code = "import sys; from optax_clipquant.cli import main; sys.exit(main())"
+    command = f'"$0" -c "{code}" inspect "$1" --json | true; echo "${{PIPESTATUS[0]}}"'
+    env = os.environ | {"PYTHONUNBUFFERED": "1"}
+    process = subprocess.run(
+        ["bash", "-c", command, sys.executable, source], capture_output=True, text=True, env=env
+    )
+    assert (process.stdout, process.stderr) in (("141\n", ""), ("0\n", ""))  # 0: it was faster
+
+
+def test_in_a_thread(source, tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        assert thread.submit(run, "compress", source, tmp_path / "small").result() == 0
+
+
+def test_where_no_room_is_left_the_file_is_named(source, tmp_path):
+    code = "import sys; from optax_clipquant.cli import main; sys.exit(main())"
+    command = f'ulimit -f 1; exec "$0" -c "{code}" compress "$1" "$2"'
+    process = subprocess.run(
+        ["bash", "-c", command, sys.executable, source, tmp_path / "small"], capture_output=True, text=True
+    )  # fmt: skip
+    assert process.returncode == 1
+    assert process.stderr == f"optax-clipquant: error: {tmp_path / 'small'}: File too large\n"
+    assert os.listdir(tmp_path) == [source.name]
+
+
+@pytest.mark.parametrize("option", ["OUT", "--plot"])
+def test_a_missing_folder_shows_before_the_work(source, tmp_path, capsys, monkeypatch, option):
+    monkeypatch.setattr(container.Reader, "read_at", lambda *args: pytest.fail("it read"))
+    out = tmp_path / "none" / "out.png"
+    args = ("compress", source, out) if option == "OUT" else ("inspect", source, "--plot", out)
+    assert run(*args) == 1
+    assert "there is no folder" in capsys.readouterr().err
 
 
 def test_a_bar_on_a_terminal(source, tmp_path, monkeypatch, capsys):

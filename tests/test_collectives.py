@@ -3,6 +3,7 @@ import re
 
 import chex
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -58,6 +59,30 @@ def test_is_the_mean_within_a_rounding(bits, bound, error_feedback, check_vma):
         assert error.max() > 1e-5
     np.testing.assert_allclose(found["b"], expected["b"], atol=1e-6)
     assert isinstance(state, AverageGradientsState)
+
+
+def test_state_and_gradients_may_be_donated():
+    grads = {"a": gradients((70, 90))}
+    params = {"a": jnp.zeros((70, 90))}
+    state, step = averaged(average_gradients("data"), params)
+    wanted, kept = step(grads, state)
+    donating = jax.jit(step, donate_argnums=(0, 1))
+    found, state = donating(jax.tree.map(jnp.copy, grads), jax.tree.map(jnp.copy, state))
+    chex.assert_trees_all_equal((found, state), (wanted, kept))
+
+
+def test_is_lowered_for_each_platform_and_runs_from_a_file():
+    grads = {"a": gradients((70, 90))}
+    state, step = averaged(average_gradients("data"), {"a": jnp.zeros((70, 90))})
+    leaves, treedef = jax.tree.flatten((grads, state))
+
+    def flat(*leaves):
+        return jax.tree.leaves(step(*treedef.unflatten(leaves)))
+
+    platforms = ("cpu", "cuda", "tpu")
+    exported = jax.export.export(jax.jit(flat), platforms=platforms)(*leaves)
+    found = jax.jit(jax.export.deserialize(exported.serialize()).call)(*leaves)
+    chex.assert_trees_all_equal(found, flat(*leaves))
 
 
 def test_all_devices_get_the_same_bits():

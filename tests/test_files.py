@@ -473,6 +473,12 @@ def test_foreign_files(file):
             load(file)
 
 
+def test_metadata_that_no_reader_would_take(file):
+    with pytest.raises(ValueError, match="shorten the metadata"):
+        save(file, {"w": jnp.ones(2)}, metadata={"text": "x" * 100_000_001})
+    assert not file.exists()
+
+
 def test_a_folder_is_no_file(tmp_path):
     with pytest.raises(IsADirectoryError, match=re.escape(str(tmp_path))):
         load(tmp_path)

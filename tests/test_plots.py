@@ -44,6 +44,16 @@ def test_weight_histogram_counts_all_weights(name):
     assert axes.get_xlabel() == "weight, in steps of its grid"
 
 
+def test_weight_histogram_leaves_out_what_is_not_finite():
+    w = weights((40, 12))
+    q = Uniform(bits=4).quantize(jnp.asarray(w))
+    w[3, 4], w[5, 6] = np.nan, np.inf
+    _, (axes,) = plots.subplots()
+    plots.weight_histogram(axes, w, q)
+    bars = sum(patch.get_height() * patch.get_width() for patch in axes.patches)
+    np.testing.assert_allclose(bars, w.size - 2, rtol=1e-5)
+
+
 def test_weight_histogram_of_what_has_no_step():
     w = np.zeros((4, 3), np.float32)
     w[:, 1] = np.nan
@@ -73,17 +83,18 @@ def test_against_bits(better):
     sign = 1 if better == "higher" else -1
     series = {
         "ours": [(4, sign * 8.0), (2, sign * 5.0)],
+        "failed": [(1, math.nan), (3.5, sign * math.inf)],
         "peer": [(3, sign * 6.0), (4.5, sign * 7.0)],
     }
     figure, (axes,) = plots.subplots()
     plots.against_bits(axes, series, ylabel="accuracy (%)", reference=sign * 9.0, better=better)
     draw(figure)
-    front, ours, peer, reference = axes.get_lines()
+    front, ours, _, peer, reference = axes.get_lines()
     np.testing.assert_array_equal(front.get_data(), [[2, 3, 4], [sign * x for x in (5, 6, 8)]])
     np.testing.assert_array_equal(ours.get_data(), [[2, 4], [sign * 5, sign * 8]])
     np.testing.assert_array_equal(peer.get_data(), [[3, 4.5], [sign * 6, sign * 7]])
     assert set(reference.get_ydata()) == {sign * 9.0}
-    assert texts(axes) == ["Pareto line", "ours", "peer", "float"]
+    assert texts(axes) == ["Pareto line", "ours", "failed", "peer", "float"]
     assert axes.get_ylabel() == "accuracy (%)"
 
 
@@ -110,6 +121,21 @@ def test_leaf_bars():
     assert total == summary.bytes_before
     with pytest.raises(ValueError, match="two axes"):
         plots.leaf_bars(axes[:1], summary)
+
+
+def test_leaf_bars_of_names_and_ratios_that_are_none():
+    long = "model/" + "layer/" * 20 + "kernel"
+    w = jnp.asarray(weights((16, 8)))
+    params = {"a$b$c$_": w, long: w, "nan": w.at[0, 0].set(jnp.nan), "none": jnp.zeros((0, 4))}
+    summary = summarize(params, quantize_params(params, Uniform(bits=4)))
+    figure, axes = plots.subplots(2)
+    plots.leaf_bars(axes, summary)
+    draw(figure)  # $...$ would be mathematics
+    labels = [label.get_text() for label in axes[0].get_yticklabels()]
+    assert "a$b$c$_ (4)" in labels
+    assert max(map(len, labels)) <= 48 + len(" (4)")
+    assert [text.get_text() for text in axes[1].texts] == [" lost", " exact"]
+    assert 0 < axes[0].get_xlim()[0] < min(r.bytes_after for r in summary.rows if r.bytes_after)
 
 
 def test_clipping():

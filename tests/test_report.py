@@ -7,7 +7,7 @@ import pytest
 import rich.console
 from helpers import mlp_params, weights
 
-from optax_clipquant import Ternary, Uniform, quantize_params, summarize
+from optax_clipquant import Ternary, Uniform, bits_per_param, quantize_params, summarize
 
 
 def test_rows_against_float64():
@@ -69,6 +69,32 @@ def test_a_leaf_with_nan_shows_it():
     (row,) = summarize(params, quantize_params(params, Uniform(bits=8))).rows
     assert math.isnan(row.max_error)
     assert row.snr_db == -math.inf
+
+
+def test_integers_and_float64_are_compared_exactly():
+    big = np.array([2**62 + 1, -(2**62), 5])
+    params = {
+        "int": big, "far": np.array([-(2**62)]), "double": np.array([1.0, 2.0]),
+        "inf": np.array([np.inf, 1], np.float32), "complex": np.array([3 + 4j]), "bool": np.array([True]),
+    }  # fmt: skip
+    found = params | {
+        "int": big - np.array([1, 0, 0]), "far": np.array([2**62]),
+        "double": np.array([1.0, 2.0 + 1e-12]), "complex": np.array([0j]), "bool": np.array([False]),
+    }  # fmt: skip
+    rows = {row.path: row for row in summarize(params, found).rows}
+    assert rows["int"].max_error == 1
+    assert rows["far"].max_error == 2.0**63
+    assert rows["double"].max_error == pytest.approx(1e-12, rel=1e-3)
+    assert rows["double"].snr_db == pytest.approx(10 * math.log10(5e24), abs=0.01)
+    assert (rows["inf"].max_error, rows["inf"].snr_db) == (0, math.inf)
+    assert (rows["complex"].max_error, rows["complex"].snr_db) == (5, 0)
+    assert rows["bool"].max_error == 1
+
+
+def test_python_numbers():
+    (row,) = summarize({"x": 3.0}, {"x": 2.5}).rows
+    assert (row.shape, row.max_error) == ((), 0.5)
+    assert bits_per_param({"x": 3.0}) == 64
 
 
 def test_names_are_no_markup():

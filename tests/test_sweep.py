@@ -280,6 +280,11 @@ def test_a_file_of_other_metrics(tmp_path):
         '{"grid": {"c": [1.0, 2.0]}, "rows": [{"c": 2.0, "loss": 1.0, "failed": false}]}',
         '{"grid": {"c": [1.0, 2.0]}, "rows": [{"c": 1.0, "loss": "x", "failed": false}]}',
         '{"grid": {"c": [1.0, 2.0]}, "rows": [{"c": 1.0}, {"c": 2.0}, {"c": 2.0}]}',
+        '{"grid": {"c": [1.0, 2.0]}, "rows": [{"c": 1.0, "loss": null, "failed": false}]}',
+        '{"grid": {"c": [1.0, 2.0]}, "rows": [{"c": 1.0, "loss": NaN, "failed": true}]}',
+        '{"grid": {"c": [1.0, 2.0]}, "rows": [{"c": 1.0, "loss": "nan", "failed": false}]}',
+        '{"grid": {"c": [1.0, 2.0]}, "rows": [{"c": 1.0, "loss": 0.5, "failed": true}]}',
+        "[" * 100_000,
         "\udcff",
     ],
 )
@@ -383,6 +388,7 @@ def test_unknown_names():
         ({"c": np.ones((2, 2))}, r"grid\['c'\] must be a sequence of real numbers"),
         ({"c": [1.0, math.nan]}, r"grid\['c'\] has nan, which float32 lacks"),
         ({"c": [1e300]}, r"grid\['c'\] has 1e\+300, which float32 lacks"),
+        ({"c": [1e-40]}, r"grid\['c'\] has 1e-40, which float32 lacks"),
         ({"c": [1, 2**31]}, r"grid\['c'\] has 2147483648, which int32 lacks"),
         ({"c": [2**70]}, r"grid\['c'\] must be a sequence of real numbers"),
         ({"failed": [1.0]}, r"grid has a column 'failed', which rows need; rename it"),
@@ -415,9 +421,9 @@ def test_bad_metrics(found, message):
         sweep(found, {"c": [1.0, 2.0, 3.0]}, progress=False)
 
 
-@pytest.mark.parametrize("batch_size", [0, -1])
+@pytest.mark.parametrize("batch_size", [0, -1, 2.5])
 def test_bad_batch_size(batch_size):
-    with pytest.raises(ValueError, match=f"batch_size must be at least 1, .*got {batch_size}"):
+    with pytest.raises(ValueError, match=f"must be an integer of at least 1, .*got {batch_size}"):
         sweep(lambda c: {"loss": c}, {"c": [1.0]}, batch_size=batch_size, progress=False)
 
 
