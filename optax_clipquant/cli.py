@@ -11,12 +11,13 @@ import signal
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from optax_clipquant.container import Reader, check_replaceable, nbytes, replacing
 from optax_clipquant.conversion import (
     WIDTHS,
+    Coder,
     Progress,
     Rule,
     Tensors,
@@ -25,6 +26,7 @@ from optax_clipquant.conversion import (
     threads,
     widths_of,
 )
+from optax_clipquant.host import Absmax
 from optax_clipquant.rows import Row, Summary, errors
 from optax_clipquant.saved import is_saved
 
@@ -153,8 +155,8 @@ def _compress(args: argparse.Namespace) -> None:
             raise ValueError(f"{args.input} is compressed already; decompress it first")
         rules = _choose(args, source)
         total = sum(nbytes(*spec) for spec in source.specs.values())
-        with _progress("compressing", total) as progress:
-            rows = compress(source, args.output, rules, progress)
+        with _coders(source, rules) as coders, _progress("compressing", total) as progress:
+            rows = compress(source, args.output, coders, progress)
         dtypes = [dtype.name for dtype, _ in source.specs.values()]
     weights = sum(math.prod(row.shape) for row in rows if row.path in rules)
     packed = sum(row.bytes_after for row in rows if row.path in rules)
@@ -180,6 +182,28 @@ def _choose(args: argparse.Namespace, source: Reader) -> dict[str, Rule]:
             return allocate_rules(source, rules, args.budget, progress)
     except ValueError as error:
         raise ValueError(f"{source.path}: {error}") from error
+
+
+@contextlib.contextmanager
+def _coders(source: Reader, rules: Mapping[str, Rule]) -> Iterator[dict[str, Coder]]:
+    """What quantizes each tensor in ``rules``."""
+    coders: dict[str, Coder] = {}
+    for name, rule in rules.items():
+        if rule.is_absmax:
+            spec = source.specs[name]
+            try:
+                coder = Absmax.of(spec, rule.bits or 8, rule.channel_axis, rule.group_size)
+            except ValueError as error:
+                raise ValueError(f"{source.path}: tensor {name!r}: {error}") from error
+            coders[name] = coder
+    searched = {name: rule for name, rule in rules.items() if name not in coders}
+    if not searched:
+        yield coders
+        return
+    from optax_clipquant.searching import Search
+
+    with Search(source, searched) as search:
+        yield coders | search.coders
 
 
 def _decompress(args: argparse.Namespace) -> None:

@@ -1,22 +1,20 @@
-"""Safetensors files made small, and plain again, a tensor at a time, with JAX only where it is needed.
+"""Safetensors files made small, and plain again, a tensor at a time and without JAX.
 
-Absmax scales are found and weights are encoded in NumPy (``host.py``), in threads and a block at a time,
-while blocks before are written. Scales of least squared error, and bits under a budget, are searched for
-by JAX (``searching.py``).
+What quantizes a tensor is given: ``host.Absmax``, or where scales are searched for by JAX, one of
+``searching.py``.
 """
 
-import contextlib
 import functools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
 
 from optax_clipquant.container import Reader, Spec, bytes_of, nbytes, writing
-from optax_clipquant.host import Absmax, Threads, decode
+from optax_clipquant.host import Read, Threads, decode
 from optax_clipquant.layout import Entry, Leaf, plain
 from optax_clipquant.names import name_of, names_a_weight
 from optax_clipquant.rows import Row
@@ -40,9 +38,17 @@ class Rule(NamedTuple):
 
     @property
     def is_absmax(self) -> bool:
-        """Whether ``host`` can do it."""
+        """Whether ``Absmax`` can do it."""
         bits = self.bits or 8
         return bits >= 3 and (self.scale_rule or ("absmax" if bits > 3 else "mse")) == "absmax"
+
+
+class Coder(Protocol):
+    """What quantizes a tensor, such as ``Absmax``."""
+
+    @property
+    def leaf(self) -> Leaf: ...
+    def encode(self, read: Read, threads: Threads) -> Parts: ...
 
 
 class Tensors:
@@ -139,52 +145,25 @@ def widths_of(
 def compress(
     source: Reader,
     output: str | os.PathLike[str],
-    rules: Mapping[str, Rule],
+    coders: Mapping[str, Coder],
     progress: Progress,
 ) -> list[Row]:
-    """Writes what ``save`` would write for the dict of all tensors, those in ``rules`` quantized.
-
-    Raises:
-      ValueError: a tensor lacks the axis that its rule names.
-    """
-    for name, rule in rules.items():
-        ndim = len(source.specs[name][1])
-        if not -ndim <= rule.channel_axis < ndim:
-            raise ValueError(
-                f"tensor {name!r}: channel_axis {rule.channel_axis} is out of range for an array with "
-                f"{ndim} axes; name an axis in [{-ndim}, {ndim - 1}], or keep the tensor by a rule"
-            )
-    coders = {
-        name: Absmax.of(source.specs[name], rule.bits or 8, rule.channel_axis, rule.group_size)
-        for name, rule in rules.items()
-        if rule.is_absmax
-    }
-    searched = {name: rule for name, rule in rules.items() if name not in coders}
+    """Writes what ``save`` would write for the dict of all tensors, those in ``coders`` quantized."""
     leaves = {name: plain(spec) for name, spec in source.specs.items()}
     leaves |= {name: coder.leaf for name, coder in coders.items()}
-    with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(threads())
-        search = None
-        if searched:
-            from optax_clipquant.searching import Search
 
-            search = stack.enter_context(Search(source, searched))
-            leaves |= search.leaves
-
-        def parts(name: str) -> Parts:
+    def contents(pool: Threads) -> Iterator[tuple[str, Parts]]:
+        for name, spec in source.specs.items():
             if name in coders:
-                return coders[name].encode(functools.partial(source.read_at, name), pool)
-            if search is not None and name in searched:
-                return search.parts(name)
-            return [("", source.pieces(name))]
+                parts = coders[name].encode(functools.partial(source.read_at, name), pool)
+            else:
+                parts = [("", source.pieces(name))]
+            yield name_of((name,)), parts
+            progress(nbytes(*spec))
 
-        def contents() -> Iterator[tuple[str, Parts]]:
-            for name, spec in source.specs.items():
-                yield name_of((name,)), parts(name)
-                progress(nbytes(*spec))
-
-        named = {name_of((name,)): leaf for name, leaf in leaves.items()}
-        write(output, named, contents(), nodes={}, metadata=source.texts)
+    named = {name_of((name,)): leaf for name, leaf in leaves.items()}
+    with threads() as pool:
+        write(output, named, contents(pool), nodes={}, metadata=source.texts)
     return [_row(name, leaves[name]) for name in source.specs]
 
 

@@ -55,9 +55,18 @@ class Absmax(NamedTuple):
 
     @classmethod
     def of(cls, spec: Spec, bits: int, channel_axis: int, group_size: int | None) -> Self:
-        """For ``Uniform(bits, channel_axis=..., group_size=..., scale_rule="absmax")``."""
+        """For ``Uniform(bits, channel_axis=..., group_size=..., scale_rule="absmax")``.
+
+        Raises:
+          ValueError: there is no such axis.
+        """
         dtype, shape = spec
         ndim = len(shape)
+        if not -ndim <= channel_axis < ndim:
+            raise ValueError(
+                f"channel_axis {channel_axis} is out of range for an array with {ndim} axes; name an "
+                f"axis in [{-ndim}, {ndim - 1}]"
+            )
         axes = tuple(axis for axis in range(ndim) if axis != channel_axis % ndim)
         scales = [1 if axis in axes else length for axis, length in enumerate(shape)]
         group = None

@@ -1,9 +1,12 @@
-"""What the command needs JAX for: scales that are searched for, and bits under a budget."""
+"""What the command needs JAX for: scales that are searched for, and bits under a budget.
+
+It is imported where it is needed, for JAX takes several times as long to start as the rest of the command.
+"""
 
 import concurrent.futures
 import types
 from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,8 @@ from optax_clipquant.allocation import allocate
 from optax_clipquant.container import Reader, nbytes
 from optax_clipquant.conversion import WIDTHS, Progress, Rule
 from optax_clipquant.files import leaf_of, parts_of
+from optax_clipquant.host import Read, Threads
+from optax_clipquant.layout import Leaf
 from optax_clipquant.params import naming
 from optax_clipquant.qarray import QArray
 from optax_clipquant.quantizers import Uniform
@@ -28,7 +33,7 @@ class Search:
     written, so that memory holds two of them.
 
     Attributes:
-      leaves: what a file will hold of each.
+      coders: what quantizes each. They must be used in the order of the file.
 
     Raises:
       ValueError: a tensor lacks an axis that its rule names.
@@ -39,7 +44,7 @@ class Search:
         self._rules = {name: _uniform(rule, rule.bits or 8) for name, rule in rules.items()}
         self._names = [name for name in source.specs if name in rules]
         self._programs: dict[Any, jax.stages.Lowered] = {}
-        self.leaves = {}
+        self.coders = {}
         for name in self._names:
             key = self._key(name)
             if key not in self._programs:
@@ -47,10 +52,9 @@ class Search:
                     self._programs[key] = _quantize.lower(
                         self._rules[name], _abstract(source, name)
                     )
-            self.leaves[name] = leaf_of(self._programs[key].out_info, name)
+            self.coders[name] = _Searched(leaf_of(self._programs[key].out_info, name), self, name)
 
     def parts(self, name: str) -> Parts:
-        """The tensors of ``name`` for a file; names must be asked for in their order in the file."""
         leaf = self._ahead.result()
         self._start_next()
         return parts_of(leaf, name)
@@ -87,6 +91,16 @@ class Search:
 
     def _key(self, name: str) -> Any:
         return self._rules[name], self._source.specs[name]
+
+
+class _Searched(NamedTuple):
+    leaf: Leaf
+    search: Search
+    name: str
+
+    def encode(self, read: Read, threads: Threads) -> Parts:
+        del read, threads  # it has its own
+        return self.search.parts(self.name)
 
 
 def allocate_rules(
