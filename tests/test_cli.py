@@ -23,6 +23,7 @@ from optax_clipquant import (
     QArray,
     Ternary,
     Uniform,
+    arguments,
     cli,
     container,
     conversion,
@@ -355,7 +356,9 @@ def test_help_has_examples(capsys):
         for example in examples:
             words = [word.strip("'") for word in example.split()]
             assert words[:2] == ["optax-clipquant", command]
-            assert isinstance(cli._parser().parse_args(words[1:]), argparse.Namespace)
+            assert isinstance(
+                arguments.parser(print, print, print).parse_args(words[1:]), argparse.Namespace
+            )
         assert examples
 
 
