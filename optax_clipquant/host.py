@@ -121,7 +121,7 @@ class Absmax(NamedTuple):
         return w.astype(np.float32, copy=False)
 
     def _extremes(self, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The largest and the least weight at each scale, 0 among them; NaN where there is one."""
+        """The largest and the least weight at each scale; NaN where there is one."""
         axis, _ = _group(self.levels, w.ndim)
         found = []
         for (run,) in _runs(self.levels, [w]):
@@ -131,7 +131,7 @@ class Absmax(NamedTuple):
             pair = run.max(axes, keepdims=True), run.min(axes, keepdims=True)
             found.append(pair if axis is None else [x.squeeze(axis + 1) for x in pair])
         high, low = (np.concatenate(parts, axis or 0) for parts in zip(*found, strict=True))
-        return np.maximum(high, 0), np.minimum(low, 0)
+        return high, low
 
     def _scale(self, high: np.ndarray, low: np.ndarray) -> np.ndarray:
         lower = self.levels.lower

@@ -16,7 +16,7 @@ from jax.core import Tracer
 from optax_clipquant.grids import Grid
 from optax_clipquant.qarray import QArray
 from optax_clipquant.reductions import Span, extremes
-from optax_clipquant.scales import least_squares, mean_magnitude, moments, round_scale
+from optax_clipquant.scales import HALF, least_squares, mean_magnitude, moments, round_scale
 from optax_clipquant.sharding import for_groups, for_pieces, piece_of, split_axis
 
 
@@ -319,10 +319,14 @@ class Uniform(Granular):
         high, low = extremes(w, span)
         steps = grid.upper - grid.lower
         step = high / steps - low / steps
-        scale = round_scale(step, steps, grid.dtype)
+        # One step may be twice the range.
+        finite = jnp.isfinite(high) & jnp.isfinite(low)
+        step = jnp.where(finite, jnp.minimum(step, float(jnp.finfo(jnp.float32).max)), step)
+        largest = HALF * steps
+        scale = round_scale(step, largest, grid.dtype)
         # Rounded up, so that the levels span the weights and no weight is more than half a step off.
         scale = round_scale(
-            jnp.where(scale < step, scale * (1 + 1.5 / 256), scale), steps, grid.dtype
+            jnp.where(scale < step, scale * (1 + 1.5 / 256), scale), largest, grid.dtype
         )
         zero_point = jnp.round(grid.lower - low / jnp.where(scale == 0, 1, scale))
         zero_point = jnp.where(jnp.isnan(zero_point), 0, zero_point)

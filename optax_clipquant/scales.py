@@ -11,6 +11,10 @@ from optax_clipquant.grids import Grid
 from optax_clipquant.host import largest_scale
 from optax_clipquant.reductions import Span, Zero, extremes
 
+HALF = 0.49
+"""Of the steps of a grid with zero points: weights can lie as far apart as twice their dtype's range
+reaches. A bit less, since the scale is rounded up; what lies beyond the range, ``decode`` cuts.
+"""
 _LARGEST = float(jnp.finfo(jnp.float32).max)
 
 
@@ -87,7 +91,7 @@ def least_squares(w: jax.Array, span: Span, start: Grid | None, absmax: Grid) ->
     else:
         shift = absmax.zero_point.astype(jnp.float32)
         low, high = low - shift, high - shift
-        largest = float(absmax.upper - absmax.lower)
+        largest = HALF * (absmax.upper - absmax.lower)
     unit = jnp.where(base == 0, 1, base)
 
     def levels(w: jax.Array, scale: Zero, zero: Zero) -> jax.Array:

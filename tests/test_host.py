@@ -120,6 +120,23 @@ def test_decode_nasty_scales(threads, symmetric, data):
     assert not np.signbit(found[found == 0]).any()
 
 
+def test_below_the_normal_numbers(threads):
+    """XLA has 0 there."""
+    w = np.array([[128 * 2.0**-126, 1.1e-38, -1.1e-38, 2.0**-127]], np.float32)
+    check(w, threads, 8, 0, None)
+    grid = Grid(scale=jnp.full((1, 1), 2.0**-126), bits=2, lower=-2, upper=1, offset=0.5)
+    q = QArray(jnp.array([[-2, -1, 0, 1]], jnp.int8), grid)
+    assert decoded(q, threads).tobytes() == np.asarray(q.dequantize()).tobytes()
+
+
+def test_decode_at_the_ends_of_the_range(threads):
+    w = jnp.asarray([[3.4028235e38, -3.4028235e38, 1e38, 0]])
+    grid = Uniform(8, symmetric=False).quantize(w.T).grid
+    q = QArray(jnp.array([[127], [-128]], jnp.int8), grid)
+    assert decoded(q, threads).tobytes() == np.asarray(q.dequantize()).tobytes()
+    assert np.abs(q.dequantize()).max() == np.finfo(np.float32).max
+
+
 def test_decode_of_few_axes_and_of_float64(threads):
     grid = Grid(scale=jnp.asarray(0.5), bits=4, lower=-8, upper=7)
     q = QArray(jnp.asarray(3, jnp.int8), grid)

@@ -126,6 +126,25 @@ def test_asymmetric_covers_the_weights_and_has_zero(w, bits):
     np.testing.assert_array_equal(zero, 0)
 
 
+@pytest.mark.parametrize(
+    "dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda t: t.__name__
+)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_asymmetric_at_both_ends_of_the_range(bits, dtype):
+    """Such weights are twice the range apart."""
+    largest = float(jnp.finfo(dtype).max)
+    w = jnp.asarray([largest, -largest, largest / 3, 0], dtype)
+    q = Uniform(bits=bits, symmetric=False, channel_axis=None, scale_rule="absmax").quantize(w)
+    found = np.asarray(q.dequantize(), np.float64)
+    assert np.isfinite(found).all()
+    assert found[3] == 0
+    if bits >= 4 or dtype == jnp.float16:  # else scales are below 2**126
+        error = np.abs(found - np.asarray(w, np.float64))
+        assert error.max() <= (0.5 + 2.0**-7) * float(q.scale[0])
+    again = q.grid.encode(q.dequantize())
+    np.testing.assert_array_equal(q.grid.decode(again), q.dequantize())
+
+
 @pytest.mark.parametrize(("R", "resolution"), [(1, 1.0), (3, 1.0), (7, 2.5), (127, 40.0)])
 @pytest.mark.parametrize("shape", [(50,), (20, 30), (3, 3, 8, 4)])
 @pytest.mark.parametrize("shift", [0.0, 5.0])
