@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
-import rich.table
-import rich.text
 
 from optax_clipquant.tables import Printed, compact_table
+
+if TYPE_CHECKING:
+    import rich.table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,9 @@ class Summary(Printed):
         """How many times smaller the tree has become."""
         return self.bytes_before / max(self.bytes_after, 1)
 
-    def __rich__(self) -> rich.table.Table:
+    def __rich__(self) -> "rich.table.Table":
+        import rich.text
+
         table = compact_table(show_footer=True)
         # Digits are folded where there is no room, never left out.
         table.add_column("leaf", "total", overflow="fold")

@@ -2,19 +2,21 @@
 
 import abc
 import io
+from typing import TYPE_CHECKING
 
-import rich.box
-import rich.console
-import rich.table
+if TYPE_CHECKING:  # the command need not wait for it where it shows none
+    import rich.table
 
 
 class Printed(abc.ABC):
     """A result whose ``__rich__`` gives a table, which ``print`` shows too."""
 
     @abc.abstractmethod
-    def __rich__(self) -> rich.table.Table: ...
+    def __rich__(self) -> "rich.table.Table": ...
 
     def __str__(self) -> str:
+        import rich.console
+
         buffer = io.StringIO()
         # In a notebook, rich would show it there and leave no text, or text with colours.
         console = rich.console.Console(
@@ -24,8 +26,11 @@ class Printed(abc.ABC):
         return buffer.getvalue().rstrip("\n")
 
 
-def compact_table(*, show_footer: bool = False) -> rich.table.Table:
+def compact_table(*, show_footer: bool = False) -> "rich.table.Table":
     """A table without columns that leaves the room to its content."""
+    import rich.box
+    import rich.table
+
     return rich.table.Table(
         show_footer=show_footer, box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
     )

@@ -83,26 +83,27 @@ def compare(folder: pathlib.Path, layers: int, repeats: int) -> None:
     tool = (sys.executable, "-m", "optax_clipquant.cli")
 
     def compress(bits: int, *options: str) -> list[str]:
-        out = folder / f"{bits}{''.join(options)}.safetensors"
-        return [*tool, "compress", str(source), str(out), "--bits", str(bits), "--force", *options]
+        return [*tool, "compress", *options, "--bits", str(bits), str(source)]
 
+    # Each gets the path of a new file at the end, but for the start-up, which writes none.
     candidates = {
-        "cp": ["cp", str(source), str(folder / "copy")],
+        "cp": ["cp", str(source)],
         "start-up": [sys.executable, "-c", "import optax_clipquant.cli"],
         "compress, 8 bits": compress(8),
         "compress, 4 bits": compress(4),
         "compress, 4 bits, groups of 32": compress(4, "--group-size", "32"),
         "compress, 4 bits, mse": compress(4, "--scale", "mse"),
         "compress, 3 bits": compress(3),
-        "decompress, 8 bits": [*tool, "decompress", str(folder / "8.safetensors"), str(folder / "plain"), "--force"],
-    }  # fmt: skip
+        "decompress, 8 bits": [*tool, "decompress", str(folder / "compress, 8 bits")],
+    }
     times: dict[str, list[float]] = {name: [] for name in candidates}
     peaks: dict[str, float] = {}
     for _ in rich.progress.track(range(repeats), "turns"):
         for name, command in candidates.items():
-            (folder / "copy").unlink(missing_ok=True)
+            output = folder / name
+            output.unlink(missing_ok=True)  # to free what is overwritten would take time
             os.sync()  # what one has left to write is not the next one's burden
-            seconds, peaks[name] = run(command)
+            seconds, peaks[name] = run([*command, str(output)])
             times[name].append(seconds)
 
     copy, start = min(times["cp"]), min(times["start-up"])
@@ -137,7 +138,7 @@ def compare(folder: pathlib.Path, layers: int, repeats: int) -> None:
             f"{best / copy:.2f}",
             f"{work:.2f}" if bounded else "",
             f"{TIME}" if timed else "",
-            ("met" if best / copy <= TIME else "met without start-up" if work <= TIME else "missed") * timed,
+            verdict(best / copy, TIME if timed else None),
             f"{peaks[name] / 1e6:.0f}",
             f"{limit / 1e6:.0f}" if bounded else "",
             verdict(peaks[name], limit if bounded else None),
