@@ -26,7 +26,7 @@ Read = Callable[[int, np.ndarray], None]
 
 _BLOCK = 2**19  # elements: with fewer, threads wait for each other more than they work
 _AHEAD = 4  # blocks
-_BFLOAT16, _FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _NORMAL = np.float32(2.0**-126)  # below it, XLA has 0
 
 
@@ -88,9 +88,8 @@ class Absmax(NamedTuple):
         scales: list[np.ndarray] = []
         shape = self.leaf.specs["s"][1]
         shared = 0 in self.axes and _group(self.levels, len(shape))[0] != 0
-        if (
-            shared
-        ):  # by several blocks: all are read for the scales before any is read for the codes
+        # All blocks are read for such scales before any is read for its codes.
+        if shared:
             high = low = np.zeros(shape, np.float32)
             extremes = _in_turn(
                 threads, lambda rows: self._extremes(self._weights(read, rows)), blocks
