@@ -549,9 +549,9 @@ def test_the_command_does_not_wait_for_jax(source, tmp_path):
 @pytest.mark.parametrize(
     ("call", "platforms"), [("main()", "cpu"), ("main(sys.argv[1:])", "None")], ids=str
 )
-def test_the_command_keeps_off_accelerators_and_a_call_does_not_choose(
-    source, tmp_path, call, platforms
-):
+def test_the_command_keeps_off_accelerators_and_a_call_does_not_choose(tmp_path, call, platforms):
+    source = tmp_path / "in"
+    safetensors.numpy.save_file({"w": weights((8, 8))}, source)
     code = (
         "import os, sys; os.environ.pop('JAX_PLATFORMS', None); "
         f"from optax_clipquant.cli import main; assert {call} == 0; "

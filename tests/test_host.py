@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import math
 
 import jax
@@ -52,10 +51,10 @@ def check(w: np.ndarray, threads, bits: int, axis: int, group_size: int | None) 
     assert found[""] == wanted[""]
 
 
-@pytest.mark.parametrize("group_size", [None, 1, 5, 8, 100])
+@pytest.mark.parametrize("group_size", [None, 1, 5, 100])
 @pytest.mark.parametrize(
     ("bits", "dtype"),
-    [(3, np.float32), *itertools.product((4, 8), DTYPES)],
+    [(3, np.float32), (4, np.float32), (4, DTYPES[1]), (8, np.float32), (8, np.float16)],
     ids=lambda x: str(np.dtype(x)) if isinstance(x, type) else str(x),
 )
 def test_encode(threads, monkeypatch, bits, dtype, group_size):
