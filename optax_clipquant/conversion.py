@@ -7,7 +7,7 @@ What quantizes a tensor is given: ``host.Absmax``, or where scales are searched 
 import functools
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import ml_dtypes
@@ -75,13 +75,18 @@ class Tensors:
     def rows(self) -> list[Row]:
         return [_row(path, leaf) for path, leaf in self.leaves.items()]
 
-    def pieces(self, path: str, threads: Threads) -> Iterable[np.ndarray]:
+    def pieces(self, path: str, threads: Threads) -> Iterator[np.ndarray]:
         """What a tensor stands for, in pieces."""
         if path not in self._entries:
-            return self._reader.pieces(path)
+            yield from self._reader.pieces(path)
+            return
         entry = self._entries[path]
         tensors = self._file.read(entry)
-        return [tensors[""]] if entry.leaf.levels is None else decode(entry.leaf, tensors, threads)
+        if entry.leaf.levels is None:
+            yield tensors[""]
+            return
+        with self._file.describing():
+            yield from decode(entry.leaf, tensors, threads)
 
     def read(self, path: str, threads: Threads) -> np.ndarray:
         """What a tensor stands for."""

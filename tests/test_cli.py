@@ -31,6 +31,7 @@ from optax_clipquant import (
     load,
     quantize_params,
     save,
+    saved,
     searching,
 )
 
@@ -322,6 +323,27 @@ def test_errors(source, tmp_path, capsys, args, message):
     assert captured.err.count("\n") == 1
     assert captured.out == ""
     assert {path: path.stat().st_size for path in tmp_path.iterdir()} == before
+
+
+def test_decompress_of_a_header_that_fits_no_code(source, tmp_path, capsys):
+    """With a checksum that fits, as a faulty writer would leave it."""
+    small = tmp_path / "small"
+    assert run("compress", source, small, "--bits", 4) == 0
+    tensors = read(small)
+    with container.Reader(small) as file:
+        texts, specs = dict(file.texts), file.specs
+    header = json.loads(texts["optax_clipquant"])
+    header["grids"][0][2] = -6  # its upper
+    texts["optax_clipquant"] = json.dumps(header)
+    texts["optax_clipquant.sha256"] = saved._digest(texts, specs)
+    with container.writing(small, specs, texts) as file:
+        for name, array in tensors.items():
+            file.put(name, array)
+    capsys.readouterr()
+    assert run("decompress", small, tmp_path / "out") == 1
+    message = "small: the header does not describe its tensors (a code is above -6); write it again"
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
