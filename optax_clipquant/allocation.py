@@ -118,7 +118,7 @@ def allocate(
     if least > budget:
         raise ValueError(
             f"bits_per_param is {bits_per_param}, but with the scales the smallest choices take "
-            f"{8 * least / max(count, 1):.3f}; raise it, or give a quantizer with fewer scales"
+            f"{8 * least / max(count, 1):.3f}; raise it, or let more weights share a scale (group_size)"
         )
     errors = []
     for path, choices in rules.items():

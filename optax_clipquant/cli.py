@@ -17,9 +17,10 @@ from optax_clipquant.arguments import parser
 from optax_clipquant.container import Reader, check_replaceable, nbytes, replacing
 from optax_clipquant.conversion import (
     Coder,
+    Contents,
     Progress,
     Rule,
-    Tensors,
+    check_axes,
     compress,
     decompress,
     threads,
@@ -76,12 +77,12 @@ def _inspect(args: argparse.Namespace) -> None:
     if args.plot is not None:
         _check_plot(args)
     with Reader(args.file) as reader:
-        tensors = Tensors(reader)
+        tensors = Contents(reader)
         dtypes = [leaf.spec[0].name for leaf in tensors.leaves.values()]
         rows = tensors.rows
         if args.against is not None:
             with Reader(args.against) as floats:
-                rows = _compared(tensors, Tensors(floats), args)
+                rows = _compared(tensors, Contents(floats), args)
     summary = Summary(tuple(rows))
     if args.plot is not None:
         _plot(args.plot, summary)
@@ -121,7 +122,7 @@ def _format_of(path: str) -> str:
     return os.path.splitext(path)[1].lstrip(".").lower()
 
 
-def _compared(after: Tensors, before: Tensors, args: argparse.Namespace) -> list[Row]:
+def _compared(after: Contents, before: Contents, args: argparse.Namespace) -> list[Row]:
     """The rows with the errors beside a float file."""
     if before.leaves.keys() != after.leaves.keys():
         raise ValueError(
@@ -167,6 +168,7 @@ def _choose(args: argparse.Namespace, source: Reader) -> dict[str, Rule]:
             name: Rule(bits, args.channel_axis, args.group_size, args.scale)
             for name, bits in widths_of(source.specs, args.rule).items()
         }
+        check_axes(source.specs, rules)
         if args.budget is None:
             return {
                 name: rule if rule.bits else rule._replace(bits=args.bits)
@@ -187,12 +189,9 @@ def _coders(source: Reader, rules: Mapping[str, Rule]) -> Iterator[dict[str, Cod
     coders: dict[str, Coder] = {}
     for name, rule in rules.items():
         if rule.is_absmax:
-            spec = source.specs[name]
-            try:
-                coder = Absmax.of(spec, rule.bits or 8, rule.channel_axis, rule.group_size)
-            except ValueError as error:
-                raise ValueError(f"{source.path}: tensor {name!r}: {error}") from error
-            coders[name] = coder
+            coders[name] = Absmax.of(
+                source.specs[name], rule.bits or 8, rule.channel_axis, rule.group_size
+            )
     searched = {name: rule for name, rule in rules.items() if name not in coders}
     if not searched:
         yield coders
@@ -208,7 +207,7 @@ def _decompress(args: argparse.Namespace) -> None:
     with Reader(args.input) as source:
         if not is_saved(source):
             raise ValueError(f"{args.input} is not compressed: optax_clipquant did not write it")
-        leaves = Tensors(source).leaves.values()
+        leaves = Contents(source).leaves.values()
         total = sum(nbytes(*leaf.spec) for leaf in leaves)
         with _progress("decompressing", total) as progress:
             rows = decompress(source, args.output, progress)
@@ -281,7 +280,7 @@ def _plain(rows: list[Row], dtypes: list[str]) -> list[dict[str, Any]]:
 
 
 def _print_json(content: dict[str, Any]) -> None:
-    print(json.dumps(content, indent=2, ensure_ascii=False))
+    print(json.dumps(content, indent=2))
 
 
 def _message(error: BaseException) -> str:

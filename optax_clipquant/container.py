@@ -75,6 +75,8 @@ class Reader:
                 pass
             length = int.from_bytes(self._file.read(8), "little")
             header: dict[str, Any] = json.loads(self._file.read(length))
+        except MemoryError:
+            raise
         except Exception as error:
             raise ValueError(
                 f"{self.path}: truncated, altered, or not a safetensors file ({error})"

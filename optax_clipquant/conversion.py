@@ -51,7 +51,7 @@ class Coder(Protocol):
     def encode(self, read: Read, threads: Threads) -> Parts: ...
 
 
-class Tensors:
+class Contents:
     """The tensors of any file, by name; of one of ``save``, by path.
 
     Attributes:
@@ -147,6 +147,17 @@ def widths_of(
     return chosen
 
 
+def check_axes(specs: Mapping[str, Spec], rules: Mapping[str, Rule]) -> None:
+    """Raises where a tensor lacks the axis that its rule names."""
+    for name, rule in rules.items():
+        ndim = len(specs[name][1])
+        if not -ndim <= rule.channel_axis < ndim:
+            raise ValueError(
+                f"tensor {name!r}: channel_axis {rule.channel_axis} is out of range for an array with "
+                f"{ndim} axes; name an axis in [{-ndim}, {ndim - 1}], or keep the tensor by a rule"
+            )
+
+
 def compress(
     source: Reader,
     output: str | os.PathLike[str],
@@ -174,7 +185,7 @@ def compress(
 
 def decompress(source: Reader, output: str | os.PathLike[str], progress: Progress) -> list[Row]:
     """Writes the tensors of a file of ``save`` as a plain file, with the metadata given to ``save``."""
-    tensors = Tensors(source)
+    tensors = Contents(source)
     if "__metadata__" in tensors.leaves:
         raise ValueError(f"{source.path}: a plain file cannot have a tensor named '__metadata__'")
     specs = {path: leaf.spec for path, leaf in tensors.leaves.items()}

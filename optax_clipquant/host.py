@@ -55,18 +55,9 @@ class Absmax(NamedTuple):
 
     @classmethod
     def of(cls, spec: Spec, bits: int, channel_axis: int, group_size: int | None) -> Self:
-        """For ``Uniform(bits, channel_axis=..., group_size=..., scale_rule="absmax")``.
-
-        Raises:
-          ValueError: there is no such axis.
-        """
+        """For ``Uniform(bits, channel_axis=..., group_size=..., scale_rule="absmax")``."""
         dtype, shape = spec
         ndim = len(shape)
-        if not -ndim <= channel_axis < ndim:
-            raise ValueError(
-                f"channel_axis {channel_axis} is out of range for an array with {ndim} axes; name an "
-                f"axis in [{-ndim}, {ndim - 1}]"
-            )
         axes = tuple(axis for axis in range(ndim) if axis != channel_axis % ndim)
         scales = [1 if axis in axes else length for axis, length in enumerate(shape)]
         group = None
@@ -217,11 +208,13 @@ def _group(levels: Levels, ndim: int) -> tuple[int | None, int]:
 
 def _blocks(shape: tuple[int, ...], levels: Levels) -> list[slice]:
     """Rows of whole groups, whose packed codes end with a byte."""
-    axis, run = _group(levels, len(shape))
-    unit = math.lcm(run if axis == 0 else 1, 5 if levels.bits == math.log2(3) else 8)
-    step = max(_BLOCK // max(math.prod(shape[1:]), 1) // unit, 1) * unit
-    if not math.prod(shape):
+    size = math.prod(shape[1:])
+    if not shape[0] * size:
         return []
+    axis, run = _group(levels, len(shape))
+    bits, byte = (1, 5) if levels.bits == math.log2(3) else (int(levels.bits), 8)
+    unit = math.lcm(run if axis == 0 else 1, byte // math.gcd(byte, size * bits))
+    step = max(_BLOCK // size // unit, 1) * unit
     return [slice(first, min(first + step, shape[0])) for first in range(0, shape[0], step)]
 
 

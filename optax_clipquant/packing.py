@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 
-class Levels(Protocol):
+class CodeRange(Protocol):
     """What a ``Grid`` says of its codes, in JAX or in a file."""
 
     @property
@@ -29,7 +29,7 @@ def packed_size(size: int, bits: float) -> int:
     return math.ceil(size / 5) if bits == math.log2(3) else math.ceil(size * bits / 8)
 
 
-def pack(codes: np.ndarray, grid: Levels) -> np.ndarray:
+def pack(codes: np.ndarray, grid: CodeRange) -> np.ndarray:
     """The packed bytes of ``codes``: see the head of this module."""
     digits = codes.ravel().view(np.uint8) - np.uint8(grid.lower % 256)  # modulo 256
     if grid.bits == 8:
@@ -41,7 +41,7 @@ def pack(codes: np.ndarray, grid: Levels) -> np.ndarray:
     return packed[: packed_size(digits.size, grid.bits)]
 
 
-def unpack(packed: np.ndarray, size: int, grid: Levels) -> np.ndarray:
+def unpack(packed: np.ndarray, size: int, grid: CodeRange) -> np.ndarray:
     """The int8 codes, flat, that ``pack`` packed. Raises ``ValueError`` where they cannot be."""
     if packed.size != packed_size(size, grid.bits):
         raise ValueError(f"{packed.size} bytes cannot hold {size} codes of {grid.bits} bits")

@@ -122,11 +122,11 @@ def errors(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
     largest = noise = signal = 0.0
     before, after = before.ravel(), after.ravel()
     blocks = [slice(i, i + _BLOCK) for i in range(0, before.size, _BLOCK)]
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         reach = max(
             (float(_magnitude(x).max()) for x in map(before.__getitem__, blocks)), default=0.0
         )
-        unit = reach if 0 < reach < math.inf else 1.0  # so that no square overflows
+        unit = reach if 0 < reach < math.inf else 1.0  # so that no square of it overflows
         for block in blocks:
             x = before[block]
             distance = _distance(x, after[block])

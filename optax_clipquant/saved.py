@@ -122,6 +122,8 @@ class SavedFile:
         """Where the header is relied on: says so where it does not fit the tensors."""
         try:
             yield
+        except (MemoryError, OSError):
+            raise
         except Exception as error:
             raise ValueError(
                 f"{self.path}: the header does not describe its tensors ({error}); write it again"

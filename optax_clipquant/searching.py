@@ -4,6 +4,7 @@ It is imported where it is needed, for JAX takes several times as long to start 
 """
 
 import concurrent.futures
+import os
 import types
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Self
@@ -18,7 +19,6 @@ from optax_clipquant.conversion import WIDTHS, Progress, Rule
 from optax_clipquant.files import leaf_of, parts_of
 from optax_clipquant.host import Read, Threads
 from optax_clipquant.layout import Leaf
-from optax_clipquant.params import naming
 from optax_clipquant.qarray import QArray
 from optax_clipquant.quantizers import Uniform
 from optax_clipquant.saved import Parts
@@ -34,12 +34,10 @@ class Search:
 
     Attributes:
       coders: what quantizes each. They must be used in the order of the file.
-
-    Raises:
-      ValueError: a tensor lacks an axis that its rule names.
     """
 
     def __init__(self, source: Reader, rules: Mapping[str, Rule]) -> None:
+        _check_platform()
         self._source = source
         self._rules = {name: _uniform(rule, rule.bits or 8) for name, rule in rules.items()}
         self._names = [name for name in source.specs if name in rules]
@@ -48,10 +46,7 @@ class Search:
         for name in self._names:
             key = self._key(name)
             if key not in self._programs:
-                with naming(name):
-                    self._programs[key] = _quantize.lower(
-                        self._rules[name], _abstract(source, name)
-                    )
+                self._programs[key] = _quantize.lower(self._rules[name], _abstract(source, name))
             self.coders[name] = _Searched(leaf_of(self._programs[key].out_info, name), self, name)
 
     def parts(self, name: str) -> Parts:
@@ -107,6 +102,7 @@ def allocate_rules(
     source: Reader, rules: Mapping[str, Rule], budget: float, progress: Progress
 ) -> dict[str, Rule]:
     """``rules`` with the bits of the least squared error within a budget, where they leave them open."""
+    _check_platform()
     buffer = _buffer(source, rules)
     choices = {
         name: [_uniform(rule, rule.bits or bits) for bits in WIDTHS] for name, rule in rules.items()
@@ -120,6 +116,16 @@ def allocate_rules(
     specs = {name: _abstract(source, name) for name in rules}
     chosen = allocate(specs, choices, read, budget)
     return {name: rule._replace(bits=chosen[name].bits) for name, rule in rules.items()}
+
+
+def _check_platform() -> None:
+    """Raises where ``JAX_PLATFORMS`` names one that is not here, of which JAX itself says little."""
+    try:
+        jax.devices()
+    except (AssertionError, RuntimeError) as error:
+        raise RuntimeError(
+            f"JAX cannot start on {os.environ.get('JAX_PLATFORMS')!r}: set JAX_PLATFORMS=cpu, or unset it"
+        ) from error
 
 
 def _uniform(rule: Rule, bits: int) -> Uniform:

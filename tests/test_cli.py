@@ -28,6 +28,7 @@ from optax_clipquant import (
     container,
     conversion,
     dequantize_params,
+    host,
     load,
     quantize_params,
     save,
@@ -294,7 +295,10 @@ def test_against_another_model(source, tmp_path, capsys):
         ("compress {in} {out} --rule nothing=4", "rule 'nothing' is found in the name of no tensor"),
         ("compress {in} {out} --rule norm=4", "found only in tensors that are never quantized"),
         ("compress {in} {out} --rule .=keep", "no tensor is left to quantize"),
-        ("compress {in} {out} --channel-axis 2", "channel_axis 2 is out of range"),
+        *(
+            (f"compress {{in}} {{out}} --channel-axis 2 {how}", "in.safetensors: tensor 'a': channel_axis 2 is out of range")
+            for how in ("", "--bits 2", "--budget 12")
+        ),
         ("compress {in} {out} --budget 1.5 --rule ^a$=2 --rule .=keep", "bits_per_param is 1.5, but with the scales"),
         ("decompress {in} {out}", "is not compressed"),
         ("decompress {none} {out}", "none: No such file"),
@@ -581,6 +585,40 @@ def test_the_command_keeps_off_accelerators_and_a_call_does_not_choose(tmp_path,
     )
     process = run_python("-c", code, "compress", source, tmp_path / "out", "--bits", "3")
     assert process.stdout.split()[-1] == platforms, process.stderr
+
+
+def test_a_platform_that_is_not_here(source, tmp_path):
+    code = "import sys; from optax_clipquant.cli import main; sys.exit(main())"
+    args = ("compress", source, tmp_path / "out", "--bits", "2")
+    process = run_python("-c", code, *args, JAX_PLATFORMS="cuda")
+    assert process.returncode == 1
+    assert process.stderr.splitlines()[-1] == (
+        "optax-clipquant: error: JAX cannot start on 'cuda': set JAX_PLATFORMS=cpu, or unset it"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["decompress", "inspect"])
+def test_too_little_memory_is_no_damage(source, tmp_path, capsys, monkeypatch, command):
+    small = tmp_path / "small"
+    assert run("compress", source, small) == 0
+
+    def unpack(*args):
+        raise MemoryError("Unable to allocate 122 MiB")
+
+    monkeypatch.setattr(host, "unpack", unpack)
+    capsys.readouterr()
+    args = (tmp_path / "out",) if command == "decompress" else ("--against", source)
+    assert run(command, small, *args) == 1
+    assert capsys.readouterr().err == "optax-clipquant: error: Unable to allocate 122 MiB\n"
+
+
+def test_names_that_stdout_lacks(tmp_path):
+    safetensors.numpy.save_file({"\N{GRINNING FACE}": weights((8, 8))}, tmp_path / "in")
+    code = "import sys; from optax_clipquant.cli import main; sys.exit(main())"
+    process = run_python("-c", code, "inspect", tmp_path / "in", "--json", PYTHONIOENCODING="ascii")
+    (row,) = json.loads(process.stdout)["tensors"]
+    assert row["path"] == "\N{GRINNING FACE}"
 
 
 def test_a_pipe_is_no_file(tmp_path, capsys):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from optax_clipquant import Grid, QArray, Uniform, host
 from optax_clipquant.files import leaf_of, parts_of
+from optax_clipquant.layout import Levels
 from optax_clipquant.saved import Parts, Tensors
 
 DTYPES = [np.float32, ml_dtypes.bfloat16, np.float16]
@@ -146,6 +147,25 @@ def test_decode_of_few_axes_and_of_float64(threads):
     wide = dataclasses.replace(batch.grid, dtype=np.dtype(np.float64))
     found = decoded(QArray(batch.qvalue, wide), threads)
     np.testing.assert_array_equal(found, np.asarray(batch.dequantize(), np.float64))
+
+
+@pytest.mark.parametrize(
+    ("shape", "bits", "group", "rows"),
+    [
+        ((8, 4_000_000), 8, None, 1),
+        ((8, 4_000_000), 3, None, 1),
+        ((64, 2**19 + 1), 4, None, 2),
+        ((64, 2**19 + 1), 3, None, 8),
+        ((64, 2**19 + 1), math.log2(3), None, 5),
+        ((32032, 1000), 8, (-2, 1001), 1001),
+        ((4, 8, 16), 8, (-1, 3), 4),
+    ],
+)
+def test_blocks_of_long_rows_are_few_rows(shape, bits, group, rows):
+    blocks = host._blocks(shape, Levels(bits, -2, 1, group=group))
+    assert blocks[0].stop == rows
+    assert [block.start for block in blocks[1:]] == [block.stop for block in blocks[:-1]]
+    assert blocks[-1].stop == shape[0]
 
 
 def test_blocks_are_made_few_ahead(threads):

@@ -75,11 +75,11 @@ def test_integers_and_float64_are_compared_exactly():
     big = np.array([2**62 + 1, -(2**62), 5])
     params = {
         "int": big, "far": np.array([-(2**62)]), "double": np.array([1.0, 2.0]),
-        "inf": np.array([np.inf, 1], np.float32), "complex": np.array([3 + 4j]), "bool": np.array([True]),
+        "tiny": np.array([1e-300]), "inf": np.array([np.inf, 1], np.float32), "complex": np.array([3 + 4j]), "bool": np.array([True]),
     }  # fmt: skip
     found = params | {
         "int": big - np.array([1, 0, 0]), "far": np.array([2**62]),
-        "double": np.array([1.0, 2.0 + 1e-12]), "complex": np.array([0j]), "bool": np.array([False]),
+        "tiny": np.array([1.0]), "double": np.array([1.0, 2.0 + 1e-12]), "complex": np.array([0j]), "bool": np.array([False]),
     }  # fmt: skip
     rows = {row.path: row for row in summarize(params, found).rows}
     assert rows["int"].max_error == 1
@@ -89,6 +89,7 @@ def test_integers_and_float64_are_compared_exactly():
     assert (rows["inf"].max_error, rows["inf"].snr_db) == (0, math.inf)
     assert (rows["complex"].max_error, rows["complex"].snr_db) == (5, 0)
     assert rows["bool"].max_error == 1
+    assert (rows["tiny"].max_error, rows["tiny"].snr_db) == (1, -math.inf)
 
 
 def test_python_numbers():
