@@ -196,10 +196,10 @@ def _coders(source: Reader, rules: Mapping[str, Rule]) -> Iterator[dict[str, Cod
     if not searched:
         yield coders
         return
-    from optax_clipquant.searching import Search
+    from optax_clipquant.searching import searching
 
-    with Search(source, searched) as search:
-        yield coders | search.coders
+    with searching(source, searched) as found:
+        yield coders | found
 
 
 def _decompress(args: argparse.Namespace) -> None:
@@ -207,10 +207,11 @@ def _decompress(args: argparse.Namespace) -> None:
     with Reader(args.input) as source:
         if not is_saved(source):
             raise ValueError(f"{args.input} is not compressed: optax_clipquant did not write it")
-        leaves = Contents(source).leaves.values()
+        contents = Contents(source)
+        leaves = contents.leaves.values()
         total = sum(nbytes(*leaf.spec) for leaf in leaves)
         with _progress("decompressing", total) as progress:
-            rows = decompress(source, args.output, progress)
+            rows = decompress(contents, args.output, progress)
     dtypes = [leaf.spec[0].name for leaf in leaves]
     _report(args, rows, dtypes, quantized=sum(leaf.levels is not None for leaf in leaves))
 

@@ -55,16 +55,20 @@ class Contents:
     """The tensors of any file, by name; of one of ``save``, by path.
 
     Attributes:
+      path: the file.
       leaves: what the file holds of each.
+      metadata: its text, without what ``save`` adds.
     """
 
     def __init__(self, reader: Reader) -> None:
-        self._reader = reader
+        self._reader, self.path = reader, reader.path
         self._entries: dict[str, Entry] = {}
         if not is_saved(reader):
             self.leaves = {name: plain(spec) for name, spec in reader.specs.items()}
+            self.metadata = reader.texts
             return
         self._file = SavedFile(reader)
+        self.metadata = self._file.metadata
         for entry in self._file.entries:
             if entry.path in self._entries:
                 raise ValueError(f"{reader.path}: two tensors would have the name {entry.path!r}")
@@ -183,23 +187,19 @@ def compress(
     return [_row(name, leaves[name]) for name in source.specs]
 
 
-def decompress(source: Reader, output: str | os.PathLike[str], progress: Progress) -> list[Row]:
+def decompress(contents: Contents, output: str | os.PathLike[str], progress: Progress) -> list[Row]:
     """Writes the tensors of a file of ``save`` as a plain file, with the metadata given to ``save``."""
-    tensors = Contents(source)
-    if "__metadata__" in tensors.leaves:
-        raise ValueError(f"{source.path}: a plain file cannot have a tensor named '__metadata__'")
-    specs = {path: leaf.spec for path, leaf in tensors.leaves.items()}
-    with (
-        threads() as pool,
-        writing(output, specs, SavedFile(source).metadata) as file,
-    ):
+    if "__metadata__" in contents.leaves:
+        raise ValueError(f"{contents.path}: a plain file cannot have a tensor named '__metadata__'")
+    specs = {path: leaf.spec for path, leaf in contents.leaves.items()}
+    with threads() as pool, writing(output, specs, contents.metadata) as file:
         for path, spec in specs.items():
-            for _ in file.putting(path, tensors.pieces(path, pool)):
+            for _ in file.putting(path, contents.pieces(path, pool)):
                 pass
             progress(nbytes(*spec))
     return [
         Row(path, leaf.shape, leaf.bits, leaf.nbytes, nbytes(*leaf.spec))
-        for path, leaf in tensors.leaves.items()
+        for path, leaf in contents.leaves.items()
     ]
 
 

@@ -3,11 +3,11 @@
 It is imported where it is needed, for JAX takes several times as long to start as the rest of the command.
 """
 
-import concurrent.futures
+import contextlib
+import functools
 import os
-import types
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ import numpy as np
 
 from optax_clipquant.allocation import allocate
 from optax_clipquant.container import Reader, nbytes
-from optax_clipquant.conversion import WIDTHS, Progress, Rule
+from optax_clipquant.conversion import WIDTHS, Coder, Progress, Rule
 from optax_clipquant.files import leaf_of, parts_of
 from optax_clipquant.host import Read, Threads
 from optax_clipquant.layout import Leaf
@@ -26,76 +26,61 @@ from optax_clipquant.saved import Parts
 _quantize = jax.jit(lambda quantizer, w: quantizer.quantize(w))
 
 
-class Search:
-    """Quantizes tensors of a file by rules whose scales are searched for.
-
-    Entered, it compiles in threads; and quantizes a tensor in a thread while the one before is packed and
-    written, so that memory holds two of them.
-
-    Attributes:
-      coders: what quantizes each. They must be used in the order of the file.
-    """
-
-    def __init__(self, source: Reader, rules: Mapping[str, Rule]) -> None:
-        _check_platform()
-        self._source = source
-        self._rules = {name: _uniform(rule, rule.bits or 8) for name, rule in rules.items()}
-        self._names = [name for name in source.specs if name in rules]
-        self._programs: dict[Any, jax.stages.Lowered] = {}
-        self.coders = {}
-        for name in self._names:
-            key = self._key(name)
-            if key not in self._programs:
-                self._programs[key] = _quantize.lower(self._rules[name], _abstract(source, name))
-            self.coders[name] = _Searched(leaf_of(self._programs[key].out_info, name), self, name)
-
-    def parts(self, name: str) -> Parts:
-        leaf = self._ahead.result()
-        self._start_next()
-        return parts_of(leaf, name)
-
-    def __enter__(self) -> Self:
-        self._compiling = concurrent.futures.ThreadPoolExecutor(2)
-        self._running = concurrent.futures.ThreadPoolExecutor(1)
-        self._compiled = {
-            key: self._compiling.submit(program.compile) for key, program in self._programs.items()
-        }
-        self._buffer = _buffer(self._source, self._names)
-        self._left = iter(self._names)
-        self._start_next()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: types.TracebackType | None,
-    ) -> None:
-        self._compiling.shutdown(cancel_futures=True)
-        self._running.shutdown(cancel_futures=True)
-
-    def _start_next(self) -> None:
-        name = next(self._left, None)
-        if name is not None:
-            self._ahead = self._running.submit(self._run, name)
-
-    def _run(self, name: str) -> QArray:
-        quantize = self._compiled[self._key(name)].result()
-        w = _on_device(self._source.read(name, self._buffer))
-        return jax.block_until_ready(quantize(self._rules[name], w))  # the next takes the buffer
-
-    def _key(self, name: str) -> Any:
-        return self._rules[name], self._source.specs[name]
-
-
 class _Searched(NamedTuple):
+    """What quantizes a tensor whose scales are searched for."""
+
     leaf: Leaf
-    search: Search
-    name: str
+    parts: Callable[[], Parts]
 
     def encode(self, read: Read, threads: Threads) -> Parts:
         del read, threads  # it has its own
-        return self.search.parts(self.name)
+        return self.parts()
+
+
+@contextlib.contextmanager
+def searching(source: Reader, rules: Mapping[str, Rule]) -> Iterator[dict[str, Coder]]:
+    """What quantizes the tensors of a file by rules whose scales are searched for, by name.
+
+    They must be used in the order of the file: a tensor is quantized in a thread while the one before is
+    packed and written, so that memory holds two of them. Other threads compile meanwhile.
+    """
+    _check_platform()
+    quantizers = {name: _uniform(rule, rule.bits or 8) for name, rule in rules.items()}
+    keys = {name: (quantizers[name], source.specs[name]) for name in source.specs if name in rules}
+    programs: dict[Any, jax.stages.Lowered] = {}
+    for name, key in keys.items():
+        if key not in programs:
+            programs[key] = _quantize.lower(quantizers[name], _abstract(source, name))
+    buffer, left = _buffer(source, keys), iter(keys)
+    with contextlib.ExitStack() as stack:
+
+        def threads(count: int) -> Threads:
+            pool = Threads(count)
+            stack.callback(pool.shutdown, cancel_futures=True)
+            return pool
+
+        runner, compiler = threads(1), threads(2)
+        compiled = {key: compiler.submit(program.compile) for key, program in programs.items()}
+
+        def run() -> QArray | None:
+            """The next tensor, None after the last."""
+            if (name := next(left, None)) is None:
+                return None
+            w = _on_device(source.read(name, buffer))
+            # The next takes the buffer.
+            return jax.block_until_ready(compiled[keys[name]].result()(quantizers[name], w))
+
+        ahead = [runner.submit(run)]
+
+        def parts(name: str) -> Parts:
+            leaf = ahead.pop().result()
+            ahead.append(runner.submit(run))
+            return parts_of(leaf, name)
+
+        yield {
+            name: _Searched(leaf_of(programs[key].out_info, name), functools.partial(parts, name))
+            for name, key in keys.items()
+        }
 
 
 def allocate_rules(
