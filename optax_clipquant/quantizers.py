@@ -16,7 +16,15 @@ from jax.core import Tracer
 from optax_clipquant.grids import Grid
 from optax_clipquant.qarray import QArray
 from optax_clipquant.reductions import Span, extremes
-from optax_clipquant.scales import HALF, least_squares, mean_magnitude, moments, round_scale
+from optax_clipquant.scales import (
+    around_zero,
+    between_extremes,
+    least_squares,
+    mean_magnitude,
+    moments,
+    refine,
+    round_scale,
+)
 from optax_clipquant.sharding import for_groups, for_pieces, piece_of, split_axis
 
 
@@ -299,45 +307,24 @@ class Uniform(Granular):
         dtype, w = _dtype(w, start), w.astype(jnp.float32)
         lower, upper = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
         grid = Grid(jnp.zeros(()), bits=self.bits, lower=lower, upper=upper, dtype=dtype)
-        if not self.symmetric:
-            return self._fit_asymmetric(w, span, start, grid)
-        if self.bits == 1:
+        if self.symmetric and self.bits <= 2:
+            grid = dataclasses.replace(grid, offset=0.5)
+        if self.symmetric and self.bits == 1:
             scale = round_scale(2 * mean_magnitude(w, span), 0.5, dtype)
-            return dataclasses.replace(grid, scale=scale, offset=0.5)
-        offset = 0.5 if self.bits == 2 else 0.0
-        high, low = extremes(w, span)
-        if offset:
-            base = jnp.maximum(high, -low) / (upper + offset)
-        else:
-            base = jnp.where(high > -low, high, low) / lower
-        grid = dataclasses.replace(
-            grid, scale=round_scale(base, -lower - offset, dtype), offset=offset
-        )
-        return self._search(w, span, start, grid)
+            return dataclasses.replace(grid, scale=scale)
 
-    def _fit_asymmetric(self, w: jax.Array, span: Span, start: Grid | None, grid: Grid) -> Grid:
-        high, low = extremes(w, span)
-        steps = grid.upper - grid.lower
-        step = high / steps - low / steps
-        # One step may be twice the range.
-        finite = jnp.isfinite(high) & jnp.isfinite(low)
-        step = jnp.where(finite, jnp.minimum(step, float(jnp.finfo(jnp.float32).max)), step)
-        largest = HALF * steps
-        scale = round_scale(step, largest, grid.dtype)
-        # Rounded up, so that the levels span the weights and no weight is more than half a step off.
-        scale = round_scale(
-            jnp.where(scale < step, scale * (1 + 1.5 / 256), scale), largest, grid.dtype
-        )
-        zero_point = jnp.round(grid.lower - low / jnp.where(scale == 0, 1, scale))
-        zero_point = jnp.where(jnp.isnan(zero_point), 0, zero_point)
-        zero_point = jnp.clip(zero_point, grid.lower, grid.upper).astype(jnp.int8)
-        return self._search(
-            w, span, start, dataclasses.replace(grid, scale=scale, zero_point=zero_point)
-        )
+        def absmax(w: jax.Array) -> Grid:
+            high, low = extremes(w, span)
+            if self.symmetric:
+                return around_zero(grid, high, low, reach=-grid.lower - grid.offset)
+            return between_extremes(grid, high, low)
 
-    def _search(self, w: jax.Array, span: Span, start: Grid | None, absmax: Grid) -> Grid:
         rule = self.scale_rule or ("mse" if self.bits <= 3 else "absmax")
-        return least_squares(w, span, start, absmax) if rule == "mse" else absmax
+        if rule == "absmax":
+            return absmax(w)
+        if self.symmetric and start is not None:
+            return refine(w, span, start.scale, grid)
+        return least_squares(w, span, start, absmax)
 
 
 def Binary(
@@ -392,13 +379,18 @@ class Ternary(Granular):
 
     def _fit_axes(self, w: jax.Array, span: Span, start: Grid | None) -> Grid:
         dtype, w = _dtype(w, start), w.astype(jnp.float32)
-        high, low = extremes(w, span)
-        largest = jnp.maximum(high, -low)
-        absmax = self.scale_rule == "absmax"
-        # No weight is then more than half a step beyond a level, as with 2 bits.
-        scale = round_scale(largest / 1.5 if absmax else largest, 1, dtype)
-        grid = Grid(scale, bits=_bits_of(3), lower=-1, upper=1, dtype=dtype)
-        return grid if absmax else least_squares(w, span, start, grid)
+        grid = Grid(jnp.zeros(()), bits=_bits_of(3), lower=-1, upper=1, dtype=dtype)
+
+        def absmax(w: jax.Array, reach: float = 1) -> Grid:
+            high, low = extremes(w, span)
+            return around_zero(grid, high, low, reach)
+
+        if self.scale_rule == "absmax":
+            # No weight is more than half a step beyond a level, as with 2 bits.
+            return absmax(w, 1.5)
+        if start is not None:
+            return refine(w, span, start.scale, grid)
+        return least_squares(w, span, start, absmax)
 
 
 @jax.tree_util.register_static

@@ -1,15 +1,17 @@
 """Statistics of weights, and the scales that follow from them."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_clipquant.blocks import fit_in_blocks
 from optax_clipquant.grids import Grid
 from optax_clipquant.host import largest_scale
-from optax_clipquant.reductions import Span, Zero, extremes
+from optax_clipquant.reductions import Kind, Span, Zero, extremes
 
 HALF = 0.49
 """Of the steps of a grid with zero points: weights can lie as far apart as twice their dtype's range
@@ -77,79 +79,151 @@ def mean_magnitude(w: jax.Array, span: Span) -> jax.Array:
     return 2 * jnp.where(jnp.isinf(half), half, jnp.minimum(half, _LARGEST / 4))
 
 
-def least_squares(w: jax.Array, span: Span, start: Grid | None, absmax: Grid) -> Grid:
-    """``absmax`` with the scale that minimises the squared error of ``w``.
+def around_zero(grid: Grid, high: jax.Array, low: jax.Array, reach: float) -> Grid:
+    """``grid`` with the scale by which the extreme that is further from 0 lies ``reach`` steps from it.
+
+    A level that only one side has is on the side of that extreme.
+    """
+    if _is_mirrored(grid):
+        scale = jnp.maximum(high, -low) / reach
+    else:
+        scale = jnp.where(high > -low, high, low) / -reach
+    return dataclasses.replace(grid, scale=round_scale(scale, _largest(grid), grid.dtype))
+
+
+def between_extremes(grid: Grid, high: jax.Array, low: jax.Array) -> Grid:
+    """``grid`` with the scale and zero point whose levels span what lies from ``low`` to ``high``."""
+    steps = grid.upper - grid.lower
+    step = high / steps - low / steps
+    # One step may be twice the range.
+    finite = jnp.isfinite(high) & jnp.isfinite(low)
+    step = jnp.where(finite, jnp.minimum(step, float(jnp.finfo(jnp.float32).max)), step)
+    largest = HALF * steps
+    scale = round_scale(step, largest, grid.dtype)
+    # Rounded up, so that the levels span the weights and no weight is more than half a step off.
+    scale = round_scale(
+        jnp.where(scale < step, scale * (1 + 1.5 / 256), scale), largest, grid.dtype
+    )
+    zero_point = jnp.round(grid.lower - low / jnp.where(scale == 0, 1, scale))
+    zero_point = jnp.where(jnp.isnan(zero_point), 0, zero_point)
+    zero_point = jnp.clip(zero_point, grid.lower, grid.upper).astype(jnp.int8)
+    return dataclasses.replace(grid, scale=scale, zero_point=zero_point)
+
+
+def least_squares(
+    w: jax.Array, span: Span, start: Grid | None, absmax: Callable[[jax.Array], Grid]
+) -> Grid:
+    """The grid that ``absmax`` gives, with the scale that minimises the squared error of ``w``.
 
     Nearest codes for a scale, then the least-squares scale for these codes, in turn: the error never
     rises. Without ``start``, two rounds from the best of several scales, of which the absmax scale
     is one; with it, one round from the scale that it holds.
     """
-    base, offset = absmax.scale, absmax.offset
-    low, high = absmax.lower + offset, absmax.upper + offset
-    if absmax.zero_point is None:
-        largest = high if offset else float(-low)
-    else:
-        shift = absmax.zero_point.astype(jnp.float32)
+
+    def fit(w: jax.Array, start: Grid | None) -> Grid:
+        grid = absmax(w)
+        if start is not None:
+            return refine(w, span, start.scale, grid, grid.scale)
+        found = refine(w, span, _search(w, span, grid), grid, grid.scale)
+        return refine(w, span, found.scale, grid, grid.scale)
+
+    return fit_in_blocks(fit, w, span, start)
+
+
+def _search(w: jax.Array, span: Span, absmax: Grid) -> jax.Array:
+    """The best of several scales."""
+    base = absmax.scale
+    narrowest = min(0.02 * (absmax.upper - absmax.lower + 1), 0.7)
+    # In units of the absmax scale, so that no square overflows.
+    x = w / jnp.where(base == 0, 1, base)
+    x = jnp.abs(x) if _is_mirrored(absmax) else x
+
+    def search(
+        best: tuple[jax.Array, jax.Array], ratios: jax.Array, here: np.ndarray
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+        ratio, least = best
+
+        def errors(zero: Zero) -> list[jax.Array]:
+            return [jnp.square(x - r * _levels(absmax, x / (r + zero), zero)) for r in ratios]
+
+        found = span.reduce(("sum",) * 3, errors, 0 * base, most=8)
+        for r, error in zip(ratios, found, strict=True):
+            better = (error < least) & here
+            ratio = jnp.where(better, r, ratio)
+            least = jnp.where(better, error, least)
+        return (ratio, least), None
+
+    best = jnp.ones_like(base), jnp.full_like(base, jnp.inf)
+    # The fewer weights share a scale, the more rugged is their error.
+    few = span.counts(w.shape) < 32
+    for starts, here in ((6, ~few), (24, few)):
+        if here.any():
+            ratios = jnp.asarray([1.0, *np.geomspace(narrowest, 1, starts)[:-1]], jnp.float32)
+            ratios = ratios.reshape(-1, 3)
+            # A loop of two is none; one of eight takes a fourth of the time to compile.
+            best, _ = jax.lax.scan(partial(search, here=here), best, ratios, unroll=2)
+    return round_scale(base * best[0], _largest(absmax), absmax.dtype)
+
+
+def refine(
+    w: jax.Array, span: Span, start: jax.Array, grid: Grid, absmax: jax.Array | None = None
+) -> Grid:
+    """``grid`` with the least-squares scale for the nearest codes of ``w`` at the scale ``start``.
+
+    Where that is no number to start from, or all codes are 0, it has the ``absmax`` scale, by default
+    that of a symmetric grid. Which side has the extra level stays. The weights are read once.
+    """
+    start = start.astype(jnp.float32)
+    usable = jnp.isfinite(start) & (start != 0)
+    scale = jnp.where(usable, start, 1)
+    unit = scale
+    if _is_mirrored(grid):
+        w, unit = jnp.abs(w), jnp.abs(unit)
+
+    def parts(zero: Zero) -> list[jax.Array]:
+        # In units of the scale, so that no square overflows.
+        steps = w * (1 / (unit + zero))
+        levels = _levels(grid, steps, zero)
+        found = [jnp.square(levels), steps * levels]
+        if absmax is None:
+            # The bits of a magnitude are in the order of the numbers, with NaN above infinity.
+            found.append(jax.lax.bitcast_convert_type(w, jnp.int32) & 0x7FFFFFFF)
+        return found
+
+    kinds: list[Kind] = ["sum", "sum", "max"]
+    squares, products, *bits = span.reduce(kinds if absmax is None else kinds[:2], parts, 0 * scale)
+    if absmax is None:
+        reach = -grid.lower - grid.offset
+        magnitude = jax.lax.bitcast_convert_type(bits[0], jnp.float32)
+        absmax = round_scale(magnitude / reach, reach, grid.dtype)
+    ratio = products / jnp.where(squares == 0, 1, squares)
+    found = round_scale(scale * ratio, _largest(grid), grid.dtype)
+    usable &= jnp.isfinite(ratio) & (ratio != 0) & jnp.isfinite(absmax)
+    return dataclasses.replace(grid, scale=jnp.where(usable, found, absmax))
+
+
+def _is_mirrored(grid: Grid) -> bool:
+    return grid.zero_point is None and grid.lower + grid.offset == -(grid.upper + grid.offset)
+
+
+def _levels(grid: Grid, steps: jax.Array, zero: Zero) -> jax.Array:
+    """The nearest level to each position, in steps; of the magnitudes, for a grid that is mirrored.
+
+    (A few instructions more, and a loop over 16 elements is no longer unrolled. See ``Span.reduce``, for
+    ``zero`` too.)
+    """
+    low, high = grid.lower + grid.offset, grid.upper + grid.offset
+    nearest = jnp.floor(steps) + (grid.offset + zero) if grid.offset else jnp.round(steps)
+    if _is_mirrored(grid):
+        return jnp.minimum(nearest, high + zero)
+    if grid.zero_point is not None:
+        shift = grid.zero_point.astype(jnp.float32)
         low, high = low - shift, high - shift
-        largest = HALF * (absmax.upper - absmax.lower)
-    unit = jnp.where(base == 0, 1, base)
+    return jnp.clip(nearest, low + zero, high + zero)
 
-    def levels(w: jax.Array, scale: Zero, zero: Zero) -> jax.Array:
-        """The nearest levels, in steps."""
-        steps = w * (1 / jnp.where(scale == 0, 1, scale))
-        half = offset + zero
-        return jnp.clip(
-            jnp.round(steps - half) + half if offset else jnp.round(steps), low + zero, high + zero
-        )
 
-    def refit(scale: jax.Array) -> jax.Array:
-        """The least-squares scale for the codes at ``scale``."""
-
-        def parts(zero: Zero) -> tuple[jax.Array, jax.Array]:
-            steps = levels(w, scale + zero, zero)
-            return jnp.square(steps), w / unit * steps
-
-        squares, products = span.reduce(("sum", "sum"), parts, 0 * base)
-        best = unit * (products / jnp.where(squares == 0, 1, squares))
-        return round_scale(best, largest, absmax.dtype)
-
-    if start is None:
-        narrowest = min(0.02 * (absmax.upper - absmax.lower + 1), 0.7)
-        # In units of the absmax scale, so that no square overflows.
-        x = w / unit
-
-        def search(
-            best: tuple[jax.Array, jax.Array], ratios: jax.Array, here: np.ndarray
-        ) -> tuple[tuple[jax.Array, jax.Array], None]:
-            ratio, least = best
-
-            def errors(zero: Zero) -> list[jax.Array]:
-                return [jnp.square(x - r * levels(x, r + zero, zero)) for r in ratios]
-
-            found = span.reduce(("sum",) * 3, errors, 0 * base, most=8)
-            for r, error in zip(ratios, found, strict=True):
-                better = (error < least) & here
-                ratio = jnp.where(better, r, ratio)
-                least = jnp.where(better, error, least)
-            return (ratio, least), None
-
-        best = jnp.ones_like(base), jnp.full_like(base, jnp.inf)
-        # The fewer weights share a scale, the more rugged is their error.
-        few = span.counts(w.shape) < 32
-        for starts, here in ((6, ~few), (24, few)):
-            if here.any():
-                ratios = jnp.asarray([1.0, *np.geomspace(narrowest, 1, starts)[:-1]], jnp.float32)
-                ratios = ratios.reshape(-1, 3)
-                # A loop of two is none; one of eight takes a fourth of the time to compile.
-                best, _ = jax.lax.scan(partial(search, here=here), best, ratios, unroll=2)
-        scale = refit(round_scale(base * best[0], largest, absmax.dtype))
-    else:
-        # Within the range where the largest weight keeps a code that is not 0. Which side has the
-        # largest weight may change from step to step; the grid is not mirrored then.
-        size = jnp.clip(jnp.abs(start.scale), 1e-3 * jnp.abs(base), jnp.abs(base))
-        scale = jnp.where(
-            jnp.isfinite(start.scale),
-            jnp.where(start.scale * base < 0, -1, 1) * jnp.sign(base) * size,
-            base,
-        )
-    return dataclasses.replace(absmax, scale=refit(scale))
+def _largest(grid: Grid) -> float:
+    """The largest level that a scale found for ``grid`` must leave finite, in steps."""
+    if grid.zero_point is not None:
+        return HALF * (grid.upper - grid.lower)
+    return grid.upper + grid.offset if grid.offset else float(-grid.lower)
