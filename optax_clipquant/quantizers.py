@@ -322,9 +322,12 @@ class Uniform(Granular):
         rule = self.scale_rule or ("mse" if self.bits <= 3 else "absmax")
         if rule == "absmax":
             return absmax(w)
-        if self.symmetric and start is not None:
+        if start is None:
+            return least_squares(w, span, absmax)
+        if self.symmetric:
             return refine(w, span, start.scale, grid)
-        return least_squares(w, span, start, absmax)
+        grid = absmax(w)
+        return refine(w, span, start.scale, grid, grid.scale)
 
 
 def Binary(
@@ -388,9 +391,9 @@ class Ternary(Granular):
         if self.scale_rule == "absmax":
             # No weight is more than half a step beyond a level, as with 2 bits.
             return absmax(w, 1.5)
-        if start is not None:
-            return refine(w, span, start.scale, grid)
-        return least_squares(w, span, start, absmax)
+        if start is None:
+            return least_squares(w, span, absmax)
+        return refine(w, span, start.scale, grid)
 
 
 @jax.tree_util.register_static

@@ -15,6 +15,8 @@ from optax_clipquant.sharding import reduce_runs, split_axis
 Kind = Literal["max", "sum"]
 Zero = jax.Array | float
 SMALL = 4096  # elements: with fewer, what counts is how many loops there are, not how fast each is
+_VECTOR = 4  # numbers next to each other that are worth an instruction
+_FEW = 64  # that may be summed one after the other: of more, parts are rounded less often
 _COUNTABLE = 2**31  # elements that an int32 cannot count
 _WHOLE = {"max": functools.partial(jnp.max, initial=0), "sum": jnp.sum}
 _PAIR = {"max": jax.lax.max, "sum": jax.lax.add}
@@ -66,22 +68,27 @@ class Span:
                     later = zero + 0 * found[-1]
             return found
 
-        def together() -> list[jax.Array]:
-            arrays = compute(0.0)
-            while part := self._part(arrays[0], most, integers):
-                axis, size, reduced = part
-                arrays = _reduce(
-                    kinds, [split_axis(x, axis, 0, x.shape[axis], size) for x in arrays], (reduced,)
-                )
-            if integers and jax.device_count() == 1:
-                ndim = arrays[0].ndim
-                axes = tuple(a % ndim for a in (range(ndim) if self.axes is None else self.axes))
+        def together(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+            if part := self._part(arrays[0], most, integers):
+                axis, size, reduced, rest = part
+                length = arrays[0].shape[axis] - rest
+                parts = [split_axis(x, axis, 0, length, size) for x in arrays]
+                found = together(_reduce(kinds, parts, (reduced,)))
+                if not rest:
+                    return found
+                last = [jax.lax.slice_in_dim(x, length, length + rest, axis=axis) for x in arrays]
+                pairs = zip(kinds, found, together(last), strict=True)
+                return [_PAIR[kind](x, y) for kind, x, y in pairs]
+            ndim = arrays[0].ndim
+            axes = tuple(axis % ndim for axis in (range(ndim) if self.axes is None else self.axes))
+            few = math.prod(arrays[0].shape[axis] for axis in axes) <= _FEW
+            if jax.device_count() == 1 and (integers or few):
                 arrays = [jnp.expand_dims(x, axes) for x in _reduce(kinds, arrays, axes)]
             return [self._whole(kind, x) for kind, x in zip(kinds, arrays, strict=True)]
 
         if self._part(like[0], most, integers) is None and not integers:
             return one_by_one()
-        return jax.lax.platform_dependent(cpu=together, default=one_by_one)
+        return jax.lax.platform_dependent(cpu=lambda: together(compute(0.0)), default=one_by_one)
 
     def _whole(self, kind: Kind, x: jax.Array) -> jax.Array:
         each = _WHOLE[kind](x, axis=self.axes, keepdims=True)
@@ -89,8 +96,9 @@ class Span:
 
     def _part(
         self, x: jax.Array | jax.ShapeDtypeStruct, most: int, integers: bool
-    ) -> tuple[int, int, int] | None:
-        """An axis, the size of the parts to split it into, and which of the two axes to reduce.
+    ) -> tuple[int, int, int, int] | None:
+        """An axis, the size of the parts to split it into, which of the two axes to reduce, and how many
+        elements of the axis are left over.
 
         Vectors lie along the last axis: it stays, or elements far from each other on it are reduced.
         Each device must hold all that is, or it would be moved.
@@ -103,15 +111,20 @@ class Span:
         if integers and last in axes:
             share, rest = divmod(x.shape[last], devices)
             if share >= 16 and rest == 0:
-                return last, share, last + 1
+                return last, share, last + 1, 0
         axis = max(axes, key=lambda a: (a != last, x.shape[a]))
         length = x.shape[axis]
-        few = max(k for k in range(1, most + 1) if length % (k * devices) == 0 or k == 1)
-        if few == 1:
+        if axis == last:
+            if devices > 1:
+                return None
+            most = min(most, length // _VECTOR)
+        few = max((k for k in range(1, most + 1) if length % (k * devices) == 0), default=1)
+        if devices == 1 and 2 * few < min(most, length):
+            few = most  # with a few left over, rather than few at a time
+        if few <= 1:
             return None
-        if axis != last:
-            return axis, few, axis + 1
-        return (axis, length // few, axis) if devices == 1 and length >= 4 * few else None
+        share, rest = divmod(length, few)
+        return (axis, few, axis + 1, rest) if axis != last else (axis, share, axis, rest)
 
     def counts(self, shape: tuple[int, ...]) -> np.ndarray:
         """How many elements are reduced together: a scalar, or for runs an array with each of them."""

@@ -110,24 +110,19 @@ def between_extremes(grid: Grid, high: jax.Array, low: jax.Array) -> Grid:
     return dataclasses.replace(grid, scale=scale, zero_point=zero_point)
 
 
-def least_squares(
-    w: jax.Array, span: Span, start: Grid | None, absmax: Callable[[jax.Array], Grid]
-) -> Grid:
+def least_squares(w: jax.Array, span: Span, absmax: Callable[[jax.Array], Grid]) -> Grid:
     """The grid that ``absmax`` gives, with the scale that minimises the squared error of ``w``.
 
     Nearest codes for a scale, then the least-squares scale for these codes, in turn: the error never
-    rises. Without ``start``, two rounds from the best of several scales, of which the absmax scale
-    is one; with it, one round from the scale that it holds.
+    rises. Two rounds, from the best of several scales, of which the absmax scale is one.
     """
 
-    def fit(w: jax.Array, start: Grid | None) -> Grid:
+    def fit(w: jax.Array) -> Grid:
         grid = absmax(w)
-        if start is not None:
-            return refine(w, span, start.scale, grid, grid.scale)
-        found = refine(w, span, _search(w, span, grid), grid, grid.scale)
-        return refine(w, span, found.scale, grid, grid.scale)
+        once = refine(w, span, _search(w, span, grid), grid, grid.scale)
+        return refine(w, span, once.scale, grid, grid.scale)
 
-    return fit_in_blocks(fit, w, span, start)
+    return fit_in_blocks(fit, w, span)
 
 
 def _search(w: jax.Array, span: Span, absmax: Grid) -> jax.Array:
