@@ -13,8 +13,8 @@ _SIZE = (
 )  # elements: 4 MB. With fewer, more loops are started; with more, less stays in the cache.
 
 
-def fit_in_blocks(fit: Callable[[jax.Array], Grid], w: jax.Array, span: Span) -> Grid:
-    """``fit(w)``, which reads ``w`` several times and treats each span by itself.
+def fit_in_blocks(fit: Callable[..., Grid], w: jax.Array, span: Span, *others: Grid) -> Grid:
+    """``fit(w, *others)``, which reads ``w`` several times or sums much, and treats each span by itself.
 
     XLA's CPU backend reads a large array from memory each time, and writes what its reduction leaves
     (see ``Span.reduce``) to memory that each call gets afresh: for several loops over all arrays of a
@@ -23,24 +23,28 @@ def fit_in_blocks(fit: Callable[[jax.Array], Grid], w: jax.Array, span: Span) ->
     """
     axis, size = _block(w, span)
     if size == 0:
-        return fit(w)
+        return fit(w, *others)
     length = w.shape[axis]
 
     def in_turn() -> Grid:
         def body(i: jax.Array, grid: Grid) -> Grid:
             # The last block reaches back over the one before, whose scales it finds again.
             first = jnp.minimum(i * size, length - size)
-            part = fit(jax.lax.dynamic_slice_in_dim(w, first, size, axis))
+
+            def block(x: jax.Array) -> jax.Array:
+                return jax.lax.dynamic_slice_in_dim(x, first, size, axis)
+
+            part = fit(*jax.tree.map(block, (w, *others)))
             return jax.tree.map(
                 lambda whole, x: jax.lax.dynamic_update_slice_in_dim(whole, x, first, axis),
                 grid,
                 part,
             )
 
-        grid = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fit, w))
+        grid = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fit, w, *others))
         return jax.lax.fori_loop(0, -(-length // size), body, grid)
 
-    return jax.lax.platform_dependent(cpu=in_turn, default=lambda: fit(w))
+    return jax.lax.platform_dependent(cpu=in_turn, default=lambda: fit(w, *others))
 
 
 def _block(w: jax.Array, span: Span) -> tuple[int, int]:

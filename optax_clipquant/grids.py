@@ -112,7 +112,8 @@ class Grid:
         # By the reciprocal, as XLA would divide by what is broadcast, but not by what is not.
         position = w.astype(jnp.float32) * expand(1 / jnp.where(scale == 0, 1, scale))
         if self.code_book is not None:
-            position = self.lower + _index_in(self.code_book, position)
+            index_in = _nearest_in if draws is None else _index_in
+            position = self.lower + index_in(self.code_book, position)
         if self.zero_point is not None:
             position += expand(self._zero_point())
         if self.offset:
@@ -197,6 +198,14 @@ class Grid:
             partial(for_pieces, axis=axis, run=size // piece, pieces=length // piece),
             partial(merge_axis, axis=axis, spec=spec_of(x, x.shape)),
         )
+
+
+def _nearest_in(book: tuple[float, ...], x: jax.Array) -> jax.Array:
+    """The index of the nearest entry: how many of the midpoints between entries lie below. NaN for NaN."""
+    above = ((x > (a + b) / 2).astype(jnp.int32) for a, b in itertools.pairwise(book))
+    return jnp.where(
+        jnp.isnan(x), x, sum(above, start=jnp.zeros(x.shape, jnp.int32)).astype(jnp.float32)
+    )
 
 
 def _index_in(book: tuple[float, ...], x: jax.Array) -> jax.Array:

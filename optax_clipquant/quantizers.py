@@ -22,7 +22,6 @@ from optax_clipquant.scales import (
     least_squares,
     mean_magnitude,
     moments,
-    refine,
     round_scale,
 )
 from optax_clipquant.sharding import for_groups, for_pieces, piece_of, split_axis
@@ -313,21 +312,9 @@ class Uniform(Granular):
             scale = round_scale(2 * mean_magnitude(w, span), 0.5, dtype)
             return dataclasses.replace(grid, scale=scale)
 
-        def absmax(w: jax.Array) -> Grid:
-            high, low = extremes(w, span)
-            if self.symmetric:
-                return around_zero(grid, high, low, reach=-grid.lower - grid.offset)
-            return between_extremes(grid, high, low)
-
+        place = functools.partial(around_zero if self.symmetric else between_extremes, grid)
         rule = self.scale_rule or ("mse" if self.bits <= 3 else "absmax")
-        if rule == "absmax":
-            return absmax(w)
-        if start is None:
-            return least_squares(w, span, absmax)
-        if self.symmetric:
-            return refine(w, span, start.scale, grid)
-        grid = absmax(w)
-        return refine(w, span, start.scale, grid, grid.scale)
+        return least_squares(w, span, start, place) if rule == "mse" else place(*extremes(w, span))
 
 
 def Binary(
@@ -384,16 +371,11 @@ class Ternary(Granular):
         dtype, w = _dtype(w, start), w.astype(jnp.float32)
         grid = Grid(jnp.zeros(()), bits=_bits_of(3), lower=-1, upper=1, dtype=dtype)
 
-        def absmax(w: jax.Array, reach: float = 1) -> Grid:
-            high, low = extremes(w, span)
-            return around_zero(grid, high, low, reach)
-
-        if self.scale_rule == "absmax":
-            # No weight is more than half a step beyond a level, as with 2 bits.
-            return absmax(w, 1.5)
-        if start is None:
-            return least_squares(w, span, absmax)
-        return refine(w, span, start.scale, grid)
+        if self.scale_rule == "mse":
+            return least_squares(w, span, start, functools.partial(around_zero, grid))
+        # No weight is more than half a step beyond a level, as with 2 bits.
+        high, low = extremes(w, span)
+        return around_zero(grid, high / 1.5, low / 1.5)
 
 
 @jax.tree_util.register_static

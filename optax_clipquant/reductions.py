@@ -158,10 +158,13 @@ def extremes(
     x: jax.Array,
     span: Span = Span(),
     sums: Callable[[Zero], Sequence[jax.Array]] = lambda zero: (),
+    zero: Zero = 0.0,
+    most: int = 16,
 ) -> list[jax.Array]:
     """The largest and the least element of each span, 0 among them, in float32; NaN where an element is.
 
-    And, where both are looked for at once, the ``sums`` of arrays of the shape of ``x``.
+    And the ``sums`` of arrays of the shape of ``x``, in the same loop. For what else there is, see
+    ``Span.reduce``.
 
     Of the bits, which as integers are in the order of the numbers from 0 up, with NaN above infinity:
     NaN of either sign makes one of the two NaN. (XLA's CPU backend drops NaN from the maximum of a large
@@ -174,10 +177,23 @@ def extremes(
         return [*bits, *sums(zero)]
 
     kinds: list[Kind] = ["max", "max", *("sum" for _ in jax.eval_shape(lambda: sums(0.0)))]
-    found = span.reduce(kinds, compute)
+    found = span.reduce(kinds, compute, zero, most)
     high, low = (jax.lax.bitcast_convert_type(bits, jnp.float32) for bits in found[:2])
     nan = jnp.isnan(high) | jnp.isnan(low)
     return [jnp.where(nan, jnp.nan, high), jnp.where(nan, jnp.nan, -low), *found[2:]]
+
+
+def magnitude(
+    x: jax.Array, span: Span, sums: Callable[[Zero], Sequence[jax.Array]], zero: Zero
+) -> list[jax.Array]:
+    """The largest magnitude in each span of a float32 array, and ``sums``, as ``extremes`` has them."""
+
+    def compute(zero: Zero) -> list[jax.Array]:
+        return [jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF, *sums(zero)]
+
+    kinds: list[Kind] = ["max", *("sum" for _ in jax.eval_shape(lambda: sums(0.0)))]
+    found = span.reduce(kinds, compute, zero)
+    return [jax.lax.bitcast_convert_type(found[0], jnp.float32), *found[1:]]
 
 
 def count(*masks: jax.Array) -> jax.Array:

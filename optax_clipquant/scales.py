@@ -11,12 +11,13 @@ import numpy as np
 from optax_clipquant.blocks import fit_in_blocks
 from optax_clipquant.grids import Grid
 from optax_clipquant.host import largest_scale
-from optax_clipquant.reductions import Kind, Span, Zero, extremes
+from optax_clipquant.reductions import Span, Zero, extremes, magnitude
 
 HALF = 0.49
 """Of the steps of a grid with zero points: weights can lie as far apart as twice their dtype's range
 reaches. A bit less, since the scale is rounded up; what lies beyond the range, ``decode`` cuts.
 """
+Place = Callable[[jax.Array, jax.Array], Grid]
 _LARGEST = float(jnp.finfo(jnp.float32).max)
 
 
@@ -79,16 +80,14 @@ def mean_magnitude(w: jax.Array, span: Span) -> jax.Array:
     return 2 * jnp.where(jnp.isinf(half), half, jnp.minimum(half, _LARGEST / 4))
 
 
-def around_zero(grid: Grid, high: jax.Array, low: jax.Array, reach: float) -> Grid:
-    """``grid`` with the scale by which the extreme that is further from 0 lies ``reach`` steps from it.
-
-    A level that only one side has is on the side of that extreme.
-    """
+def around_zero(grid: Grid, high: jax.Array, low: jax.Array) -> Grid:
+    """``grid`` with the scale whose outermost level is the extreme that is further from 0."""
+    reach = -grid.lower - grid.offset
     if _is_mirrored(grid):
         scale = jnp.maximum(high, -low) / reach
     else:
         scale = jnp.where(high > -low, high, low) / -reach
-    return dataclasses.replace(grid, scale=round_scale(scale, _largest(grid), grid.dtype))
+    return dataclasses.replace(grid, scale=round_scale(scale, reach, grid.dtype))
 
 
 def between_extremes(grid: Grid, high: jax.Array, low: jax.Array) -> Grid:
@@ -110,19 +109,70 @@ def between_extremes(grid: Grid, high: jax.Array, low: jax.Array) -> Grid:
     return dataclasses.replace(grid, scale=scale, zero_point=zero_point)
 
 
-def least_squares(w: jax.Array, span: Span, absmax: Callable[[jax.Array], Grid]) -> Grid:
-    """The grid that ``absmax`` gives, with the scale that minimises the squared error of ``w``.
+def least_squares(w: jax.Array, span: Span, start: Grid | None, place: Place) -> Grid:
+    """The grid that ``place`` makes of the extremes of ``w``, with the scale of the least squared error.
 
     Nearest codes for a scale, then the least-squares scale for these codes, in turn: the error never
-    rises. Two rounds, from the best of several scales, of which the absmax scale is one.
+    rises. Without ``start``, two rounds from the best of several scales, of which that of ``place`` is
+    one. With it, one round from its scale, and ``w`` is read once; where that is no number to start from,
+    or all codes are 0, the scale is that of ``place``.
     """
+    if start is None:
+        return fit_in_blocks(partial(_from_scratch, place=place, span=span), w, span)
+    if start.zero_point is None:
+        return _from_start(w, start, place, span)
+    return fit_in_blocks(partial(_from_start, place=place, span=span), w, span, start)
 
-    def fit(w: jax.Array) -> Grid:
-        grid = absmax(w)
-        once = refine(w, span, _search(w, span, grid), grid, grid.scale)
-        return refine(w, span, once.scale, grid, grid.scale)
 
-    return fit_in_blocks(fit, w, span)
+def _from_scratch(w: jax.Array, place: Place, span: Span) -> Grid:
+    grid = place(*extremes(w, span))
+    scale = _search(w, span, grid)
+    for _ in range(2):
+        scale = jnp.where(scale == 0, 1, scale)
+        found = span.reduce(("sum", "sum"), _sums(w, grid, scale), 0 * scale)
+        scale = _best(grid, scale, *found)
+    return dataclasses.replace(grid, scale=scale)
+
+
+def _from_start(w: jax.Array, start: Grid, place: Place, span: Span) -> Grid:
+    scale = start.scale.astype(jnp.float32)
+    usable = jnp.isfinite(scale) & (scale != 0)
+    scale = jnp.where(usable, scale, 1)
+    grid = jax.eval_shape(place, scale, scale)
+    sums = _sums(w, dataclasses.replace(grid, zero_point=start.zero_point), scale)
+    if grid.zero_point is None:
+        high, *found = magnitude(w, span, sums, 0 * scale)
+        low = -high
+    else:
+        high, low, *found = extremes(w, span, sums, 0 * scale, most=8)
+    grid = place(high, low)
+    return dataclasses.replace(
+        grid, scale=jnp.where(usable, _best(grid, scale, *found), grid.scale)
+    )
+
+
+def _sums(w: jax.Array, grid: Grid, scale: jax.Array) -> Callable[[Zero], list[jax.Array]]:
+    """Of which the least-squares scale follows: squares of the nearest levels, and products with ``w``.
+
+    In steps, so that none of them overflows.
+    """
+    if _is_mirrored(grid):
+        w, scale = jnp.abs(w), jnp.abs(scale)
+
+    def arrays(zero: Zero) -> list[jax.Array]:
+        steps = w * (1 / (scale + zero))
+        levels = _levels(grid, steps, zero)
+        return [jnp.square(levels), steps * levels]
+
+    return arrays
+
+
+def _best(grid: Grid, scale: jax.Array, squares: jax.Array, products: jax.Array) -> jax.Array:
+    """The least-squares scale for the codes at ``scale``; that of ``grid`` where there is none."""
+    ratio = products / jnp.where(squares == 0, 1, squares)
+    found = round_scale(scale * ratio, _largest(grid), grid.dtype)
+    valid = jnp.isfinite(ratio) & (ratio != 0) & jnp.isfinite(grid.scale)
+    return jnp.where(valid, found, grid.scale)
 
 
 def _search(w: jax.Array, span: Span, absmax: Grid) -> jax.Array:
@@ -158,43 +208,6 @@ def _search(w: jax.Array, span: Span, absmax: Grid) -> jax.Array:
             # A loop of two is none; one of eight takes a fourth of the time to compile.
             best, _ = jax.lax.scan(partial(search, here=here), best, ratios, unroll=2)
     return round_scale(base * best[0], _largest(absmax), absmax.dtype)
-
-
-def refine(
-    w: jax.Array, span: Span, start: jax.Array, grid: Grid, absmax: jax.Array | None = None
-) -> Grid:
-    """``grid`` with the least-squares scale for the nearest codes of ``w`` at the scale ``start``.
-
-    Where that is no number to start from, or all codes are 0, it has the ``absmax`` scale, by default
-    that of a symmetric grid. Which side has the extra level stays. The weights are read once.
-    """
-    start = start.astype(jnp.float32)
-    usable = jnp.isfinite(start) & (start != 0)
-    scale = jnp.where(usable, start, 1)
-    unit = scale
-    if _is_mirrored(grid):
-        w, unit = jnp.abs(w), jnp.abs(unit)
-
-    def parts(zero: Zero) -> list[jax.Array]:
-        # In units of the scale, so that no square overflows.
-        steps = w * (1 / (unit + zero))
-        levels = _levels(grid, steps, zero)
-        found = [jnp.square(levels), steps * levels]
-        if absmax is None:
-            # The bits of a magnitude are in the order of the numbers, with NaN above infinity.
-            found.append(jax.lax.bitcast_convert_type(w, jnp.int32) & 0x7FFFFFFF)
-        return found
-
-    kinds: list[Kind] = ["sum", "sum", "max"]
-    squares, products, *bits = span.reduce(kinds if absmax is None else kinds[:2], parts, 0 * scale)
-    if absmax is None:
-        reach = -grid.lower - grid.offset
-        magnitude = jax.lax.bitcast_convert_type(bits[0], jnp.float32)
-        absmax = round_scale(magnitude / reach, reach, grid.dtype)
-    ratio = products / jnp.where(squares == 0, 1, squares)
-    found = round_scale(scale * ratio, _largest(grid), grid.dtype)
-    usable &= jnp.isfinite(ratio) & (ratio != 0) & jnp.isfinite(absmax)
-    return dataclasses.replace(grid, scale=jnp.where(usable, found, absmax))
 
 
 def _is_mirrored(grid: Grid) -> bool:

@@ -328,6 +328,44 @@ def test_warm_starts_recover_from_any_scale(quantizer):
         assert error <= 1.35 * cold
 
 
+@pytest.mark.parametrize("axis", [0, -1])
+@pytest.mark.parametrize(
+    "quantizer",
+    [Uniform(bits=2), Uniform(bits=3), Ternary(), Uniform(bits=2, symmetric=False)],
+    ids=str,
+)
+def test_a_warm_start_is_one_round_of_least_squares(quantizer, axis):
+    """In float64: the nearest levels at the scale before, then the scale of the least squared error."""
+    quantizer = dataclasses.replace(quantizer, channel_axis=axis)
+    w = weights((192, 160), "student3")
+    fitted = quantizer.fit(jnp.asarray(w))
+    for factor in (0.6, 1.3, -1.0 if fitted.zero_point is None else 2.0):
+        start = dataclasses.replace(fitted, scale=fitted.scale * np.float32(factor))
+        grid = jax.jit(lambda w, start: quantizer.fit(w, start=start))(jnp.asarray(w), start)
+        steps = w.astype(np.float64) / np.asarray(start.scale, np.float64)
+        zero = start.offset - np.asarray(0 if start.zero_point is None else start.zero_point, float)
+        levels = np.clip(np.round(steps - zero), start.lower, start.upper) + zero
+        reduced = 1 + axis if axis else 1
+        expected = np.sum(w * levels, reduced, keepdims=True) / np.sum(
+            levels**2, reduced, keepdims=True
+        )
+        # The scale has 8 bits.
+        np.testing.assert_allclose(grid.scale, expected, rtol=2.0**-8)
+
+
+def test_a_warm_start_from_nothing_takes_the_absmax_scale():
+    w = jnp.asarray(weights((64, 4)))
+    for quantizer in (Uniform(bits=3), Ternary(), Uniform(bits=3, symmetric=False)):
+        absmax = dataclasses.replace(quantizer, scale_rule="absmax").fit(w)
+        start = quantizer.fit(jnp.zeros_like(w))
+        assert not start.scale.any()
+        found = quantizer.fit(w, start=start)
+        factor = (
+            1.5 if isinstance(quantizer, Ternary) else 1
+        )  # its outermost level, and half a step
+        np.testing.assert_allclose(jnp.abs(found.scale), factor * jnp.abs(absmax.scale), rtol=0.01)
+
+
 # Table 5 of the QLoRA paper's appendix E.
 NF4 = [
     *(-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0),

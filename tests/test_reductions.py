@@ -102,7 +102,8 @@ def results(x: jax.Array, span: Span) -> list[jax.Array]:
     )
 
 
-# Where runs of 16 fit, of fewer, and none; the last axis alone; three axes, of which the middle one is long.
+# Where runs of 16 fit, of fewer, and none; the last axis alone; three axes, of which the middle one is long;
+# groups along the last axis; several lengths of which nothing divides.
 SHAPES_AND_AXES = [
     ((192, 256), (0,)),
     ((192, 256), (0, 1)),
@@ -114,6 +115,9 @@ SHAPES_AND_AXES = [
     ((3, 128, 40), (0, 1)),
     ((2, 3, 1024), (0, 1, 2)),
     ((8192,), (0,)),
+    ((40, 8, 32), (2,)),
+    ((40, 8, 33), (2,)),
+    ((331, 7, 33), (0, 2)),
 ]
 
 
