@@ -44,8 +44,8 @@ class Span:
         XLA's CPU backend makes a loop of each reduction, and in most of them computes one element at a
         time. There, all arrays are reduced in one loop. Along the last axis, integers are so at the
         speed of memory, since their order does not matter. Else a few elements are reduced at a time,
-        over vectors of neighbours: for floating arrays that are computed, several times as fast.
-        (Other backends fuse reductions by themselves.)
+        over vectors of neighbours, and those that are left over by themselves: for floating arrays that
+        are computed, several times as fast. (Other backends fuse reductions by themselves.)
 
         Args:
           kinds: what to do with each array.

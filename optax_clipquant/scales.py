@@ -13,11 +13,11 @@ from optax_clipquant.grids import Grid
 from optax_clipquant.host import largest_scale
 from optax_clipquant.reductions import Span, Zero, extremes, magnitude
 
-HALF = 0.49
+_HALF = 0.49
 """Of the steps of a grid with zero points: weights can lie as far apart as twice their dtype's range
 reaches. A bit less, since the scale is rounded up; what lies beyond the range, ``decode`` cuts.
 """
-Place = Callable[[jax.Array, jax.Array], Grid]
+Place = Callable[[jax.Array, jax.Array], Grid]  # of the largest and the least weight
 _LARGEST = float(jnp.finfo(jnp.float32).max)
 
 
@@ -25,8 +25,9 @@ def round_scale(scale: jax.Array, largest: float, dtype: np.dtype) -> jax.Array:
     """``scale`` to the precision of bfloat16, so that no level ``largest * scale`` overflows.
 
     Scales below 2**-126 become 0 and those from 2**126 the number before that, since the reciprocals
-    of others are no normal numbers: 1 and 2 bits and ternary saturate at weights beyond that. With 8 significant bits in the scale, the product with a code, and the difference of two such
-    products, is exact in float32. Plain casts to bfloat16 and back may be dropped by a compiler.
+    of others are no normal numbers: 1 and 2 bits and ternary saturate at weights beyond that. With 8
+    significant bits in the scale, the product with a code, and the difference of two such products, is
+    exact in float32. Plain casts to bfloat16 and back may be dropped by a compiler.
     """
     cap = largest_scale(largest, dtype)
     rounded = jnp.clip(jax.lax.reduce_precision(scale, 8, 7), -cap, cap)
@@ -97,7 +98,7 @@ def between_extremes(grid: Grid, high: jax.Array, low: jax.Array) -> Grid:
     # One step may be twice the range.
     finite = jnp.isfinite(high) & jnp.isfinite(low)
     step = jnp.where(finite, jnp.minimum(step, float(jnp.finfo(jnp.float32).max)), step)
-    largest = HALF * steps
+    largest = _HALF * steps
     scale = round_scale(step, largest, grid.dtype)
     # Rounded up, so that the levels span the weights and no weight is more than half a step off.
     scale = round_scale(
@@ -233,5 +234,5 @@ def _levels(grid: Grid, steps: jax.Array, zero: Zero) -> jax.Array:
 def _largest(grid: Grid) -> float:
     """The largest level that a scale found for ``grid`` must leave finite, in steps."""
     if grid.zero_point is not None:
-        return HALF * (grid.upper - grid.lower)
+        return _HALF * (grid.upper - grid.lower)
     return grid.upper + grid.offset if grid.offset else float(-grid.lower)

@@ -22,9 +22,21 @@ import rich.table
 from figures import note, verdict
 from train_step import take_turns
 
-from optax_clipquant import Binary, Grid, Quantizer, Ternary, Uniform, ZScore, quantize_params
+from optax_clipquant import (
+    Binary,
+    Grid,
+    NormalFloat,
+    Quantizer,
+    Ternary,
+    Uniform,
+    ZScore,
+    quantize_params,
+)
 
 SHAPES = [(1024, 4096), (4096, 1024), (1024, 1024)] * 4 + [(4992, 1024)]
+
+# As PyTorch's linear layers lie, of which a row is a channel.
+ROWS = Uniform(bits=3, channel_axis=0, group_size=32)
 
 # Name, quantizer, target ratio to the copy, whether it starts from the scale of the step before.
 OURS: list[tuple[str, Quantizer, float | None, bool]] = [
@@ -35,6 +47,7 @@ OURS: list[tuple[str, Quantizer, float | None, bool]] = [
     ("3 bits, absmax, channel", Uniform(bits=3, scale_rule="absmax"), 1.5, False),
     ("1 bit, channel", Binary(), 1.5, False),
     ("1 bit, groups of 32", Binary(group_size=32), 1.5, False),
+    ("normal float, groups of 64", NormalFloat(), 1.5, False),
     ("z-score, tensor", ZScore(), None, False),
     ("3 bits, mse, channel", Uniform(bits=3), 6, False),
     ("3 bits, mse, groups of 32", Uniform(bits=3, group_size=32), 6, False),
@@ -42,8 +55,13 @@ OURS: list[tuple[str, Quantizer, float | None, bool]] = [
     ("4 bits, mse, groups of 32", Uniform(bits=4, group_size=32, scale_rule="mse"), 6, False),
     ("ternary, channel", Ternary(), 6, False),
     ("ternary, groups of 32", Ternary(group_size=32), 6, False),
+    ("3 bits, mse, groups of 32, last axis", ROWS, 6, False),
     ("3 bits, mse, channel, in training", Uniform(bits=3), 1.5, True),
+    ("3 bits, mse, groups of 32, in training", Uniform(bits=3, group_size=32), 1.5, True),
+    ("3 bits, mse, zero point, in training", Uniform(bits=3, symmetric=False), 1.5, True),
+    ("2 bits, mse, channel, in training", Uniform(bits=2), 1.5, True),
     ("ternary, channel, in training", Ternary(), 1.5, True),
+    ("ternary, groups of 32, in training", Ternary(group_size=32), 1.5, True),
 ]
 QWIX = [
     ("qwix 8 bits, channel", jnp.int8, None),
