@@ -582,7 +582,7 @@ def plot(path: pathlib.Path, floats: Scores, results: Results) -> None:
             series,
             ylabel=label,
             reference=None if distance else getattr(floats, field),
-            better="lower" if distance else "higher",
+            mode="min" if distance else "max",
         )
         axis.set_title(title)
         if distance:

@@ -83,7 +83,7 @@ class Task:
 
 def plot(path: pathlib.Path, found: Sweep) -> None:
     figure, (left, right) = plots.subplots(2, width=5.6)
-    plots.heat_map(left, found.rows, "c", "R", "loss", better="lower")
+    plots.heat_map(left, found.rows, "c", "R", "loss", mode="min")
     left.set_title("Validation loss (nats); framed: the least")
     series: dict[str, list[tuple[float, float]]] = {}
     for row in found.rows:

@@ -50,7 +50,7 @@ STYLES = (
 )
 """Colour, line and marker of the first series, the second, ..."""
 
-Better = Literal["higher", "lower"]
+Mode = Literal["max", "min"]
 
 
 def subplots(
@@ -133,7 +133,7 @@ def against_bits(
     *,
     ylabel: str,
     reference: float | None = None,
-    better: Better = "higher",
+    mode: Mode = "max",
 ) -> None:
     """Accuracy, signal-to-noise ratio or the like against bits a weight, with the Pareto line.
 
@@ -144,11 +144,11 @@ def against_bits(
       series: for each name, pairs of bits a weight and value.
       ylabel: what the values are, with their unit.
       reference: the value in float.
-      better: which values are better.
+      mode: whether more is better, or less.
     """
     everything = [p for points in series.values() for p in points if all(map(math.isfinite, p))]
-    _check_better(better)
-    sign = 1 if better == "higher" else -1
+    _check_mode(mode)
+    sign = 1 if mode == "max" else -1
     front = pareto_front([(bits, sign * value) for bits, value in everything])
     if front:
         at, values = np.array([everything[i] for i in front], float).T
@@ -264,7 +264,7 @@ def heat_map(
     y: str,
     value: str,
     *,
-    better: Better = "higher",
+    mode: Mode = "max",
 ) -> None:
     """A metric over two hyperparameters, as of ``sweep(...).rows``; the best cell has a frame.
 
@@ -276,12 +276,12 @@ def heat_map(
       x: the hyperparameter along the horizontal axis.
       y: along the vertical one.
       value: the metric.
-      better: which values are better.
+      mode: whether more is better, or less.
 
     Raises:
       ValueError: there are no rows, a key is missing, or two rows have the same ``x`` and ``y``.
     """
-    _check_better(better)
+    _check_mode(mode)
     if not rows:
         raise ValueError("heat_map: there are no rows")
     for key in (x, y, value):
@@ -315,7 +315,7 @@ def heat_map(
             text = axes.text(j, i, f"{cell:.3g}", ha="center", va="center", color="white")
             text.set_path_effects(outline)
     if not np.isnan(cells).all():
-        best = np.nanargmax(cells) if better == "higher" else np.nanargmin(cells)
+        best = np.nanargmax(cells) if mode == "max" else np.nanargmin(cells)
         i, j = divmod(int(best), len(across))
         axes.add_patch(_cell(i, j, fill=False, edgecolor=ORANGE, linewidth=3))
         figure = axes.get_figure()
@@ -367,6 +367,6 @@ def _cell(i: int, j: int, **style: Any) -> Any:
     return matplotlib.patches.Rectangle((j - 0.5, i - 0.5), 1, 1, **style)
 
 
-def _check_better(better: str) -> None:
-    if better not in ("higher", "lower"):
-        raise ValueError(f"better must be 'higher' or 'lower', got {better!r}")
+def _check_mode(mode: str) -> None:
+    if mode not in ("max", "min"):
+        raise ValueError(f"mode must be 'max' or 'min', got {mode!r}")

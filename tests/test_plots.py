@@ -78,16 +78,16 @@ def test_pareto_front_is_that_of_brute_force(points):
     assert front == sorted(undominated)
 
 
-@pytest.mark.parametrize("better", ["higher", "lower"])
-def test_against_bits(better):
-    sign = 1 if better == "higher" else -1
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_against_bits(mode):
+    sign = 1 if mode == "max" else -1
     series = {
         "ours": [(4, sign * 8.0), (2, sign * 5.0)],
         "failed": [(1, math.nan), (3.5, sign * math.inf)],
         "peer": [(3, sign * 6.0), (4.5, sign * 7.0)],
     }
     figure, (axes,) = plots.subplots()
-    plots.against_bits(axes, series, ylabel="accuracy (%)", reference=sign * 9.0, better=better)
+    plots.against_bits(axes, series, ylabel="accuracy (%)", reference=sign * 9.0, mode=mode)
     draw(figure)
     front, ours, _, peer, reference = axes.get_lines()
     np.testing.assert_array_equal(front.get_data(), [[2, 3, 4], [sign * x for x in (5, 6, 8)]])
@@ -148,15 +148,15 @@ def test_clipping():
     assert texts(axes) == ["clip fraction", "bound"]
 
 
-@pytest.mark.parametrize(("better", "best"), [("higher", (2, 1)), ("lower", (0, 0))])
-def test_heat_map(better, best):
+@pytest.mark.parametrize(("mode", "best"), [("max", (2, 1)), ("min", (0, 0))])
+def test_heat_map(mode, best):
     rows = [
         {"c": c, "R": R, "accuracy": None if c == 1 and R == 1 else i * 2.0 + j}
         for i, R in enumerate((1, 4, 7))
         for j, c in enumerate((0.1, 1.0))
     ]
     figure, (axes,) = plots.subplots()
-    plots.heat_map(axes, rows[::-1], "c", "R", "accuracy", better=better)
+    plots.heat_map(axes, rows[::-1], "c", "R", "accuracy", mode=mode)
     draw(figure)
     shown = axes.images[0].get_array()
     np.testing.assert_array_equal(shown.filled(np.nan), [[0, np.nan], [2, 3], [4, 5]])
@@ -201,10 +201,10 @@ def test_no_setting_of_matplotlib_is_changed():
     assert dict(matplotlib.rcParams) == before
 
 
-def test_better_is_one_of_two_words():
+def test_mode_is_one_of_two_words():
     _, (axes,) = plots.subplots(1)
-    with pytest.raises(ValueError, match="better must be 'higher' or 'lower', got 'max'"):
-        plots.against_bits(axes, {"a": [(2, 0.5)]}, ylabel="", better="max")  # pyright: ignore
+    with pytest.raises(ValueError, match="mode must be 'max' or 'min', got 'higher'"):
+        plots.against_bits(axes, {"a": [(2, 0.5)]}, ylabel="", mode="higher")  # pyright: ignore
 
 
 @pytest.mark.parametrize("bits", [4, 8])
