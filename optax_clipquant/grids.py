@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -111,9 +112,11 @@ class Grid:
             draws = split(draws)
         # By the reciprocal, as XLA would divide by what is broadcast, but not by what is not.
         position = w.astype(jnp.float32) * expand(1 / jnp.where(scale == 0, 1, scale))
+        if self.code_book is not None and self.max_code is None and draws is None:
+            codes = self.lower + _nearest_in(self.code_book, position)
+            return merge(jnp.where(jnp.isnan(position), 0, codes).astype(jnp.int8))
         if self.code_book is not None:
-            index_in = _nearest_in if draws is None else _index_in
-            position = self.lower + index_in(self.code_book, position)
+            position = self.lower + _index_in(self.code_book, position)
         if self.zero_point is not None:
             position += expand(self._zero_point())
         if self.offset:
@@ -201,11 +204,27 @@ class Grid:
 
 
 def _nearest_in(book: tuple[float, ...], x: jax.Array) -> jax.Array:
-    """The index of the nearest entry: how many of the midpoints between entries lie below. NaN for NaN."""
-    above = ((x > (a + b) / 2).astype(jnp.int32) for a, b in itertools.pairwise(book))
-    return jnp.where(
-        jnp.isnan(x), x, sum(above, start=jnp.zeros(x.shape, jnp.int32)).astype(jnp.float32)
-    )
+    """The index of the nearest entry, an int32.
+
+    A binary search among the midpoints between entries, of which each next one is selected by the
+    comparisons before: that fuses, and takes half of the time of a comparison with all of them.
+    """
+    bounds = [(a + b) / 2 for a, b in itertools.pairwise(book)]
+    depth = len(bounds).bit_length()
+    bounds += [math.inf] * (2**depth - 1 - len(bounds))
+    index, above = jnp.zeros(x.shape, jnp.int32), []
+
+    def select(first: int, size: int, above: list[jax.Array]) -> jax.Array | float:
+        half = size // 2
+        if not above:
+            return bounds[first + half - 1]
+        upper, lower = select(first + half, half, above[1:]), select(first, half, above[1:])
+        return jnp.where(above[0], upper, lower)
+
+    for level in reversed(range(depth)):
+        above.append(x > select(0, 2**depth, above))
+        index += jnp.where(above[-1], 2**level, 0)
+    return index
 
 
 def _index_in(book: tuple[float, ...], x: jax.Array) -> jax.Array:
