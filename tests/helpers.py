@@ -61,6 +61,12 @@ CORE = [
     *("uniform4-groups", "uniform4-asymmetric", "ternary-absmax", "normalfloat3-groups"),
 ]
 
+# Each quantizer, and one of each kind in half precision.
+DTYPED = [
+    *((name, jnp.float32) for name in QUANTIZERS),
+    *((name, dtype) for dtype in (jnp.bfloat16, jnp.float16) for name in CORE),
+]
+
 # Compiled for each quantizer, and run op by op for one of each kind.
 VARIANTS = [
     *(pytest.param(jax.jit, name, id=f"jit-{name}") for name in QUANTIZERS),

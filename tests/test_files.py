@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
-from helpers import QUANTIZERS, mlp_params, weights
+from helpers import DTYPED, QUANTIZERS, mlp_params, weights
 
 from optax_clipquant import (
     Grid,
@@ -57,8 +57,7 @@ def small_tree():
     return quantize_params(params, {"Dense_0": Uniform(bits=3, group_size=5), "Dense_1": Ternary()})
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(("name", "dtype"), DTYPED)
 def test_round_trip_of_every_quantizer(file, name, dtype):
     tree = {
         "w": QUANTIZERS[name].quantize(jnp.asarray(weights((33, 7))).astype(dtype)),

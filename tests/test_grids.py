@@ -190,3 +190,16 @@ def test_float16_keeps_its_smallest_numbers(variant, quantizer, size):
 def test_the_dtype_may_be_a_type():
     grid = Grid(scale=jnp.ones((1, 1)), dtype=jnp.bfloat16)  # pyright: ignore[reportArgumentType]
     chex.assert_type(grid.decode(jnp.zeros((2, 2), jnp.int8)), jnp.bfloat16)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 8, 11, 16])
+def test_any_code_book(n):
+    book = tuple(np.sort(np.random.default_rng(n).choice(np.arange(-1024, 1025), n, False)) / 1024)
+    grid = Grid(jnp.full((1, 1), 0.5), bits=4, lower=-3, upper=n - 4, code_book=book)
+    x = np.random.default_rng(0).uniform(-0.7, 0.7, (64, 64)).astype(np.float32)
+    x[0, :2] = np.inf, -np.inf
+    nearest = np.argmin(np.abs(np.clip(x, -9, 9)[..., None] - 0.5 * np.array(book)), axis=-1)
+    codes = grid.encode(jnp.asarray(x))
+    np.testing.assert_array_equal(codes, nearest - 3)
+    np.testing.assert_array_equal(grid.decode(codes), 0.5 * np.array(book)[nearest])
+    assert grid.encode(jnp.full((1, 1), jnp.nan)) == 0

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import QUANTIZERS, weights
+from helpers import DTYPED, QUANTIZERS, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -95,8 +95,7 @@ def decoded(q: QArray, threads) -> np.ndarray:
     return np.concatenate([np.empty(0, q.dtype), *(block.ravel() for block in blocks)]).reshape(q.shape)  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(np.dtype(dtype)))
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize(("name", "dtype"), DTYPED)
 def test_decode(threads, monkeypatch, name, dtype):
     for shape in ((37, 24), (6, 5, 3, 3), (0, 7)):
         q = QUANTIZERS[name].quantize(jnp.asarray(weights(shape, seed=3).astype(dtype)))

@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import QUANTIZERS, mlp_params, weights
+from helpers import DTYPED, QUANTIZERS, mlp_params, weights
 
 from optax_clipquant import (
     NormalFloat,
@@ -29,8 +29,10 @@ FITTING = {
 }
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("name", FITTING)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [case for case in DTYPED if case[0] in FITTING and case[1] != jnp.float16],
+)
 def test_the_values_are_the_same(name, dtype):
     w = jnp.asarray(weights((20, 12))).astype(dtype)  # groups of 4 and 5 divide 20
     q = FITTING[name].quantize(w)

@@ -173,7 +173,7 @@ TREES = {
 
 
 @pytest.mark.parametrize(
-    ("name", "residual_bits"), [("linen layers", None), *((name, 8) for name in TREES)]
+    ("name", "residual_bits"), [("tuple", None), *((name, 8) for name in TREES)]
 )
 def test_trains_on_the_grid_and_ships(tmp_path, name, residual_bits):
     case = TREES[name]()

@@ -327,7 +327,7 @@ TRAINED = [
     ),
     *((case, "fsdp-rows", "Explicit") for case in ("zscore", "weights-zscore7", "weights-groups")),
     *(("everything", name, "Explicit") for name in LAYOUTS),
-    *(("everything", name, "Auto") for name in ("fsdp-rows", "tensor", "fsdp-tensor")),
+    ("everything", "fsdp-tensor", "Auto"),
 ]
 
 
