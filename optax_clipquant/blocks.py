@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from optax_clipquant.grids import Grid
 from optax_clipquant.reductions import Span
 
-_SIZE = (
-    2**20
-)  # elements: 4 MB. With fewer, more loops are started; with more, less stays in the cache.
+# Elements, of 4 MB. With fewer, more loops are started; with more, less stays in the cache.
+_SIZE = 2**20
 
 
 def fit_in_blocks(fit: Callable[..., Grid], w: jax.Array, span: Span, *others: Grid) -> Grid:
