@@ -31,7 +31,11 @@ def fit_in_blocks(fit: Callable[..., Grid], w: jax.Array, span: Span, *others: G
             first = jnp.minimum(i * size, length - size)
 
             def block(x: jax.Array) -> jax.Array:
-                return jax.lax.dynamic_slice_in_dim(x, first, size, axis)
+                # XLA's CPU backend has no slices of bfloat16: it would convert all of the array first.
+                is_bfloat16 = x.dtype == jnp.bfloat16
+                bits = jax.lax.bitcast_convert_type(x, jnp.uint16) if is_bfloat16 else x
+                part = jax.lax.dynamic_slice_in_dim(bits, first, size, axis)
+                return jax.lax.bitcast_convert_type(part, x.dtype)
 
             part = fit(*jax.tree.map(block, (w, *others)))
             return jax.tree.map(

@@ -303,14 +303,14 @@ class Uniform(Granular):
             )
 
     def _fit_axes(self, w: jax.Array, span: Span, start: Grid | None) -> Grid:
-        dtype, w = _dtype(w, start), w.astype(jnp.float32)
+        dtype = _dtype(w, start)
         lower, upper = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
         grid = Grid(jnp.zeros(()), bits=self.bits, lower=lower, upper=upper, dtype=dtype)
         if self.symmetric and self.bits <= 2:
             grid = dataclasses.replace(grid, offset=0.5)
         if self.symmetric and self.bits == 1:
-            scale = round_scale(2 * mean_magnitude(w, span), 0.5, dtype)
-            return dataclasses.replace(grid, scale=scale)
+            mean = mean_magnitude(w.astype(jnp.float32), span)
+            return dataclasses.replace(grid, scale=round_scale(2 * mean, 0.5, dtype))
 
         place = functools.partial(around_zero if self.symmetric else between_extremes, grid)
         rule = self.scale_rule or ("mse" if self.bits <= 3 else "absmax")
@@ -368,9 +368,8 @@ class Ternary(Granular):
             )
 
     def _fit_axes(self, w: jax.Array, span: Span, start: Grid | None) -> Grid:
-        dtype, w = _dtype(w, start), w.astype(jnp.float32)
+        dtype = _dtype(w, start)
         grid = Grid(jnp.zeros(()), bits=_bits_of(3), lower=-1, upper=1, dtype=dtype)
-
         if self.scale_rule == "mse":
             return least_squares(w, span, start, functools.partial(around_zero, grid))
         # No weight is more than half a step beyond a level, as with 2 bits.

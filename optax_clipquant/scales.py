@@ -126,6 +126,7 @@ def least_squares(w: jax.Array, span: Span, start: Grid | None, place: Place) ->
 
 
 def _from_scratch(w: jax.Array, place: Place, span: Span) -> Grid:
+    w = w.astype(jnp.float32)
     grid = place(*extremes(w, span))
     scale = _search(w, span, grid)
     for _ in range(2):
@@ -136,6 +137,7 @@ def _from_scratch(w: jax.Array, place: Place, span: Span) -> Grid:
 
 
 def _from_start(w: jax.Array, start: Grid, place: Place, span: Span) -> Grid:
+    w = w.astype(jnp.float32)
     scale = start.scale.astype(jnp.float32)
     usable = jnp.isfinite(scale) & (scale != 0)
     scale = jnp.where(usable, scale, 1)
