@@ -12,15 +12,17 @@ from optax_clipquant.reductions import Span
 _SIZE = 2**20
 
 
-def fit_in_blocks(fit: Callable[..., Grid], w: jax.Array, span: Span, *others: Grid) -> Grid:
+def fit_in_blocks(
+    fit: Callable[..., Grid], w: jax.Array, span: Span, *others: Grid, factor: int = 1
+) -> Grid:
     """``fit(w, *others)``, which reads ``w`` several times or sums much, and treats each span by itself.
 
     XLA's CPU backend reads a large array from memory each time, and writes what its reduction leaves
     (see ``Span.reduce``) to memory that each call gets afresh: for several loops over all arrays of a
     model, that takes longer than to compute. So there, on a single device, one block is fitted after the
-    other.
+    other. They are larger by ``factor``: those that are read once need not stay in the cache.
     """
-    axis, size = _block(w, span)
+    axis, size = _block(w, span, factor * _SIZE)
     if size == 0:
         return fit(w, *others)
     length = w.shape[axis]
@@ -50,13 +52,13 @@ def fit_in_blocks(fit: Callable[..., Grid], w: jax.Array, span: Span, *others: G
     return jax.lax.platform_dependent(cpu=in_turn, default=lambda: fit(w, *others))
 
 
-def _block(w: jax.Array, span: Span) -> tuple[int, int]:
+def _block(w: jax.Array, span: Span, most: int) -> tuple[int, int]:
     """Along which axis a block has how many elements: along one that is not reduced; 0 where all are one
     block.
     """
     axes = range(w.ndim) if span.axes is None else {axis % w.ndim for axis in span.axes}
     kept = [axis for axis in range(w.ndim) if axis not in axes]
-    blocks = -(-w.size // _SIZE)
+    blocks = -(-w.size // most)
     if blocks <= 1 or not kept or jax.device_count() > 1:
         return 0, 0
     # The first of those that are long enough, since its blocks are of neighbours in memory.

@@ -122,7 +122,8 @@ def least_squares(w: jax.Array, span: Span, start: Grid | None, place: Place) ->
         return fit_in_blocks(partial(_from_scratch, place=place, span=span), w, span)
     if start.zero_point is None:
         return _from_start(w, start, place, span)
-    return fit_in_blocks(partial(_from_start, place=place, span=span), w, span, start)
+    fit = partial(_from_start, place=place, span=span)
+    return fit_in_blocks(fit, w, span, start, factor=2)
 
 
 def _from_scratch(w: jax.Array, place: Place, span: Span) -> Grid:
