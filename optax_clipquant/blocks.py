@@ -56,8 +56,7 @@ def _block(w: jax.Array, span: Span, most: int) -> tuple[int, int]:
     """Along which axis a block has how many elements: along one that is not reduced; 0 where all are one
     block.
     """
-    axes = range(w.ndim) if span.axes is None else {axis % w.ndim for axis in span.axes}
-    kept = [axis for axis in range(w.ndim) if axis not in axes]
+    kept = [axis for axis in range(w.ndim) if axis not in span.reduced(w.ndim)]
     blocks = -(-w.size // most)
     if blocks <= 1 or not kept or jax.device_count() > 1:
         return 0, 0

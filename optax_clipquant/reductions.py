@@ -32,6 +32,10 @@ class Span:
     axis: int = 0
     run: int = 1
 
+    def reduced(self, ndim: int) -> tuple[int, ...]:
+        """``axes`` of an array with ``ndim`` of them, counted from the first."""
+        return tuple(range(ndim) if self.axes is None else (axis % ndim for axis in self.axes))
+
     def reduce(
         self,
         kinds: Sequence[Kind],
@@ -79,8 +83,7 @@ class Span:
                 last = [jax.lax.slice_in_dim(x, length, length + rest, axis=axis) for x in arrays]
                 pairs = zip(kinds, found, together(last), strict=True)
                 return [_PAIR[kind](x, y) for kind, x, y in pairs]
-            ndim = arrays[0].ndim
-            axes = tuple(axis % ndim for axis in (range(ndim) if self.axes is None else self.axes))
+            axes = self.reduced(arrays[0].ndim)
             few = math.prod(arrays[0].shape[axis] for axis in axes) <= _FEW
             if jax.device_count() == 1 and (integers or few):
                 arrays = [jnp.expand_dims(x, axes) for x in _reduce(kinds, arrays, axes)]
@@ -103,7 +106,7 @@ class Span:
         Vectors lie along the last axis: it stays, or elements far from each other on it are reduced.
         Each device must hold all that is, or it would be moved.
         """
-        axes = range(x.ndim) if self.axes is None else [axis % x.ndim for axis in self.axes]
+        axes = self.reduced(x.ndim)
         if x.size <= SMALL or not axes:
             return None
         last = max(axis for axis in range(x.ndim) if x.shape[axis] > 1)
@@ -128,8 +131,7 @@ class Span:
 
     def counts(self, shape: tuple[int, ...]) -> np.ndarray:
         """How many elements are reduced together: a scalar, or for runs an array with each of them."""
-        axes = range(len(shape)) if self.axes is None else self.axes
-        count = math.prod(shape[axis] for axis in axes)
+        count = math.prod(shape[axis] for axis in self.reduced(len(shape)))
         if self.run == 1:
             return np.asarray(count)
         n = shape[self.axis]
@@ -171,29 +173,35 @@ def extremes(
     floating array, as seen with jaxlib 0.10.2.)
     """
     x = x.astype(jnp.float32)
-
-    def compute(zero: Zero) -> list[jax.Array]:
-        bits = [jax.lax.bitcast_convert_type(y, jnp.int32) for y in (x, -x)]
-        return [*bits, *sums(zero)]
-
-    kinds: list[Kind] = ["max", "max", *("sum" for _ in jax.eval_shape(lambda: sums(0.0)))]
-    found = span.reduce(kinds, compute, zero, most)
-    high, low = (jax.lax.bitcast_convert_type(bits, jnp.float32) for bits in found[:2])
+    bits = [jax.lax.bitcast_convert_type(y, jnp.int32) for y in (x, -x)]
+    high, low, *found = _largest_and_sums(bits, span, sums, zero, most)
     nan = jnp.isnan(high) | jnp.isnan(low)
-    return [jnp.where(nan, jnp.nan, high), jnp.where(nan, jnp.nan, -low), *found[2:]]
+    return [jnp.where(nan, jnp.nan, high), jnp.where(nan, jnp.nan, -low), *found]
 
 
 def magnitude(
     x: jax.Array, span: Span, sums: Callable[[Zero], Sequence[jax.Array]], zero: Zero
 ) -> list[jax.Array]:
     """The largest magnitude in each span of a float32 array, and ``sums``, as ``extremes`` has them."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
+    return _largest_and_sums([bits], span, sums, zero)
 
-    def compute(zero: Zero) -> list[jax.Array]:
-        return [jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF, *sums(zero)]
 
-    kinds: list[Kind] = ["max", *("sum" for _ in jax.eval_shape(lambda: sums(0.0)))]
-    found = span.reduce(kinds, compute, zero)
-    return [jax.lax.bitcast_convert_type(found[0], jnp.float32), *found[1:]]
+def _largest_and_sums(
+    bits: Sequence[jax.Array],
+    span: Span,
+    sums: Callable[[Zero], Sequence[jax.Array]],
+    zero: Zero,
+    most: int = 16,
+) -> list[jax.Array]:
+    """The numbers of the largest ``bits``, and the sums."""
+    kinds: list[Kind] = [
+        *("max" for _ in bits),
+        *("sum" for _ in jax.eval_shape(lambda: sums(0.0))),
+    ]
+    found = span.reduce(kinds, lambda zero: [*bits, *sums(zero)], zero, most)
+    numbers = [jax.lax.bitcast_convert_type(x, jnp.float32) for x in found[: len(bits)]]
+    return [*numbers, *found[len(bits) :]]
 
 
 def count(*masks: jax.Array) -> jax.Array:

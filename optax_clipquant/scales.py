@@ -83,7 +83,7 @@ def mean_magnitude(w: jax.Array, span: Span) -> jax.Array:
 
 def around_zero(grid: Grid, high: jax.Array, low: jax.Array) -> Grid:
     """``grid`` with the scale whose outermost level is the extreme that is further from 0."""
-    reach = -grid.lower - grid.offset
+    reach = _largest(grid)
     if _is_mirrored(grid):
         scale = jnp.maximum(high, -low) / reach
     else:
@@ -238,4 +238,4 @@ def _largest(grid: Grid) -> float:
     """The largest level that a scale found for ``grid`` must leave finite, in steps."""
     if grid.zero_point is not None:
         return _HALF * (grid.upper - grid.lower)
-    return grid.upper + grid.offset if grid.offset else float(-grid.lower)
+    return -grid.lower - grid.offset

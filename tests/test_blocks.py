@@ -109,9 +109,8 @@ def test_a_search_over_a_model_takes_little_memory(blocks, quantizer, dtype):
     blocks(2**20)
     model = {f"w{i}": jax.ShapeDtypeStruct((2048, 2048), dtype) for i in range(4)}
     if quantizer.group_size:
-        quantizer = dataclasses.replace(
-            quantizer, group_size=32
-        )  # whole groups, or they are copied
+        # Whole groups, or they are copied.
+        quantizer = dataclasses.replace(quantizer, group_size=32)
     compiled = jax.jit(lambda model: quantize_params(model, quantizer)).lower(model).compile()
     copies = len(model) if dtype == jnp.bfloat16 else 0  # of the bits
     assert compiled.memory_analysis().temp_size_in_bytes < 2**23 * (1 + copies)

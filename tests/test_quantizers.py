@@ -360,9 +360,8 @@ def test_a_warm_start_from_nothing_takes_the_absmax_scale():
         start = quantizer.fit(jnp.zeros_like(w))
         assert not start.scale.any()
         found = quantizer.fit(w, start=start)
-        factor = (
-            1.5 if isinstance(quantizer, Ternary) else 1
-        )  # its outermost level, and half a step
+        # The outermost level of that one is half a step inside.
+        factor = 1.5 if isinstance(quantizer, Ternary) else 1
         np.testing.assert_allclose(jnp.abs(found.scale), factor * jnp.abs(absmax.scale), rtol=0.01)
 
 
