@@ -1,7 +1,7 @@
 """The public names, in the order in which data flows."""
 
-from .collectives import AverageGradientsState, average_gradients, state_specs
-from .clipping import (
+from .gradients.average import AverageGradientsState, average_gradients, state_specs
+from .gradients.clip import (
     ClipByQuantileState,
     ClipByValueState,
     ClipByZScoreState,
@@ -10,27 +10,28 @@ from .clipping import (
     clip_by_zscore,
     clip_fractions,
 )
-from .grids import Grid
-from .qarray import QArray, narrow
-from .quantizers import Binary, NormalFloat, Quantizer, Ternary, Uniform, ZScore
-from .params import dequantize_params, quantize_params
-from .softness import softness_schedule
-from .weights import (
+from .quant.grid import Grid
+from .quant.qarray import QArray, narrow
+from .quant.quantizers import Binary, NormalFloat, Quantizer, Ternary, Uniform, ZScore
+from .quant.params import dequantize_params, quantize_params
+from .training.softness import softness_schedule
+from .training.weights import (
     QuantizeWeightsState,
     RoundWeightsState,
     clipquant,
     quantize_weights,
     round_weights,
 )
-from .export import export_params, latent_params
-from .companding import CompandedArray
-from .state import QuantizeStateState, quantize_state
-from .allocation import allocate_bits, squared_gradients
-from .sweeping import Sweep, sweep
-from .files import load, save
-from .interchange import to_qwix
-from .report import bits_per_param, summarize
-from .rows import Summary
+from .training.export import export_params, latent_params
+from .quant.companding import CompandedArray
+from .training.state import QuantizeStateState, quantize_state
+from .analysis.sensitivity import squared_gradients
+from .tuning.allocate import allocate_bits
+from .tuning.sweep import Sweep, sweep
+from .formats.files import load, save
+from .formats.qwix import to_qwix
+from .report.summarize import bits_per_param, summarize
+from .report.rows import Summary
 
 __all__ = [
     "average_gradients",

@@ -21,7 +21,7 @@ import rich.progress
 import rich.table
 from figures import note, verdict
 
-from optax_clipquant.container import writing
+from optax_clipquant.formats.safetensors import writing
 
 TIME, ROOM = 3.0, 300e6  # targets: copies' time; bytes beyond 3 of the largest tensor
 
@@ -80,7 +80,7 @@ def main() -> None:
 def compare(folder: pathlib.Path, layers: int, repeats: int) -> None:
     source = folder / "model.safetensors"
     largest = write_checkpoint(source, layers)
-    tool = (sys.executable, "-m", "optax_clipquant.cli")
+    tool = (sys.executable, "-m", "optax_clipquant.cli.main")
 
     def compress(bits: int, *options: str) -> list[str]:
         return [*tool, "compress", *options, "--bits", str(bits), str(source)]
@@ -88,7 +88,7 @@ def compare(folder: pathlib.Path, layers: int, repeats: int) -> None:
     # Each gets the path of a new file at the end, but for the start-up, which writes none.
     candidates = {
         "cp": ["cp", str(source)],
-        "start-up": [sys.executable, "-c", "import optax_clipquant.cli"],
+        "start-up": [sys.executable, "-c", "import optax_clipquant.cli.main"],
         "compress, 8 bits": compress(8),
         "compress, 4 bits": compress(4),
         "compress, 4 bits, groups of 32": compress(4, "--group-size", "32"),

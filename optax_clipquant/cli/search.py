@@ -1,0 +1,139 @@
+"""What the command needs JAX for: scales that are searched for, and bits under a budget.
+
+It is imported where it is needed, for JAX takes several times as long to start as the rest of the command.
+"""
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_clipquant.cli.compress import WIDTHS, Coder, Progress, Rule
+from optax_clipquant.cli.host import Read, Threads
+from optax_clipquant.formats.files import leaf_of, parts_of
+from optax_clipquant.formats.layout import Leaf
+from optax_clipquant.formats.native import Parts
+from optax_clipquant.formats.safetensors import Reader, nbytes
+from optax_clipquant.quant.qarray import QArray
+from optax_clipquant.quant.quantizers import Uniform
+from optax_clipquant.tuning.allocate import allocate
+
+_quantize = jax.jit(lambda quantizer, w: quantizer.quantize(w))
+
+
+class _Searched(NamedTuple):
+    """What quantizes a tensor whose scales are searched for."""
+
+    leaf: Leaf
+    parts: Callable[[], Parts]
+
+    def encode(self, read: Read, threads: Threads) -> Parts:
+        del read, threads  # it has its own
+        return self.parts()
+
+
+@contextlib.contextmanager
+def searching(source: Reader, rules: Mapping[str, Rule]) -> Iterator[dict[str, Coder]]:
+    """What quantizes the tensors of a file by rules whose scales are searched for, by name.
+
+    They must be used in the order of the file: a tensor is quantized in a thread while the one before is
+    packed and written, so that memory holds two of them. Other threads compile meanwhile.
+    """
+    _check_platform()
+    quantizers = {name: _uniform(rule, rule.bits or 8) for name, rule in rules.items()}
+    keys = {name: (quantizers[name], source.specs[name]) for name in source.specs if name in rules}
+    programs: dict[Any, jax.stages.Lowered] = {}
+    for name, key in keys.items():
+        if key not in programs:
+            programs[key] = _quantize.lower(quantizers[name], _abstract(source, name))
+    buffer, left = _buffer(source, keys), iter(keys)
+    with contextlib.ExitStack() as stack:
+
+        def threads(count: int) -> Threads:
+            pool = Threads(count)
+            stack.callback(pool.shutdown, cancel_futures=True)
+            return pool
+
+        runner, compiler = threads(1), threads(2)
+        compiled = {key: compiler.submit(program.compile) for key, program in programs.items()}
+
+        def run() -> QArray | None:
+            """The next tensor, None after the last."""
+            if (name := next(left, None)) is None:
+                return None
+            w = _on_device(source.read(name, buffer))
+            # The next takes the buffer.
+            return jax.block_until_ready(compiled[keys[name]].result()(quantizers[name], w))
+
+        ahead = [runner.submit(run)]
+
+        def parts(name: str) -> Parts:
+            leaf = ahead.pop().result()
+            ahead.append(runner.submit(run))
+            return parts_of(leaf, name)
+
+        yield {
+            name: _Searched(leaf_of(programs[key].out_info, name), functools.partial(parts, name))
+            for name, key in keys.items()
+        }
+
+
+def allocate_rules(
+    source: Reader, rules: Mapping[str, Rule], budget: float, progress: Progress
+) -> dict[str, Rule]:
+    """``rules`` with the bits of the least squared error within a budget, where they leave them open."""
+    _check_platform()
+    buffer = _buffer(source, rules)
+    choices = {
+        name: [_uniform(rule, rule.bits or bits) for bits in WIDTHS] for name, rule in rules.items()
+    }
+
+    def read(name: str) -> tuple[jax.Array, jax.Array]:
+        w = _on_device(source.read(name, buffer))
+        progress(nbytes(*source.specs[name]))
+        return w, jnp.ones((1,) * w.ndim)
+
+    specs = {name: _abstract(source, name) for name in rules}
+    chosen = allocate(specs, choices, read, budget)
+    return {name: rule._replace(bits=chosen[name].bits) for name, rule in rules.items()}
+
+
+def _check_platform() -> None:
+    """Raises where ``JAX_PLATFORMS`` names one that is not here, of which JAX itself says little."""
+    try:
+        jax.devices()
+    except (AssertionError, RuntimeError) as error:
+        raise RuntimeError(
+            f"JAX cannot start on {os.environ.get('JAX_PLATFORMS')!r}: set JAX_PLATFORMS=cpu, or unset it"
+        ) from error
+
+
+def _uniform(rule: Rule, bits: int) -> Uniform:
+    return Uniform(
+        bits,
+        channel_axis=rule.channel_axis,
+        group_size=rule.group_size,
+        scale_rule=rule.scale_rule,
+    )
+
+
+def _abstract(source: Reader, name: str) -> jax.ShapeDtypeStruct:
+    dtype, shape = source.specs[name]
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _buffer(source: Reader, names: Iterable[str]) -> np.ndarray:
+    """Room for the largest of these tensors, at an address from which jax need not copy."""
+    size = max(nbytes(*source.specs[name]) for name in names)
+    room = np.empty(size + 64, np.uint8)
+    first = -room.ctypes.data % 64
+    return room[first : first + size]
+
+
+def _on_device(array: np.ndarray) -> jax.Array:
+    return jax.device_put(array, may_alias=True)

@@ -1,0 +1,111 @@
+"""Quantized trees in the types of other libraries."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from optax_clipquant._tree import path_of
+from optax_clipquant.quant.params import PyTree
+from optax_clipquant.quant.qarray import QArray, is_qarray
+
+
+def to_qwix(qparams: PyTree, *, like: PyTree = None) -> PyTree:
+    """``qparams`` with a ``qwix.QArray`` in place of each ``QArray``, for qwix's PTQ models.
+
+    Values do not change: ``qwix.dequantize`` gives what ``dequantize`` gives, but for the sign of 0 where
+    a scale is negative. Levels at half steps ``(k + 1/2) * s`` (1 and 2 bits) become ``(2 k + 1) * (s /
+    2)``. Codes are int4 where they fit, else int8.
+
+    Args:
+      qparams: a tree with ``QArray`` leaves; other leaves are left alone.
+      like: the params of a PTQ model of Flax linen, which may be abstract, as in the example. Each
+        leaf then has the box in which the model expects it, and where the model expects floats, it
+        gets them. Without it, the leaves are bare.
+
+    Raises:
+      ImportError: qwix is not installed.
+      ValueError: qwix has no such grid: a code book (``NormalFloat``), a fractional zero point
+        (``ZScore``), a shorter last group, or a scale that the leaf's dtype does not hold. Or ``like``
+        has other leaves or shapes. The message names the leaf.
+
+    Examples:
+      A PTQ model, and our params for it (``tests/test_interchange.py`` runs the same)::
+
+        ptq = qwix.quantize_model(model, qwix.PtqProvider([qwix.QuantizationRule(weight_qtype=jnp.int4)]))
+        like = jax.eval_shape(ptq.init, jax.random.key(0), x)["params"]
+        ptq.apply({"params": to_qwix(quantize_params(params, Uniform(bits=4)), like=like)}, x)
+    """
+    try:
+        import qwix
+    except ImportError as error:
+        raise ImportError(
+            "to_qwix needs qwix: pip install 'optax-clipquant[qwix]'", name="qwix"
+        ) from error
+
+    def convert(key: jax.tree_util.KeyPath, leaf: Any) -> Any:
+        if not is_qarray(leaf):
+            return leaf
+        codes, scale, zero_point = _parts_of(leaf, path_of(key))
+        return qwix.QArray(codes, scale, zero_point, codes.dtype)
+
+    def fill(key: jax.tree_util.KeyPath, box: Any, leaf: Any) -> Any:
+        if np.shape(box) != np.shape(leaf):
+            raise ValueError(
+                f"leaf {path_of(key)!r} has shape {np.shape(leaf)}, but {np.shape(box)} in `like`"
+            )
+        if not _is_box(box):
+            return leaf.dequantize() if is_qarray(leaf) else leaf
+        if not is_qarray(leaf):
+            raise ValueError(
+                f"leaf {path_of(key)!r} is quantized in `like`, but not in qparams; quantize it, or "
+                "give the model a rule that leaves it alone"
+            )
+        return box.replace(array=convert(key, leaf))
+
+    if like is None:
+        return jax.tree_util.tree_map_with_path(convert, qparams, is_leaf=is_qarray)
+    return jax.tree_util.tree_map_with_path(fill, like, qparams, is_leaf=_is_box)
+
+
+def _is_box(leaf: Any) -> bool:
+    """Whether it is the box of a weight in a PTQ model, whose class qwix does not export."""
+    return hasattr(leaf, "array") and hasattr(leaf, "how")
+
+
+def _parts_of(q: QArray, path: str) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Codes, scale and zero point, of which qwix makes ``(code - zero point) * scale``."""
+    grid, codes, scale = q.grid, q.qvalue, q.grid.scale.astype(jnp.float32)
+    lower, upper = grid.lower, grid.upper
+    if grid.code_book is not None:
+        raise ValueError(
+            f"leaf {path!r} has a code book, which qwix lacks; quantize with Uniform, or give the "
+            "model floats by dequantize_params"
+        )
+    if grid.zero_point is not None and not jnp.issubdtype(grid.zero_point.dtype, jnp.integer):
+        raise ValueError(
+            f"leaf {path!r} has zero points that are no integers (ZScore), which qwix's integer "
+            "products lack; quantize with Uniform(symmetric=False)"
+        )
+    if grid.group is not None:
+        axis, size = grid.group
+        if q.shape[axis] % size:
+            raise ValueError(
+                f"leaf {path!r} has {q.shape[axis]} entries along axis {axis} in groups of {size}, and "
+                "qwix has no shorter last group; choose a group_size that divides them"
+            )
+    if grid.offset:
+        codes = 2 * codes.astype(jnp.int8) + jnp.int8(1)
+        lower, upper, scale = 2 * lower + 1, 2 * upper + 1, scale / 2
+    dtype = jnp.int4 if lower >= -8 and upper <= 7 else jnp.int8
+    short = scale.astype(grid.dtype)
+    same = (short.astype(jnp.float32) == scale) | jnp.isnan(scale)
+    if not isinstance(same, Tracer) and not bool(jnp.all(same)):
+        raise ValueError(
+            f"leaf {path!r} has scales that {grid.dtype}, its dtype, does not hold exactly; quantize a "
+            "float32 leaf"
+        )
+    zero_point = None if grid.zero_point is None else grid.zero_point.astype(dtype)
+    return codes.astype(dtype), short, zero_point

@@ -1,0 +1,222 @@
+"""Gradients of many devices in, their mean out, sent in 8 or 4 bits a number."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_clipquant._tree import PyTree, is_float0
+from optax_clipquant.lowering.noise import dither
+from optax_clipquant.quant.companding import CompandedArray, compand
+
+AxisName = str | tuple[str, ...]
+
+_BLOCK = 256
+_MIN_SIZE = 4096  # elements; what is smaller costs more in latency than in bytes
+
+
+class AverageGradientsState(NamedTuple):
+    """State of ``average_gradients``.
+
+    Attributes:
+      count: the number of updates so far.
+      error: a tree with what this device has left to send of each large leaf, a float32 array with an
+        axis for the device before the leaf's; None at others, or without error feedback.
+    """
+
+    count: jax.typing.ArrayLike
+    error: PyTree
+
+
+def average_gradients(
+    axis_name: AxisName, *, bits: int = 8, error_feedback: bool = True
+) -> optax.GradientTransformation:
+    """The mean of the gradients over the devices of a mesh axis, with a quarter of the traffic.
+
+    For data-parallel loops under ``jax.shard_map``; put it first in the chain, in place of
+    ``jax.lax.pmean``. Each leaf is cut into a part for each device; the parts are encoded (as a
+    ``CompandedArray``) and sent to their owners (all-to-all), who take the mean in float32, encode
+    it, and send it to all (all-gather). So every device gets the same bits. Leaves of fewer than
+    4,096 elements go through ``jax.lax.pmean``.
+
+    With error feedback, what rounding took away is added to the next gradients: a device keeps the
+    error ``e`` of what it sent, and of the mean ``m`` of its own part ``n`` times that::
+
+        x = g + e;   e <- x - decode(encode(x)),   in its own part + n * (m - decode(encode(m)))
+
+    so the sum of all updates stays within a rounding of the sum of all means, however long the run.
+    Without it, rounding is stochastic.
+
+    The errors differ by device: they have a leading axis for it, along which ``jax.shard_map`` splits
+    them. ``state_specs`` gives the specs for the whole state. Gradients must be each device's own;
+    those at replicated params are summed by JAX, so take them at
+    ``jax.lax.pcast(params, axis_name, to="varying")``.
+
+    Args:
+      axis_name: the mesh axis, or axes, over which the batch is split.
+      bits: 8, or 4.
+      error_feedback: whether errors are kept, in 4 bytes a weight.
+
+    Returns:
+      A ``GradientTransformation`` with an ``AverageGradientsState``. Updates keep their dtypes. Where
+      a device's gradients are not finite, the mean of that block is NaN on all devices, and its
+      stored error is reset to 0.
+
+    Raises:
+      ValueError: ``bits`` is neither 4 nor 8; or the gradients do not differ between the devices.
+
+    Examples:
+      >>> from jax.sharding import PartitionSpec as P
+      >>> from optax_clipquant import average_gradients, state_specs
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+      >>> tx = optax.chain(average_gradients("data"), optax.sgd(0.1))
+      >>> params = {"kernel": jnp.ones((64, 64))}
+      >>> specs = state_specs(jax.eval_shape(tx.init, params), "data")
+      >>> state = jax.shard_map(tx.init, mesh=mesh, in_specs=P(), out_specs=specs)(params)
+      >>> def step(params, state, x):
+      ...     def loss(params):
+      ...         return jnp.mean(jnp.square(x @ params["kernel"]))
+      ...     grads = jax.grad(loss)(jax.lax.pcast(params, "data", to="varying"))
+      ...     updates, state = tx.update(grads, state, params)
+      ...     return optax.apply_updates(params, updates), state
+      >>> step = jax.jit(
+      ...     jax.shard_map(
+      ...         step, mesh=mesh, in_specs=(P(), specs, P("data")), out_specs=(P(), specs)
+      ...     )
+      ... )
+      >>> x = jax.device_put(jnp.ones((16, 64)) / 64, jax.NamedSharding(mesh, P("data")))
+      >>> params, state = step(params, state, x)
+
+    References:
+      Seide et al., 1-bit stochastic gradient descent, 2014, for error feedback. Tang et al., 1-bit
+      Adam, 2021 (arXiv:2102.02888), and Wang et al., ZeRO++, 2023 (arXiv:2306.10209), for the
+      all-reduce in two stages.
+    """
+    if bits not in (4, 8):
+        raise ValueError(f"average_gradients: bits must be 8 or 4, got {bits!r}")
+
+    def init(params: PyTree) -> PyTree:
+        def error(p: Any) -> jax.Array | None:
+            return jnp.zeros((1, *p.shape), jnp.float32) if _is_large(p) else None
+
+        return AverageGradientsState(
+            count=jnp.zeros((), jnp.int32),
+            error=jax.tree.map(error, params) if error_feedback else None,
+        )
+
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree | None = None
+    ) -> tuple[PyTree, PyTree]:
+        del params
+        leaves, treedef = jax.tree.flatten(updates)
+        errors = treedef.flatten_up_to(state.error) if error_feedback else [None] * len(leaves)
+        means, left = [], []
+        for stream, (g, error) in enumerate(zip(leaves, errors, strict=True)):
+            if is_float0(g):
+                mean = g
+            else:
+                _check_differs(g, axis_name)
+                if not _is_large(g):
+                    mean = jax.lax.pmean(g, axis_name)
+                else:
+                    mean, error = _mean(g, error, axis_name, bits, stream, state.count)
+            means.append(mean)
+            left.append(error)
+        return treedef.unflatten(means), AverageGradientsState(
+            count=optax.safe_increment(state.count),
+            error=treedef.unflatten(left) if error_feedback else None,
+        )
+
+    return optax.GradientTransformation(init, update)
+
+
+def state_specs(opt_state: PyTree, axis_name: AxisName) -> PyTree:
+    """Specs of an optimizer's state for ``jax.shard_map``: errors split along ``axis_name``, the rest
+    the same on all devices.
+
+    Args:
+      opt_state: the state, or its shapes, as ``jax.eval_shape(tx.init, params)`` gives them.
+      axis_name: that of ``average_gradients``.
+
+    Returns:
+      The tree with a ``jax.P`` in place of each array.
+
+    Examples:
+      >>> tx = optax.chain(average_gradients("data"), optax.sgd(0.1))
+      >>> state = jax.eval_shape(tx.init, {"kernel": jnp.zeros((512, 512))})
+      >>> state_specs(state, "data")[0].error == jax.P("data")
+      True
+    """
+    specs: tuple[Any, Any] = (jax.P(), jax.P(axis_name))
+    return jax.tree.map(
+        lambda x: AverageGradientsState(*specs) if _is_state(x) else jax.P(),
+        opt_state,
+        is_leaf=_is_state,
+    )
+
+
+def _is_state(x: Any) -> bool:
+    return isinstance(x, AverageGradientsState)
+
+
+def _is_large(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating) and x.size >= _MIN_SIZE
+
+
+def _check_differs(g: jax.Array, axis_name: AxisName) -> None:
+    names = {axis_name} if isinstance(axis_name, str) else set(axis_name)
+    # Where shard_map does not check this, an index does not vary either.
+    checked = _varying(jax.lax.axis_index(axis_name))
+    if names & checked and not names <= _varying(g):
+        raise ValueError(
+            f"average_gradients: the gradients are the same on all devices of {axis_name!r}, as JAX "
+            "sums them at replicated params; take each device's own, at "
+            f"jax.lax.pcast(params, {axis_name!r}, to='varying')"
+        )
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+    """The mesh axes along whose devices ``x`` differs."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def _mean(
+    g: jax.Array,
+    error: jax.Array | None,
+    axis_name: AxisName,
+    bits: int,
+    stream: int,
+    count: jax.typing.ArrayLike,
+) -> tuple[jax.Array, jax.Array | None]:
+    devices, device = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+    x = g.astype(jnp.float32)
+    if error is not None:
+        x += error[0]
+    flat = x.reshape(-1)
+    length = -(-flat.size // (devices * _BLOCK)) * _BLOCK
+    parts = jnp.pad(flat, (0, devices * length - flat.size)).reshape(devices, length)
+
+    def encode(x: jax.Array, stage: int) -> CompandedArray:
+        if error is not None:
+            return compand(x, (-1, _BLOCK), bits)
+        # Numbers of its own for each leaf, stage and device.
+        number = (2 * stream + stage) * devices + device
+        return compand(x, (-1, _BLOCK), bits, dither(x, number, count))
+
+    sent = encode(parts, 0)
+    received = jax.tree.map(
+        lambda a: jax.lax.all_to_all(a, axis_name, split_axis=0, concat_axis=0, tiled=True), sent
+    )
+    own = jnp.mean(received.decode(), axis=0, keepdims=True)
+    kept = encode(own, 1)
+    gathered = jax.tree.map(
+        lambda a: jax.lax.all_gather(a, axis_name, tiled=True, to="invarying"), kept
+    )
+    mean = gathered.decode().reshape(-1)[: flat.size].reshape(g.shape).astype(g.dtype)
+    if error is None:
+        return mean, None
+    is_own = jnp.arange(devices)[:, None] == device
+    left = parts - sent.decode() + jnp.where(is_own, devices * (own - kept.decode()), 0)
+    left = jnp.where(jnp.isfinite(left), left, 0)
+    return mean, left.reshape(-1)[: flat.size].reshape(1, *g.shape)

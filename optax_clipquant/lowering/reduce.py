@@ -1,0 +1,219 @@
+"""What shares a scale, and sums and extremes of it."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_clipquant.lowering.sharding import reduce_runs, split_axis
+
+Kind = Literal["max", "sum"]
+Zero = jax.Array | float
+SMALL = 4096  # elements: with fewer, what counts is how many loops there are, not how fast each is
+_VECTOR = 4  # numbers next to each other that are worth an instruction
+_FEW = 64  # that may be summed one after the other: of more, parts are rounded less often
+_COUNTABLE = 2**31  # elements that an int32 cannot count
+_WHOLE = {"max": functools.partial(jnp.max, initial=0), "sum": jnp.sum}
+_PAIR = {"max": jax.lax.max, "sum": jax.lax.add}
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """What is reduced together: all along ``axes`` (by default all axes), of ``run`` neighbours along
+    ``axis``, each of which gets the result. The last run may be shorter.
+    """
+
+    axes: tuple[int, ...] | None = None
+    axis: int = 0
+    run: int = 1
+
+    def reduced(self, ndim: int) -> tuple[int, ...]:
+        """``axes`` of an array with ``ndim`` of them, counted from the first."""
+        return tuple(range(ndim) if self.axes is None else (axis % ndim for axis in self.axes))
+
+    def reduce(
+        self,
+        kinds: Sequence[Kind],
+        compute: Callable[[Zero], Sequence[jax.Array]],
+        zero: Zero = 0.0,
+        most: int = 16,
+    ) -> list[jax.Array]:
+        """The largest element, 0 among them, or the sum, of several arrays of one shape.
+
+        XLA's CPU backend makes a loop of each reduction, and in most of them computes one element at a
+        time. There, all arrays are reduced in one loop. Along the last axis, integers are so at the
+        speed of memory, since their order does not matter. Else a few elements are reduced at a time,
+        over vectors of neighbours, and those that are left over by themselves: for floating arrays that
+        are computed, several times as fast. (Other backends fuse reductions by themselves.)
+
+        Args:
+          kinds: what to do with each array.
+          compute: gives the arrays. Its argument is 0, or where each array has a loop of its own,
+            ``zero`` and something that is known when the loop before is done: added to what arrays
+            share, it keeps that from being written to memory.
+          zero: a zero of the result's shape that no compiler takes for a constant.
+          most: how many elements are reduced at a time. A loop that computes much for each is unrolled, and
+            fast, only if they are few; but what it writes is as much smaller as they are many.
+        """
+        like = jax.eval_shape(lambda: compute(0.0))
+        integers = all(map(_is_integer, like))
+
+        def one_by_one() -> list[jax.Array]:
+            found: list[jax.Array] = []
+            later = zero
+            for i, kind in enumerate(kinds):
+                found.append(self._whole(kind, compute(later)[i]))
+                if not _is_integer(found[-1]):
+                    later = zero + 0 * found[-1]
+            return found
+
+        def together(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+            if part := self._part(arrays[0], most, integers):
+                axis, size, reduced, rest = part
+                length = arrays[0].shape[axis] - rest
+                parts = [split_axis(x, axis, 0, length, size) for x in arrays]
+                found = together(_reduce(kinds, parts, (reduced,)))
+                if not rest:
+                    return found
+                last = [jax.lax.slice_in_dim(x, length, length + rest, axis=axis) for x in arrays]
+                pairs = zip(kinds, found, together(last), strict=True)
+                return [_PAIR[kind](x, y) for kind, x, y in pairs]
+            axes = self.reduced(arrays[0].ndim)
+            few = math.prod(arrays[0].shape[axis] for axis in axes) <= _FEW
+            if jax.device_count() == 1 and (integers or few):
+                arrays = [jnp.expand_dims(x, axes) for x in _reduce(kinds, arrays, axes)]
+            return [self._whole(kind, x) for kind, x in zip(kinds, arrays, strict=True)]
+
+        if self._part(like[0], most, integers) is None and not integers:
+            return one_by_one()
+        return jax.lax.platform_dependent(cpu=lambda: together(compute(0.0)), default=one_by_one)
+
+    def _whole(self, kind: Kind, x: jax.Array) -> jax.Array:
+        each = _WHOLE[kind](x, axis=self.axes, keepdims=True)
+        return reduce_runs(_WHOLE[kind], each, self.axis, self.run)
+
+    def _part(
+        self, x: jax.Array | jax.ShapeDtypeStruct, most: int, integers: bool
+    ) -> tuple[int, int, int, int] | None:
+        """An axis, the size of the parts to split it into, which of the two axes to reduce, and how many
+        elements of the axis are left over.
+
+        Vectors lie along the last axis: it stays, or elements far from each other on it are reduced.
+        Each device must hold all that is, or it would be moved.
+        """
+        axes = self.reduced(x.ndim)
+        if x.size <= SMALL or not axes:
+            return None
+        last = max(axis for axis in range(x.ndim) if x.shape[axis] > 1)
+        devices = jax.device_count()
+        if integers and last in axes:
+            share, rest = divmod(x.shape[last], devices)
+            if share >= 16 and rest == 0:
+                return last, share, last + 1, 0
+        axis = max(axes, key=lambda a: (a != last, x.shape[a]))
+        length = x.shape[axis]
+        if axis == last:
+            if devices > 1:
+                return None
+            most = min(most, length // _VECTOR)
+        few = max((k for k in range(1, most + 1) if length % (k * devices) == 0), default=1)
+        if devices == 1 and 2 * few < min(most, length):
+            few = most  # with a few left over, rather than few at a time
+        if few <= 1:
+            return None
+        share, rest = divmod(length, few)
+        return (axis, few, axis + 1, rest) if axis != last else (axis, share, axis, rest)
+
+    def counts(self, shape: tuple[int, ...]) -> np.ndarray:
+        """How many elements are reduced together: a scalar, or for runs an array with each of them."""
+        count = math.prod(shape[axis] for axis in self.reduced(len(shape)))
+        if self.run == 1:
+            return np.asarray(count)
+        n = shape[self.axis]
+        first = np.arange(n) // self.run * self.run
+        runs = np.minimum(self.run, n - first)
+        return count * runs.reshape([n if axis == self.axis else 1 for axis in range(len(shape))])
+
+
+def _reduce(
+    kinds: Sequence[Kind], arrays: Sequence[jax.Array], axes: tuple[int, ...]
+) -> list[jax.Array]:
+    """All arrays in one loop."""
+    return jax.lax.reduce(
+        tuple(arrays),
+        tuple(jnp.zeros((), x.dtype) for x in arrays),
+        lambda a, b: tuple(_PAIR[k](x, y) for k, x, y in zip(kinds, a, b, strict=True)),
+        axes,
+    )
+
+
+def _is_integer(x: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.integer)
+
+
+def extremes(
+    x: jax.Array,
+    span: Span = Span(),
+    sums: Callable[[Zero], Sequence[jax.Array]] = lambda zero: (),
+    zero: Zero = 0.0,
+    most: int = 16,
+) -> list[jax.Array]:
+    """The largest and the least element of each span, 0 among them, in float32; NaN where an element is.
+
+    And the ``sums`` of arrays of the shape of ``x``, in the same loop. For what else there is, see
+    ``Span.reduce``.
+
+    Of the bits, which as integers are in the order of the numbers from 0 up, with NaN above infinity:
+    NaN of either sign makes one of the two NaN. (XLA's CPU backend drops NaN from the maximum of a large
+    floating array, as seen with jaxlib 0.10.2.)
+    """
+    x = x.astype(jnp.float32)
+    bits = [jax.lax.bitcast_convert_type(y, jnp.int32) for y in (x, -x)]
+    high, low, *found = _largest_and_sums(bits, span, sums, zero, most)
+    nan = jnp.isnan(high) | jnp.isnan(low)
+    return [jnp.where(nan, jnp.nan, high), jnp.where(nan, jnp.nan, -low), *found]
+
+
+def magnitude(
+    x: jax.Array, span: Span, sums: Callable[[Zero], Sequence[jax.Array]], zero: Zero
+) -> list[jax.Array]:
+    """The largest magnitude in each span of a float32 array, and ``sums``, as ``extremes`` has them."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
+    return _largest_and_sums([bits], span, sums, zero)
+
+
+def _largest_and_sums(
+    bits: Sequence[jax.Array],
+    span: Span,
+    sums: Callable[[Zero], Sequence[jax.Array]],
+    zero: Zero,
+    most: int = 16,
+) -> list[jax.Array]:
+    """The numbers of the largest ``bits``, and the sums."""
+    kinds: list[Kind] = [
+        *("max" for _ in bits),
+        *("sum" for _ in jax.eval_shape(lambda: sums(0.0))),
+    ]
+    found = span.reduce(kinds, lambda zero: [*bits, *sums(zero)], zero, most)
+    numbers = [jax.lax.bitcast_convert_type(x, jnp.float32) for x in found[: len(bits)]]
+    return [*numbers, *found[len(bits) :]]
+
+
+def count(*masks: jax.Array) -> jax.Array:
+    """How many elements are true in one of ``masks``, which exclude each other: a float32.
+
+    The count is exact, then rounded; of 2**31 elements and more, which an int32 cannot count, it is
+    rounded for each index of the first axis. XLA's CPU backend is slow at counting a single mask (as seen
+    with jaxlib 0.10.2). On several devices each would be a message of its own.
+    """
+    if jax.device_count() > 1:
+        masks = (functools.reduce(jnp.logical_or, masks),)
+    kinds: list[Kind] = ["sum" for _ in masks]
+    axes = None if masks[0].size < _COUNTABLE else tuple(range(1, masks[0].ndim))
+    counts = Span(axes).reduce(kinds, lambda _: [mask.astype(jnp.int32) for mask in masks])
+    return jnp.sum(functools.reduce(jnp.add, counts).astype(jnp.float32))

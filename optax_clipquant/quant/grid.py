@@ -1,0 +1,243 @@
+"""The grid that weights stand on: encode weights to integer codes, decode codes to levels."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+from functools import partial
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_clipquant.lowering.sharding import (
+    for_pieces,
+    merge_axis,
+    piece_of,
+    repeat_axis,
+    spec_of,
+    split_axis,
+)
+from optax_clipquant.quant.levels import Levels
+
+_Fn = Callable[[jax.Array], jax.Array]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("scale", "zero_point", "max_code"),
+    meta_fields=tuple(field.name for field in dataclasses.fields(Levels)),
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Grid(Levels):
+    """Where the levels of a quantized array lie.
+
+    The level of code ``k`` is ``(k + offset - zero_point) * scale``; or with a code book,
+    ``code_book[k - lower] * scale``.
+
+    Invariants:
+      * ``scale`` and ``zero_point`` have the array's rank, with extent 1 along a reduced axis and
+        ``ceil(n / size)`` along the grouped one.
+      * Every code lies in ``[lower, upper]``, and in ``[-max_code, max_code]`` where that is given.
+      * A scale has at most 8 significant bits (the precision of bfloat16), so that a level, and the
+        difference of two levels, is exact in float32. (The scale of a constant array under
+        ``ZScore`` is the one exception.)
+      * A scale of 0 means that all levels are 0; a scale that is not finite means that the array
+        held a value that is not finite, and decodes to values that are not finite.
+
+    Attributes:
+      scale: the step between neighbouring levels, a float array. It may be negative: then the
+        levels are mirrored.
+      zero_point: the code of the level 0, or None where it is 0.
+      max_code: a traced bound on ``abs(code)``, of the shape of ``scale``, or None.
+
+    The static half, ``Levels``, says which levels there are.
+
+    A Grid is small. What must be exact later keeps the Grid and not a rule to fit it again: a fit in
+    another compilation sums in another order and may move a scale by one unit in the last place.
+
+    Examples:
+      >>> grid = Grid(scale=jnp.full((1, 1), 0.5), bits=4, lower=-8, upper=7)
+      >>> codes = grid.encode(jnp.array([[0.6, -9.0]]))
+      >>> codes, grid.decode(codes)
+      (Array([[ 1, -8]], dtype=int8), Array([[ 0.5, -4. ]], dtype=float32))
+    """
+
+    scale: jax.Array
+    zero_point: jax.Array | None = None
+    max_code: jax.Array | None = None
+
+    def __post_init__(self) -> None:
+        # So that ``jnp.bfloat16``, which is no dtype, may be given.
+        object.__setattr__(self, "dtype", np.dtype(self.dtype))
+
+    @jax.jit
+    def encode(
+        self, w: jax.Array, *, key: jax.Array | None = None, draws: jax.Array | None = None
+    ) -> jax.Array:
+        """The codes of ``w``: of the nearest level, or drawn from the two levels around it.
+
+        Args:
+          w: a floating array of any shape that the grid's scale fits.
+          key: a PRNG key for stochastic rounding, which is unbiased: a value between two levels goes
+            to the upper one with the probability of its distance to the lower one. A value on a level
+            stays there.
+          draws: in place of a key, numbers drawn uniformly from [0, 1), of the shape of ``w``.
+
+        Returns:
+          int8 codes of the shape of ``w``. The code of NaN is 0 (its scale is not finite, so it
+          decodes to NaN).
+        """
+        scale = self.scale.astype(jnp.float32)
+        split, expand, merge = self._view(w)
+        w = split(w)
+        if key is not None:
+            draws = jax.random.uniform(key, w.shape)
+        elif draws is not None:
+            draws = split(draws)
+        # By the reciprocal, as XLA would divide by what is broadcast, but not by what is not.
+        position = w.astype(jnp.float32) * expand(1 / jnp.where(scale == 0, 1, scale))
+        if self.code_book is not None and self.max_code is None and draws is None:
+            codes = self.lower + _nearest_in(self.code_book, position)
+            return merge(jnp.where(jnp.isnan(position), 0, codes).astype(jnp.int8))
+        if self.code_book is not None:
+            position = self.lower + _index_in(self.code_book, position)
+        if self.zero_point is not None:
+            position += expand(self._zero_point())
+        if self.offset:
+            position -= self.offset
+        if draws is None:
+            codes = jnp.round(position)
+        else:
+            # The reciprocal is rounded, which leaves a level a few units in the last place beside its
+            # code. The margin keeps it from moving.
+            margin = 2.0**-14
+            below = jnp.floor(position)
+            chance = margin + (1 - 2 * margin) * draws
+            codes = below + (chance < position - below).astype(jnp.float32)
+        codes = jnp.clip(codes, self.lower, self.upper)
+        if self.max_code is not None:
+            bound = self.max_code.astype(jnp.float32)
+            codes = jnp.clip(codes, -bound, bound)
+        return merge(jnp.where(jnp.isnan(codes), 0, codes).astype(jnp.int8))
+
+    @jax.jit
+    def decode(self, codes: jax.Array) -> jax.Array:
+        """The levels of ``codes``, in the grid's dtype."""
+        split, expand, merge = self._view(codes)
+        codes = split(codes)
+        scale = expand(self.scale.astype(jnp.float32))
+        if self.code_book is None:
+            levels = codes.astype(jnp.float32)
+        else:
+            levels = _entry_of(self.code_book, codes.astype(jnp.int32) - self.lower)
+        if self.offset:
+            levels += self.offset
+        if self.zero_point is None:
+            return merge(self.round(levels * scale))
+        values = (levels - expand(self._zero_point())) * scale
+        # The outermost level may lie beyond the dtype's range where the weights reach its end.
+        largest = float(jnp.finfo(self.dtype).max)
+        inside = jnp.clip(values, -largest, largest)
+        return merge(self.round(jnp.where(jnp.isfinite(scale), inside, values)))
+
+    def _zero_point(self) -> jax.Array:
+        assert self.zero_point is not None
+        step = jnp.where(self.scale == 0, 1, self.scale).astype(jnp.float32)
+        # By one: what is divided is computed once, and not for each element that it is added to.
+        return self.zero_point.astype(jnp.float32) / (step / step)
+
+    def round(self, values: jax.Array) -> jax.Array:
+        """``values`` in the grid's dtype, really rounded: a compiler may drop a plain cast."""
+        if self.dtype.itemsize < 4:
+            info = jnp.finfo(self.dtype)
+            rounded = jax.lax.reduce_precision(values, info.nexp, info.nmant)
+            if info.nexp < 8:
+                # It makes subnormal numbers 0; those of float16 are multiples of the least.
+                least = float(info.smallest_subnormal)
+                multiple = jnp.round(values / least) * least
+                rounded = jnp.where(jnp.abs(values) < float(info.tiny), multiple, rounded)
+            values = rounded
+        # Code 0 times a negative scale is -0, but adding an update to a param gives +0.
+        return jnp.where(values == 0, 0, values).astype(self.dtype)
+
+    def _view(self, x: jax.Array) -> tuple[_Fn, _Fn, _Fn]:
+        """What brings an array of the shape of ``x`` into one against which the scales broadcast, what
+        brings a scale there, and what brings the array back.
+
+        Whole groups are an axis of their own, or pieces of groups that lie across devices. Where
+        the last group is shorter, arrays stay and the scales are repeated.
+        """
+
+        def same(y: jax.Array) -> jax.Array:
+            return y
+
+        if self.group is None:
+            return same, same, same
+        axis, size = self.group
+        axis += x.ndim
+        length = x.shape[axis]
+        piece = piece_of(x, axis, size)
+        if length % piece:
+            return same, partial(repeat_axis, axis=axis, times=size, length=length), same
+
+        return (
+            partial(split_axis, axis=axis, first=0, last=length, size=piece),
+            partial(for_pieces, axis=axis, run=size // piece, pieces=length // piece),
+            partial(merge_axis, axis=axis, spec=spec_of(x, x.shape)),
+        )
+
+
+def _nearest_in(book: tuple[float, ...], x: jax.Array) -> jax.Array:
+    """The index of the nearest entry, an int32.
+
+    A binary search among the midpoints between entries, of which each next one is selected by the
+    comparisons before: that fuses, and takes half of the time of a comparison with all of them.
+    """
+    bounds = [(a + b) / 2 for a, b in itertools.pairwise(book)]
+    depth = len(bounds).bit_length()
+    bounds += [math.inf] * (2**depth - 1 - len(bounds))
+    index, above = jnp.zeros(x.shape, jnp.int32), []
+
+    def select(first: int, size: int, above: list[jax.Array]) -> jax.Array | float:
+        half = size // 2
+        if not above:
+            return bounds[first + half - 1]
+        upper, lower = select(first + half, half, above[1:]), select(first, half, above[1:])
+        return jnp.where(above[0], upper, lower)
+
+    for level in reversed(range(depth)):
+        above.append(x > select(0, 2**depth, above))
+        index += jnp.where(above[-1], 2**level, 0)
+    return index
+
+
+def _index_in(book: tuple[float, ...], x: jax.Array) -> jax.Array:
+    """Where ``x`` lies among the entries: 1.25 is a quarter of the way from entry 1 to entry 2.
+
+    A sum over the intervals, which fuses; a search or a gather does not.
+    """
+    return sum(
+        (jnp.clip((x - a) * (1 / (b - a)), 0, 1) for a, b in itertools.pairwise(book)),
+        start=jnp.zeros_like(x),
+    )
+
+
+def _entry_of(book: tuple[float, ...], index: jax.Array) -> jax.Array:
+    """``book[index]``: exact, for all sums of multiples of 2**-10 are."""
+    return sum(
+        (jnp.where(index >= k, b - a, 0.0) for k, (a, b) in enumerate(itertools.pairwise(book), 1)),
+        start=jnp.full(index.shape, book[0], jnp.float32),
+    )
+
+
+def _to_state_dict(grid: Grid) -> dict[str, jax.Array | None]:
+    return {name: getattr(grid, name) for name in ("scale", "zero_point", "max_code")}
+
+
+def _from_state_dict(grid: Grid, state: dict[str, jax.Array | None]) -> Grid:
+    return dataclasses.replace(grid, **state)
+
+
+flax.serialization.register_serialization_state(Grid, _to_state_dict, _from_state_dict)

@@ -1,0 +1,55 @@
+"""The static half of a grid: which levels there are, in units of the scale. No JAX here."""
+
+import dataclasses
+import math
+
+import ml_dtypes
+import numpy as np
+
+_BFLOAT16, _FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True, eq=True, kw_only=True)
+class Levels:
+    """Which levels a grid has, and how their codes are stored.
+
+    Attributes:
+      bits: the storage of a code; log2(3) for three levels.
+      lower: the least code.
+      upper: the largest code.
+      offset: 0.5 for a mid-rise grid (no level at 0), else 0.
+      group: ``(axis, size)`` where runs of ``size`` neighbours along ``axis`` share a scale; the
+        axis is negative, so that ``jax.vmap`` does not shift it. The last run may be shorter.
+      dtype: the dtype of the decoded array.
+      code_book: None; or the levels for a scale of 1, one for each code from ``lower`` to ``upper``,
+        rising, each a multiple of 2**-10, so that a level is exact in float32.
+    """
+
+    bits: float = 8
+    lower: int = -128
+    upper: int = 127
+    offset: float = 0.0
+    group: tuple[int, int] | None = None
+    dtype: np.dtype = _FLOAT32
+    code_book: tuple[float, ...] | None = None
+
+    @property
+    def levels(self) -> "Levels":
+        """This half alone, of a ``Grid`` too."""
+        return Levels(
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(Levels)}
+        )
+
+    def packed_size(self, size: int) -> int:
+        """The bytes of ``size`` codes: ``ceil(size * bits / 8)``, five codes a byte at log2(3) bits."""
+        return math.ceil(size / 5) if self.bits == math.log2(3) else math.ceil(size * self.bits / 8)
+
+
+def largest_scale(largest: float, dtype: np.dtype) -> float:
+    """The largest scale of bfloat16's precision with which no level ``largest * scale`` overflows.
+
+    It is below 2**126, whose reciprocal is no normal number.
+    """
+    limit = min(float(ml_dtypes.finfo(t).max) for t in (dtype, _BFLOAT16)) / largest
+    mantissa, exponent = math.frexp(limit)
+    return min(math.ldexp(math.floor(mantissa * 256) / 256, exponent), 2.0**126 * (1 - 2.0**-8))

@@ -1,0 +1,207 @@
+"""Which leaf of a tree of params gets which quantizer."""
+
+import collections
+import contextlib
+import difflib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_clipquant._tree import PyTree, path_of
+from optax_clipquant.quant.grid import Grid
+from optax_clipquant.quant.qarray import QArray, is_qarray
+from optax_clipquant.quant.quantizers import Quantizer, Uniform
+from optax_clipquant.quant.selection import names_a_weight
+
+Rules = Quantizer | Mapping[str, Quantizer | None]
+Where = Callable[[str, Any], bool]
+
+
+def quantize_params(
+    params: PyTree,
+    quantizer: Rules = Uniform(bits=8),  # noqa: B008 (immutable)
+    *,
+    where: Where | None = None,
+    key: jax.Array | None = None,
+) -> PyTree:
+    """``params`` with a ``QArray`` in place of each leaf that is to be quantized.
+
+    Pure: works under ``jax.jit``, ``jax.vmap`` and ``jax.lax.scan``. Call it under ``jax.jit`` for
+    speed.
+
+    Args:
+      params: a tree of arrays. Leaves that are ``None`` or a ``QArray`` pass.
+      quantizer: a quantizer for all selected leaves; or a mapping from regular expressions to
+        quantizers, or to None for a leaf to be left alone. An expression is searched for
+        (``re.search``) in the leaf's path, such as ``"Dense_0/kernel"``; the first that is found
+        decides, and a leaf where none is found is left alone.
+      where: which leaves may be quantized, a function of path and leaf. By default floating leaves
+        with at least 2 axes, unless the last part of the path is ``bias`` or ``scale``.
+      key: a PRNG key, for stochastic rounding. Each leaf gets a key of its own.
+
+    Returns:
+      The tree with ``QArray`` leaves, of the same shapes and dtypes.
+
+    Raises:
+      ValueError: no leaf is selected, an expression is found in no path, a leaf lacks an axis that
+        its quantizer names, or another leaf has the path of a selected one.
+      TypeError: a selected leaf is not a real floating array.
+
+    Examples:
+      >>> params = {"dense": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}}
+      >>> qparams = quantize_params(params, Uniform(bits=4))
+      >>> qparams["dense"]["kernel"].qvalue
+      Array([[-8, -8],
+             [-8, -8],
+             [-8, -8]], dtype=int8)
+      >>> qparams["dense"]["bias"]
+      Array([1., 1.], dtype=float32)
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qarray)
+    chosen = select(params, quantizer, where)
+
+    def quantize_leaf(index: int, leaf: Any, path: str) -> Any:
+        if path not in chosen:
+            return leaf
+        leaf_key = None if key is None else jax.random.fold_in(key, index)
+        with naming(path):
+            return chosen[path].quantize(leaf, key=leaf_key)
+
+    return treedef.unflatten(
+        quantize_leaf(index, leaf, path_of(path)) for index, (path, leaf) in enumerate(leaves)
+    )
+
+
+def dequantize_params(qparams: PyTree, dtype: Any = None) -> PyTree:
+    """``qparams`` with an array in place of each ``QArray``.
+
+    Args:
+      qparams: a tree with ``QArray`` leaves; other leaves are left alone.
+      dtype: the dtype of the dequantized leaves, by default that of the array quantized.
+
+    Examples:
+      >>> qparams = quantize_params({"kernel": jnp.ones((3, 2))})
+      >>> dequantize_params(qparams)["kernel"].sum()
+      Array(6., dtype=float32)
+    """
+
+    def dequantize(leaf: Any) -> Any:
+        if not is_qarray(leaf):
+            return leaf
+        return leaf.dequantize() if dtype is None else leaf.astype(dtype)
+
+    return jax.tree.map(dequantize, qparams, is_leaf=is_qarray)
+
+
+def leaves_of(tree: PyTree) -> Iterator[tuple[str, Any]]:
+    """Path and value of each leaf; a ``QArray`` or a ``Grid`` is one."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)[0]:
+        yield path_of(path), leaf
+
+
+def is_quantized(x: Any) -> bool:
+    return isinstance(x, (Grid, QArray))
+
+
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Names the leaf in a quantizer's complaint about it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"params leaf {path!r}: {error}") from error
+
+
+def select(params: PyTree, quantizer: Rules, where: Where | None) -> dict[str, Quantizer]:
+    """The quantizer of each selected leaf, by its path. Raises as ``quantize_params`` does."""
+    check_rules(quantizer)
+    leaves = [
+        (path_of(path), leaf)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qarray)[0]
+        if not is_qarray(leaf)
+    ]
+    eligible = [(path, leaf) for path, leaf in leaves if (where or is_weight)(path, leaf)]
+    if not isinstance(quantizer, Quantizer):
+        _check_found(quantizer, [path for path, _ in leaves], [path for path, _ in eligible])
+    chosen = {}
+    times = collections.Counter(path for path, _ in leaves)
+    for path, leaf in eligible:
+        rule = rule_for(path, quantizer)
+        if rule is None:
+            continue
+        if times[path] > 1:
+            raise ValueError(
+                f"params have two leaves with the path {path!r}, as {{'a': {{'b': ...}}, 'a/b': ...}} "
+                "would; rename one"
+            )
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"params leaf {path!r} was selected, but has dtype {dtype}; only real floating "
+                "leaves can be quantized: exclude it with `where`"
+            )
+        chosen[path] = rule
+    if not chosen:
+        shown = ", ".join(f"{path} {getattr(leaf, 'shape', '')}" for path, leaf in leaves[:8])
+        raise ValueError(
+            "no leaf of params is selected for quantization. By default these are floating leaves "
+            "with at least 2 axes not named bias or scale; choose others with `where`. "
+            f"The leaves: {shown or 'none'}"
+        )
+    return chosen
+
+
+def rule_for(path: str, rules: Rules) -> Quantizer | None:
+    """The quantizer of the first rule that is found in ``path``."""
+    if isinstance(rules, Quantizer):
+        return rules
+    return next((rule for pattern, rule in rules.items() if re.search(pattern, path)), None)
+
+
+def is_weight(path: str, leaf: Any) -> bool:
+    """Whether a leaf is quantized unless a ``where`` says otherwise."""
+    return (
+        jnp.issubdtype(getattr(leaf, "dtype", jnp.int32), jnp.floating)
+        and leaf.ndim >= 2
+        and names_a_weight(path)
+    )
+
+
+def check_rules(quantizer: Any) -> None:
+    """Raises where ``quantizer`` is neither a quantizer nor a mapping to them."""
+    if isinstance(quantizer, Quantizer):
+        return
+    if not isinstance(quantizer, Mapping):
+        raise TypeError(
+            f"quantizer must be a Quantizer or a mapping from regular expressions to Quantizers, got {quantizer!r}"
+        )
+    for pattern, rule in quantizer.items():
+        if not (rule is None or isinstance(rule, Quantizer)):
+            raise TypeError(f"quantizer[{pattern!r}] must be a Quantizer or None, got {rule!r}")
+        if not isinstance(pattern, str):
+            raise TypeError(f"quantizer has the key {pattern!r}; give a regular expression as text")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+
+
+def _check_found(
+    rules: Mapping[str, Quantizer | None], paths: list[str], eligible: list[str]
+) -> None:
+    for pattern, rule in rules.items():
+        found = [path for path in paths if re.search(pattern, path)]
+        if not found:
+            nearest = difflib.get_close_matches(pattern, paths, n=5, cutoff=0) or ["none"]
+            raise ValueError(
+                f"the expression {pattern!r} is found in no path of params; the nearest paths: "
+                + ", ".join(nearest)
+            )
+        if rule is not None and not any(path in eligible for path in found):
+            raise ValueError(
+                f"the expression {pattern!r} is found only in leaves that are not to be quantized "
+                f"({', '.join(found[:5])}); select them with `where`"
+            )

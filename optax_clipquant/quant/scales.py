@@ -1,0 +1,241 @@
+"""Statistics of weights, and the scales that follow from them."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_clipquant.lowering.blocks import fit_in_blocks
+from optax_clipquant.lowering.reduce import Span, Zero, extremes, magnitude
+from optax_clipquant.quant.grid import Grid
+from optax_clipquant.quant.levels import largest_scale
+
+_HALF = 0.49
+"""Of the steps of a grid with zero points: weights can lie as far apart as twice their dtype's range
+reaches. A bit less, since the scale is rounded up; what lies beyond the range, ``decode`` cuts.
+"""
+Place = Callable[[jax.Array, jax.Array], Grid]  # of the largest and the least weight
+_LARGEST = float(jnp.finfo(jnp.float32).max)
+
+
+def round_scale(scale: jax.Array, largest: float, dtype: np.dtype) -> jax.Array:
+    """``scale`` to the precision of bfloat16, so that no level ``largest * scale`` overflows.
+
+    Scales below 2**-126 become 0 and those from 2**126 the number before that, since the reciprocals
+    of others are no normal numbers: 1 and 2 bits and ternary saturate at weights beyond that. With 8
+    significant bits in the scale, the product with a code, and the difference of two such products, is
+    exact in float32. Plain casts to bfloat16 and back may be dropped by a compiler.
+    """
+    cap = largest_scale(largest, dtype)
+    rounded = jnp.clip(jax.lax.reduce_precision(scale, 8, 7), -cap, cap)
+    rounded = jnp.where(jnp.abs(rounded) < 2.0**-126, 0, rounded)
+    return jnp.where(jnp.isinf(scale), scale, rounded)
+
+
+@jax.jit
+def moments(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Mean, standard deviation, and whether all elements are equal (then the mean is that value).
+
+    Moments of each column first, in units of the column's range, then those of the columns: nothing
+    cancels or overflows, and the weights are read twice.
+    """
+    w = w.reshape(-1, 1) if w.ndim < 2 else w
+    span = Span(tuple(range(w.ndim - 1)))
+    rows = w.size // w.shape[-1]
+    # Halves, for a sum can round up.
+    high, low, halves = extremes(w, span, lambda _: [w * (0.5 / rows)])
+    means = 2 * halves
+    reach = jnp.maximum(high, -low)
+    unit = jnp.where(reach == 0, 1, reach)
+    any_element = jnp.where(high > 0, high, low)
+    squares, differ = span.reduce(
+        ("sum", "max"),
+        lambda zero: (
+            jnp.square(w / unit - (means + zero) / unit),
+            (w != any_element).astype(jnp.int32),
+        ),
+    )
+    mean = 2 * jnp.sum(means * (0.5 / means.size))
+    largest = jnp.max(unit)
+    between = jnp.square(means / largest - mean / largest)
+    spread = jnp.sqrt(jnp.mean(squares / rows * jnp.square(unit / largest) + between))
+    std = jnp.minimum(largest * jnp.minimum(spread, 1), _LARGEST)
+    highest = jnp.max(any_element)
+    constant = (jnp.max(differ) == 0) & (highest == jnp.min(any_element)) & ~jnp.isnan(mean)
+    return jnp.where(constant, highest, mean), std, constant
+
+
+def mean_magnitude(w: jax.Array, span: Span) -> jax.Array:
+    """The mean of ``abs(w)`` in each span, cut so that twice the mean is finite where ``w`` is."""
+    share = jnp.asarray(0.5 / np.maximum(span.counts(w.shape), 1), jnp.float32)
+    # Of two sums, since one by itself is slower (see `Span.reduce`); one of them has all NaN.
+    share_of = w * share
+    up, down = span.reduce(
+        ("sum", "sum"),
+        lambda _: (jnp.where(w > 0, share_of, 0), jnp.where(w > 0, 0, share_of)),
+    )
+    half = up - down
+    return 2 * jnp.where(jnp.isinf(half), half, jnp.minimum(half, _LARGEST / 4))
+
+
+def around_zero(grid: Grid, high: jax.Array, low: jax.Array) -> Grid:
+    """``grid`` with the scale whose outermost level is the extreme that is further from 0."""
+    reach = _largest(grid)
+    if _is_mirrored(grid):
+        scale = jnp.maximum(high, -low) / reach
+    else:
+        scale = jnp.where(high > -low, high, low) / -reach
+    return dataclasses.replace(grid, scale=round_scale(scale, reach, grid.dtype))
+
+
+def between_extremes(grid: Grid, high: jax.Array, low: jax.Array) -> Grid:
+    """``grid`` with the scale and zero point whose levels span what lies from ``low`` to ``high``."""
+    steps = grid.upper - grid.lower
+    step = high / steps - low / steps
+    # One step may be twice the range.
+    finite = jnp.isfinite(high) & jnp.isfinite(low)
+    step = jnp.where(finite, jnp.minimum(step, float(jnp.finfo(jnp.float32).max)), step)
+    largest = _HALF * steps
+    scale = round_scale(step, largest, grid.dtype)
+    # Rounded up, so that the levels span the weights and no weight is more than half a step off.
+    scale = round_scale(
+        jnp.where(scale < step, scale * (1 + 1.5 / 256), scale), largest, grid.dtype
+    )
+    zero_point = jnp.round(grid.lower - low / jnp.where(scale == 0, 1, scale))
+    zero_point = jnp.where(jnp.isnan(zero_point), 0, zero_point)
+    zero_point = jnp.clip(zero_point, grid.lower, grid.upper).astype(jnp.int8)
+    return dataclasses.replace(grid, scale=scale, zero_point=zero_point)
+
+
+def least_squares(w: jax.Array, span: Span, start: Grid | None, place: Place) -> Grid:
+    """The grid that ``place`` makes of the extremes of ``w``, with the scale of the least squared error.
+
+    Nearest codes for a scale, then the least-squares scale for these codes, in turn: the error never
+    rises. Without ``start``, two rounds from the best of several scales, of which that of ``place`` is
+    one. With it, one round from its scale, and ``w`` is read once; where that is no number to start from,
+    or all codes are 0, the scale is that of ``place``.
+    """
+    if start is None:
+        return fit_in_blocks(partial(_from_scratch, place=place, span=span), w, span)
+    if start.zero_point is None:
+        return _from_start(w, start, place, span)
+    fit = partial(_from_start, place=place, span=span)
+    return fit_in_blocks(fit, w, span, start, factor=2)
+
+
+def _from_scratch(w: jax.Array, place: Place, span: Span) -> Grid:
+    w = w.astype(jnp.float32)
+    grid = place(*extremes(w, span))
+    scale = _search(w, span, grid)
+    for _ in range(2):
+        scale = jnp.where(scale == 0, 1, scale)
+        found = span.reduce(("sum", "sum"), _sums(w, grid, scale), 0 * scale)
+        scale = _best(grid, scale, *found)
+    return dataclasses.replace(grid, scale=scale)
+
+
+def _from_start(w: jax.Array, start: Grid, place: Place, span: Span) -> Grid:
+    w = w.astype(jnp.float32)
+    scale = start.scale.astype(jnp.float32)
+    usable = jnp.isfinite(scale) & (scale != 0)
+    scale = jnp.where(usable, scale, 1)
+    grid = jax.eval_shape(place, scale, scale)
+    sums = _sums(w, dataclasses.replace(grid, zero_point=start.zero_point), scale)
+    if grid.zero_point is None:
+        high, *found = magnitude(w, span, sums, 0 * scale)
+        low = -high
+    else:
+        high, low, *found = extremes(w, span, sums, 0 * scale, most=8)
+    grid = place(high, low)
+    return dataclasses.replace(
+        grid, scale=jnp.where(usable, _best(grid, scale, *found), grid.scale)
+    )
+
+
+def _sums(w: jax.Array, grid: Grid, scale: jax.Array) -> Callable[[Zero], list[jax.Array]]:
+    """Of which the least-squares scale follows: squares of the nearest levels, and products with ``w``.
+
+    In steps, so that none of them overflows.
+    """
+    if _is_mirrored(grid):
+        w, scale = jnp.abs(w), jnp.abs(scale)
+
+    def arrays(zero: Zero) -> list[jax.Array]:
+        steps = w * (1 / (scale + zero))
+        levels = _levels(grid, steps, zero)
+        return [jnp.square(levels), steps * levels]
+
+    return arrays
+
+
+def _best(grid: Grid, scale: jax.Array, squares: jax.Array, products: jax.Array) -> jax.Array:
+    """The least-squares scale for the codes at ``scale``; that of ``grid`` where there is none."""
+    ratio = products / jnp.where(squares == 0, 1, squares)
+    found = round_scale(scale * ratio, _largest(grid), grid.dtype)
+    valid = jnp.isfinite(ratio) & (ratio != 0) & jnp.isfinite(grid.scale)
+    return jnp.where(valid, found, grid.scale)
+
+
+def _search(w: jax.Array, span: Span, absmax: Grid) -> jax.Array:
+    """The best of several scales."""
+    base = absmax.scale
+    narrowest = min(0.02 * (absmax.upper - absmax.lower + 1), 0.7)
+    # In units of the absmax scale, so that no square overflows.
+    x = w / jnp.where(base == 0, 1, base)
+    x = jnp.abs(x) if _is_mirrored(absmax) else x
+
+    def search(
+        best: tuple[jax.Array, jax.Array], ratios: jax.Array, here: np.ndarray
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+        ratio, least = best
+
+        def errors(zero: Zero) -> list[jax.Array]:
+            return [jnp.square(x - r * _levels(absmax, x / (r + zero), zero)) for r in ratios]
+
+        found = span.reduce(("sum",) * 3, errors, 0 * base, most=8)
+        for r, error in zip(ratios, found, strict=True):
+            better = (error < least) & here
+            ratio = jnp.where(better, r, ratio)
+            least = jnp.where(better, error, least)
+        return (ratio, least), None
+
+    best = jnp.ones_like(base), jnp.full_like(base, jnp.inf)
+    # The fewer weights share a scale, the more rugged is their error.
+    few = span.counts(w.shape) < 32
+    for starts, here in ((6, ~few), (24, few)):
+        if here.any():
+            ratios = jnp.asarray([1.0, *np.geomspace(narrowest, 1, starts)[:-1]], jnp.float32)
+            ratios = ratios.reshape(-1, 3)
+            # A loop of two is none; one of eight takes a fourth of the time to compile.
+            best, _ = jax.lax.scan(partial(search, here=here), best, ratios, unroll=2)
+    return round_scale(base * best[0], _largest(absmax), absmax.dtype)
+
+
+def _is_mirrored(grid: Grid) -> bool:
+    return grid.zero_point is None and grid.lower + grid.offset == -(grid.upper + grid.offset)
+
+
+def _levels(grid: Grid, steps: jax.Array, zero: Zero) -> jax.Array:
+    """The nearest level to each position, in steps; of the magnitudes, for a grid that is mirrored.
+
+    (A few instructions more, and a loop over 16 elements is no longer unrolled. See ``Span.reduce``, for
+    ``zero`` too.)
+    """
+    low, high = grid.lower + grid.offset, grid.upper + grid.offset
+    nearest = jnp.floor(steps) + (grid.offset + zero) if grid.offset else jnp.round(steps)
+    if _is_mirrored(grid):
+        return jnp.minimum(nearest, high + zero)
+    if grid.zero_point is not None:
+        shift = grid.zero_point.astype(jnp.float32)
+        low, high = low - shift, high - shift
+    return jnp.clip(nearest, low + zero, high + zero)
+
+
+def _largest(grid: Grid) -> float:
+    """The largest level that a scale found for ``grid`` must leave finite, in steps."""
+    if grid.zero_point is not None:
+        return _HALF * (grid.upper - grid.lower)
+    return -grid.lower - grid.offset

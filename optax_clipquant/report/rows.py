@@ -1,0 +1,159 @@
+"""Size and error of leaves, as data and as a table."""
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optax_clipquant._print import Printed, compact_table
+
+if TYPE_CHECKING:
+    import rich.table
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One leaf of a ``Summary``.
+
+    Attributes:
+      path: its path in the tree.
+      shape: its shape.
+      bits: bits of a code, or of an element where it is not quantized.
+      bytes_before: its bytes in ``params``.
+      bytes_after: its bytes on disk, scales included.
+      max_error: the largest absolute error; None where there is nothing to compare with.
+      snr_db: signal-to-noise ratio, ``10 log10(sum(w**2) / sum((w - w')**2))``; inf without error,
+        None where there is nothing to compare with.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    bits: float
+    bytes_before: int
+    bytes_after: int
+    max_error: float | None = None
+    snr_db: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary(Printed):
+    """What ``summarize`` found: ``rows`` is plain data, ``print`` gives a table."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(row.bytes_before for row in self.rows)
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(row.bytes_after for row in self.rows)
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller the tree has become."""
+        return self.bytes_before / max(self.bytes_after, 1)
+
+    def __rich__(self) -> "rich.table.Table":
+        import rich.text
+
+        table = compact_table(show_footer=True)
+        # Digits are folded where there is no room, never left out.
+        table.add_column("leaf", "total", overflow="fold")
+        compared = any(row.max_error is not None for row in self.rows)
+        for header, footer in (
+            ("shape", ""),
+            ("bits", ""),
+            ("bytes\nbefore", f"{self.bytes_before:,}"),
+            ("bytes\nafter", f"{self.bytes_after:,}"),
+            ("ratio", f"{self.ratio:.2f}"),
+            *((("max\nerror", ""), ("SNR\n(dB)", "")) if compared else ()),
+        ):
+            table.add_column(header, footer, justify="right", overflow="fold")
+        for row in self.rows:
+            errors = (row.max_error, ".2g"), (row.snr_db, ".1f")
+            table.add_row(
+                rich.text.Text(row.path),  # and no markup
+                "x".join(map(str, row.shape)),
+                f"{row.bits:.3g}",
+                f"{row.bytes_before:,}",
+                f"{row.bytes_after:,}",
+                f"{row.bytes_before / max(row.bytes_after, 1):.2f}",
+                *("" if x is None else f"{x:{form}}" for x, form in errors[: 2 * compared]),
+            )
+        return table
+
+
+def row_of(
+    path: str,
+    before: np.ndarray,
+    after: np.ndarray,
+    bits: float | None = None,
+    size: int | None = None,
+) -> Row:
+    """The row of one leaf, of its array and what became of it.
+
+    Args:
+      bits: of a code; by default of an element of ``after``.
+      size: its bytes on disk; by default those of ``after``.
+    """
+    if before.shape != after.shape:
+        raise ValueError(
+            f"leaf {path!r} has shape {before.shape} in params and {after.shape} in qparams"
+        )
+    max_error, snr_db = errors(before, after)
+    return Row(
+        path,
+        before.shape,
+        8.0 * after.itemsize if bits is None else bits,
+        before.nbytes,
+        after.nbytes if size is None else size,
+        max_error,
+        snr_db,
+    )
+
+
+def errors(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
+    """Largest absolute error, and signal-to-noise ratio in dB: NaN and -inf where a value is NaN.
+
+    In float64 and, of integers, exactly. A block at a time, which stays in a cache.
+    """
+    largest = noise = signal = 0.0
+    before, after = before.ravel(), after.ravel()
+    blocks = [slice(i, i + _BLOCK) for i in range(0, before.size, _BLOCK)]
+    with np.errstate(invalid="ignore", over="ignore"):
+        reach = max(
+            (float(_magnitude(x).max()) for x in map(before.__getitem__, blocks)), default=0.0
+        )
+        unit = reach if 0 < reach < math.inf else 1.0  # so that no square of it overflows
+        for block in blocks:
+            x = before[block]
+            distance = _distance(x, after[block])
+            largest = float(np.maximum(largest, distance.max()))
+            noise += float(np.square(distance / unit).sum())
+            signal += float(np.square(_magnitude(x) / unit).sum())
+    if noise == 0:
+        return largest, math.inf
+    ratio = signal / noise
+    return largest, 10 * math.log10(ratio) if ratio > 0 else -math.inf
+
+
+_BLOCK = 2**16
+
+
+def _distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    if x.dtype == y.dtype and x.dtype.kind in "iu":
+        # The difference modulo 2**bits: an unsigned integer has room for it.
+        distance = np.maximum(x, y) - np.minimum(x, y)
+        return distance.view(f"u{x.itemsize}").astype(np.float64)
+    # Equal infinities have no difference.
+    return np.where(x == y, 0, np.abs(_wide(x) - _wide(y)))
+
+
+def _magnitude(x: np.ndarray) -> np.ndarray:
+    return np.abs(_wide(x))
+
+
+def _wide(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.complex128 if x.dtype.kind == "c" else np.float64)

@@ -1,0 +1,72 @@
+"""Size and error of each leaf of a tree beside another, and bits a weight."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from optax_clipquant._tree import path_of
+from optax_clipquant.quant.params import PyTree
+from optax_clipquant.quant.qarray import is_qarray
+from optax_clipquant.report.rows import Row, Summary, row_of
+
+
+def summarize(params: PyTree, qparams: PyTree) -> Summary:
+    """Bytes, error and signal-to-noise ratio of each leaf of ``qparams`` against ``params``.
+
+    Computed on the host, in float64.
+
+    Args:
+      params: a tree of arrays.
+      qparams: the same tree, with ``QArray`` leaves.
+
+    Raises:
+      ValueError: the trees have other leaves, or leaves of other shapes.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_clipquant import Uniform, quantize_params
+      >>> params = {"kernel": jnp.linspace(-1, 1, 64).reshape(8, 8), "bias": jnp.zeros(8)}
+      >>> summary = summarize(params, quantize_params(params, Uniform(bits=4)))
+      >>> summary.bytes_before, summary.bytes_after
+      (288, 80)
+      >>> print(summary)  # doctest: +SKIP
+    """
+    before = {path_of(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    after = {
+        path_of(path): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(qparams, is_leaf=is_qarray)[0]
+    }
+    if before.keys() != after.keys():
+        raise ValueError(
+            f"params and qparams have different leaves: {sorted(before.keys() ^ after.keys())[:8]}"
+        )
+
+    def row(path: str) -> Row:
+        array, leaf = np.asarray(before[path]), after[path]
+        if not is_qarray(leaf):
+            return row_of(path, array, np.asarray(leaf))
+        return row_of(path, array, np.asarray(leaf), leaf.bits, leaf.nbytes_packed)
+
+    return Summary(tuple(row(path) for path in before))
+
+
+def bits_per_param(qparams: PyTree) -> float:
+    """The mean bits of a quantized weight on disk, scales included; of any weight where none is.
+
+    Args:
+      qparams: a tree with ``QArray`` leaves, which may be abstract, as of ``jax.eval_shape``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_clipquant import Uniform, quantize_params
+      >>> bits_per_param(quantize_params({"kernel": jnp.ones((64, 8))}, Uniform(bits=4, group_size=32)))
+      4.5
+    """
+    leaves: list[Any] = [
+        leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+        for leaf in jax.tree.leaves(qparams, is_leaf=is_qarray)
+    ]
+    sizes = [(leaf.nbytes_packed, leaf.size) for leaf in leaves if is_qarray(leaf)]
+    sizes = sizes or [(leaf.size * leaf.dtype.itemsize, leaf.size) for leaf in leaves]
+    return 8 * sum(size for size, _ in sizes) / max(sum(count for _, count in sizes), 1)

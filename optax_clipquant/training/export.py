@@ -1,0 +1,146 @@
+"""What training on the grid ships: the codes that the params stand on, or their latent weights."""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from optax_clipquant._tree import path_of
+from optax_clipquant.quant.grid import Grid
+from optax_clipquant.quant.params import PyTree, leaves_of
+from optax_clipquant.quant.qarray import QArray
+from optax_clipquant.training.weights import latent_of, weight_states
+
+
+def export_params(params: PyTree, opt_state: PyTree) -> PyTree:
+    """``params`` with ``QArray`` leaves: the very codes that they stand on.
+
+    Args:
+      params: the params after the last ``optax.apply_updates``.
+      opt_state: the optimizer's state, or an ``nnx.Optimizer``. The state of ``quantize_weights`` or
+        ``round_weights`` is found inside chains and wrappers.
+
+    Returns:
+      The tree with ``QArray`` leaves on the grids of the state, so that ``dequantize_params`` of it
+      equals ``params``.
+
+    Raises:
+      ValueError: ``opt_state`` holds no such state, or one of other params.
+
+    Warns:
+      UserWarning: some weights are not on the grid, and change to the nearest level. Not under
+        ``jax.jit``.
+
+    Examples:
+      >>> import optax
+      >>> from optax_clipquant import Uniform, dequantize_params, quantize_weights
+      >>> tx = quantize_weights(Uniform(bits=4))
+      >>> params = {"kernel": jnp.array([[1.0, -0.3], [0.4, 0.2]])}
+      >>> updates, state = tx.update({"kernel": jnp.zeros((2, 2))}, tx.init(params), params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> qparams = export_params(params, state)
+      >>> bool((dequantize_params(qparams)["kernel"] == params["kernel"]).all())
+      True
+    """
+    grids = dict(_find(opt_state, "grid"))
+    total, off_grid = 0, 0
+
+    def export(path: str, p: jax.Array) -> QArray:
+        nonlocal total, off_grid
+        grid = grids[path]
+        q = QArray(grid.encode(p), grid)
+        # NaN is on no level, but it is exported as NaN.
+        off = jnp.sum((q.dequantize() != p) & ~jnp.isnan(p))
+        if not isinstance(off, Tracer):
+            total, off_grid = total + p.size, off_grid + int(off)
+        return q
+
+    latents = {
+        path: leaf
+        for state in weight_states(opt_state)
+        for path, leaf in leaves_of(getattr(state, "latent", None))
+    }
+    exported = _map_paths(export, params, grids, latents)
+    if off_grid:
+        warnings.warn(
+            f"{off_grid} of {total} weights are off the grid and were moved to the nearest level; "
+            "export the params as the last update left them",
+            stacklevel=2,
+        )
+    return exported
+
+
+def latent_params(params: PyTree, opt_state: PyTree) -> PyTree:
+    """``params`` with the float32 latent weights in place of the quantized ones.
+
+    Args:
+      params: the params after the last ``optax.apply_updates``.
+      opt_state: as for ``export_params``.
+
+    Raises:
+      ValueError: ``opt_state`` holds no state of ``quantize_weights``, or one of other params.
+
+    Examples:
+      >>> import optax
+      >>> from optax_clipquant import Uniform, quantize_weights
+      >>> tx = quantize_weights(Uniform(bits=2))
+      >>> params = {"kernel": jnp.array([[1.0], [0.3]])}
+      >>> updates, state = tx.update({"kernel": jnp.zeros((2, 1))}, tx.init(params), params)
+      >>> latent_params(optax.apply_updates(params, updates), state)["kernel"]
+      Array([[1. ],
+             [0.3]], dtype=float32)
+    """
+    latents = dict(_find(opt_state, "latent"))
+    grids = {path: grid for path, grid in _find(opt_state, "grid") if path in latents}
+    return _map_paths(
+        lambda path, p: latent_of(p, grids[path], latents[path]), params, grids, latents
+    )
+
+
+def _find(opt_state: PyTree, field: str) -> Iterator[tuple[str, Any]]:
+    """Path and value of each leaf in ``field`` of the weight transforms' states."""
+    states = [state for state in weight_states(opt_state) if hasattr(state, field)]
+    if not states:
+        raise ValueError(
+            f"opt_state holds no state of quantize_weights with a {field}; give the state of an "
+            "optimizer that has quantize_weights in its chain"
+        )
+    for state in states:
+        yield from leaves_of(getattr(state, field))
+
+
+def _map_paths(fn: Any, params: PyTree, grids: dict[str, Grid], latents: dict[str, Any]) -> PyTree:
+    """``params`` with ``fn(path, leaf)`` at the leaves that have a grid, all of which must be there.
+
+    Each must have the shape of its latent weights, where these are kept, and fit its grid.
+    """
+    shapes = {path: jnp.shape(leaf) for path, leaf in leaves_of(params)}
+    for path, grid in grids.items():
+        if path not in shapes:
+            raise ValueError(
+                f"params have no leaf {path!r}, which opt_state quantizes: they are not of one run"
+            )
+        kept = latents[path].shape if path in latents else shapes[path]
+        if kept != shapes[path] or not _fits(grid, kept):
+            raise ValueError(
+                f"params leaf {path!r} has shape {shapes[path]}, but opt_state quantizes an array "
+                + (f"of shape {kept}" if path in latents else f"with scales of {grid.scale.shape}")
+                + ": they are not of one run"
+            )
+    return jax.tree_util.tree_map_with_path(
+        lambda path, p: fn(path_of(path), p) if path_of(path) in grids else p, params
+    )
+
+
+def _fits(grid: Grid, shape: tuple[int, ...]) -> bool:
+    """Whether ``grid`` can be of an array of this shape, as far as its scales tell."""
+    if grid.scale.ndim != len(shape):
+        return False
+    extents: list[tuple[int, ...]] = [(1, n) for n in shape]
+    if grid.group is not None:
+        axis, size = grid.group
+        extents[axis] = (-(-shape[axis] // size),)
+    return all(n in allowed for n, allowed in zip(grid.scale.shape, extents, strict=True))

@@ -1,0 +1,111 @@
+"""Latent weights in a byte: their distance to the levels that they stand on, as int8 codes.
+
+The distance is kept as codes times a unit, one for each scale of the weights' grid, so that codes reach
+from -127 to 127 whatever lies outside the levels: saturated weights may be many steps away, and
+cutting them would shrink the grid a little in each step. Rounding is stochastic, so that what is
+smaller than a unit counts on the average; and a unit stays as long as it fits, so that a residual that
+does not change is kept to the bit.
+
+On a grid of two levels only the sign counts, and the distance is of one size where a weight changes
+it, which is where an error does most harm. There, the codes hold the signed root of the weight itself:
+fine steps around zero, coarse ones far from it.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_clipquant.lowering.noise import dither
+from optax_clipquant.lowering.reduce import Span, extremes
+from optax_clipquant.quant.grid import Grid
+from optax_clipquant.quant.qarray import QArray
+from optax_clipquant.quant.quantizers import Granular
+from optax_clipquant.quant.scales import round_scale
+
+
+def start(latent: jax.Array, level: jax.Array, grid: Grid) -> QArray:
+    """What is kept of ``latent`` weights, whose levels on ``grid`` are ``level``: the nearest codes."""
+    return _keep(latent, level, grid, None, None)
+
+
+def advance(
+    latent: jax.Array,
+    level: jax.Array,
+    grid: Grid,
+    before: QArray,
+    stream: int,
+    step: jax.typing.ArrayLike,
+) -> QArray:
+    """As ``start``, rounded stochastically; ``before`` was kept in the step before."""
+    return _keep(latent, level, grid, before.grid, dither(latent, stream, step))
+
+
+def _keep(
+    latent: jax.Array, level: jax.Array, grid: Grid, before: Grid | None, draws: jax.Array | None
+) -> QArray:
+    kept = _root(latent) if _is_binary(grid) else latent - level
+    units = _units(grid, latent.shape).fit(kept, start=before)
+    if _is_binary(grid):
+        kept = _between(latent, units)
+    return QArray(units.encode(kept, draws=draws), units)
+
+
+def latent_of(level: jax.Array, grid: Grid, kept: QArray) -> jax.Array:
+    """The latent weights of which ``kept`` was kept."""
+    return _square(kept.dequantize()) if _is_binary(grid) else level + kept.dequantize()
+
+
+def _is_binary(grid: Grid) -> bool:
+    """Whether the levels are two, one on each side of zero."""
+    return grid.upper - grid.lower == 1 and grid.zero_point is None
+
+
+def _root(x: jax.Array) -> jax.Array:
+    return jnp.sign(x) * jnp.sqrt(jnp.abs(x))
+
+
+def _square(x: jax.Array) -> jax.Array:
+    return x * jnp.abs(x)
+
+
+def _between(latent: jax.Array, units: Grid) -> jax.Array:
+    """The roots of ``latent``, moved between their codes so that the mean of the rounded ones' squares is
+    right: as far as ``latent`` is between the squares.
+    """
+    below = units.encode(_root(latent), draws=jnp.ones_like(latent))
+    below = jnp.minimum(below, units.upper - 1)
+    low, high = units.decode(below), units.decode(below + 1)
+    range_ = _square(high) - _square(low)
+    share = (latent - _square(low)) / jnp.where(range_ == 0, 1, range_)
+    return low + share * (high - low)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Units(Granular):
+    """The largest magnitude over 127, rounded up; or the unit before, where that is at most twice it."""
+
+    def _fit_axes(self, w: jax.Array, span: Span, start: Grid | None) -> Grid:
+        w = w.astype(jnp.float32)
+        high, low = extremes(w, span)
+        exact = jnp.maximum(high, -low) / 127
+        unit = round_scale(exact * (1 + 2.0**-7), 127, np.dtype(np.float32))
+        if start is not None:
+            before = start.scale.astype(jnp.float32)
+            # A code may be rounded up to 127 from a little below the edge, so the edge itself fits.
+            fits = (exact <= before * (1 + 2.0**-16)) & (before <= 2 * unit)
+            unit = jnp.where(fits, before, unit)
+        return Grid(unit.astype(jnp.bfloat16), bits=8, lower=-127, upper=127)
+
+
+def _units(grid: Grid, shape: tuple[int, ...]) -> _Units:
+    """The rule with a unit for each scale of ``grid``."""
+    grouped = None if grid.group is None else grid.group[0] + len(shape)
+    channels = tuple(
+        axis
+        for axis, (n, scales) in enumerate(zip(shape, grid.scale.shape, strict=True))
+        if n == scales and axis != grouped
+    )
+    return _Units(channel_axis=channels, group_size=None if grid.group is None else grid.group[1])

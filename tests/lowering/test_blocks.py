@@ -1,0 +1,116 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import weights
+
+from optax_clipquant import Quantizer, Ternary, Uniform, quantize_params
+
+SEARCHING = [
+    Uniform(bits=2),
+    Uniform(bits=3),
+    Uniform(bits=2, symmetric=False),
+    Uniform(bits=4, scale_rule="mse", group_size=24),
+    Ternary(),
+]
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """On one device, of so few elements that small arrays have several."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+    def of(size: int) -> None:
+        monkeypatch.setattr("optax_clipquant.lowering.blocks._SIZE", size)
+        jax.clear_caches()
+
+    yield of
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("axis", [0, -1])
+@pytest.mark.parametrize("quantizer", SEARCHING, ids=str)
+@pytest.mark.parametrize("warm", [False, True])
+def test_blocks_find_what_the_whole_finds(blocks, quantizer, axis, warm):
+    """Also where the last block reaches back, and is of a shorter last group."""
+    quantizer = dataclasses.replace(quantizer, channel_axis=axis)
+    w = jnp.asarray(weights((100, 2, 100), "student3"))
+    found = []
+    for size in (2**10, 2**20):
+        blocks(size)
+        start = quantizer.fit(w * 1.01) if warm else None
+        found.append(quantizer.fit(w, start=start))
+    for grid in found[:-1]:
+        # Sums in another order may round a scale the other way.
+        np.testing.assert_allclose(grid.scale, found[-1].scale, rtol=2.0**-7)
+        assert np.mean(grid.scale == found[-1].scale) > 0.95
+        if grid.zero_point is not None:
+            np.testing.assert_array_equal(grid.zero_point, found[-1].zero_point)
+        assert jax.tree.structure(grid) == jax.tree.structure(found[-1])
+
+
+def test_nan_stays_in_its_channel(blocks):
+    w = weights((64, 640))
+    w[5, 300], w[6, 639] = np.nan, np.inf
+    blocks(2**12)
+    scale = Uniform(bits=3).fit(jnp.asarray(w)).scale
+    assert np.flatnonzero(~np.isfinite(scale[0])).tolist() == [300, 639]
+
+
+def test_under_vmap(blocks):
+    w = jnp.asarray(weights((3, 64, 640)))
+    blocks(2**12)
+    quantized = jax.jit(jax.vmap(Uniform(bits=3).quantize))(w)
+    for i in range(3):
+        alone = Uniform(bits=3).quantize(w[i])
+        np.testing.assert_allclose(quantized.scale[i], alone.scale, rtol=2.0**-7)
+        assert np.mean(quantized.qvalue[i] == alone.qvalue) > 0.99
+
+
+def loops(quantizer: Quantizer, w: jax.ShapeDtypeStruct, platform: str) -> int:
+    lowered = jax.jit(lambda w: quantizer.fit(w)).trace(w).lower(lowering_platforms=(platform,))
+    return lowered.as_text().count("stablehlo.while")
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "expected"),
+    [
+        ((2048, 2048), -1, 1),
+        ((2048, 512), -1, 0),  # of one block
+        ((50257, 100), -1, 1),
+        ((50257, 100), 0, 1),
+        ((2**22, 64), -1, 0),  # a block would be of few neighbours
+        ((2048, 2048), None, 0),  # all is reduced together
+    ],
+)
+def test_which_arrays_have_blocks(blocks, shape, axis, expected):
+    blocks(2**20)
+    quantizer, w = Uniform(bits=3, channel_axis=axis), jax.ShapeDtypeStruct(shape, jnp.float32)
+    assert loops(quantizer, w, "cpu") == expected
+    assert loops(quantizer, w, "tpu") == loops(quantizer, w, "cuda") == 0
+
+
+def test_no_blocks_where_devices_may_share_an_array():
+    assert jax.device_count() == 1 or loops(Uniform(3), jnp.zeros((2048, 2048)), "cpu") == 0
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "dtype"),
+    [
+        *((quantizer, jnp.float32) for quantizer in SEARCHING),
+        *((Uniform(bits=3), dtype) for dtype in (jnp.bfloat16, jnp.float16)),
+    ],
+    ids=str,
+)
+def test_a_search_over_a_model_takes_little_memory(blocks, quantizer, dtype):
+    """Without blocks, 3/8 of each array in each round, of all arrays at once, and in float32."""
+    blocks(2**20)
+    model = {f"w{i}": jax.ShapeDtypeStruct((2048, 2048), dtype) for i in range(4)}
+    if quantizer.group_size:
+        # Whole groups, or they are copied.
+        quantizer = dataclasses.replace(quantizer, group_size=32)
+    compiled = jax.jit(lambda model: quantize_params(model, quantizer)).lower(model).compile()
+    copies = len(model) if dtype == jnp.bfloat16 else 0  # of the bits
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**23 * (1 + copies)

@@ -1,0 +1,200 @@
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import QUANTIZERS, weights
+
+from optax_clipquant.lowering.reduce import Span, count, extremes
+
+
+@pytest.fixture(params=[1, 8])
+def devices(request, monkeypatch):
+    """With how many a reduction reckons: parts that they would have to share are reduced whole.
+
+    What is compiled must be a function of the test's own, or it would be the one of the other number.
+    """
+    monkeypatch.setattr(jax, "device_count", lambda: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (192, 256), (8, 64, 256)])
+@pytest.mark.parametrize("axes", [None, (0,), (1,), (-1,)])
+@pytest.mark.parametrize(("place", "nan"), [(0, np.nan), (7, -np.nan), (-1, np.nan)])
+def test_extremes_see_nan_where_it_is(devices, shape, axes, place, nan):
+    """The compiler may not: XLA's CPU backend drops NaN from the maximum of a large array."""
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    x.reshape(-1)[place] = nan
+    high, low = jax.jit(lambda x: extremes(x, Span(axes)))(jnp.asarray(x))
+    expected = np.maximum(x, 0).max(axis=axes, keepdims=True)
+    np.testing.assert_array_equal(high, expected)
+    np.testing.assert_array_equal(low, np.minimum(x, 0).min(axis=axes, keepdims=True))
+    assert np.isnan(expected).any()
+
+
+def test_zero_is_among_them_and_infinities_are_no_nan():
+    x = jnp.array([[1.0, 2.0], [-1.0, -2.0], [np.inf, 1.0]])
+    high, low = extremes(x, Span((1,)))
+    np.testing.assert_array_equal(high, [[2], [0], [np.inf]])
+    np.testing.assert_array_equal(low, [[0], [-2], [0]])
+    assert extremes(jnp.zeros((0, 3)), Span((0,)))[0].shape == (1, 3)
+
+
+def test_extremes_are_exact_at_the_ends_of_the_range(devices):
+    huge = np.float32(np.finfo(np.float32).max)
+    x = np.full((192, 256), huge)
+    x[::2] = -huge
+    high, low = jax.jit(lambda x: extremes(x))(jnp.asarray(x))
+    assert (high, low) == (huge, -huge)  # and no NaN, though both sums overflow
+    x = np.zeros((192, 256), np.float32)
+    x[0, 0], x[1, 1] = 1e-30, -0.0
+    high, low = jax.jit(lambda x: extremes(x))(jnp.asarray(x))
+    assert (high, low) == (np.float32(1e-30), 0)
+
+
+@pytest.mark.parametrize("axes", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_extremes_and_sums_in_one_loop(devices, dtype, axes):
+    x = jnp.asarray(weights((192, 256)), dtype)
+    found = jax.jit(lambda x: extremes(x, Span(axes), lambda zero: [jnp.square(x), x + zero]))(
+        x.astype(jnp.float32)
+    )
+    wide, whole = np.asarray(x, np.float64), {"axis": axes, "keepdims": True}
+    np.testing.assert_array_equal(found[0], np.maximum(wide, 0).max(**whole))
+    np.testing.assert_array_equal(found[1], np.minimum(wide, 0).min(**whole))
+    np.testing.assert_array_equal(extremes(x, Span(axes)), found[:2])
+    np.testing.assert_allclose(found[2], np.square(wide).sum(**whole), rtol=1e-5)
+    error = np.abs(found[3] - wide.sum(**whole)) / np.abs(wide).sum(**whole)
+    assert error.max() < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (7,), (192, 256), (8192,), (3, 5, 1024), (9000, 1)])
+def test_counts(devices, shape):
+    x = np.random.default_rng(0).normal(size=shape)
+    masks = [jnp.asarray(x > 1), jnp.asarray(x < -1)]
+    for these, expected in ((masks, np.abs(x) > 1), (masks[:1], x > 1)):
+        found = jax.jit(lambda *masks: count(*masks))(*these)
+        assert found.dtype == jnp.float32
+        assert found.shape == ()
+        assert int(found) == expected.sum()
+
+
+def test_counts_of_more_than_an_int32_counts(devices, monkeypatch):
+    monkeypatch.setattr("optax_clipquant.lowering.reduce._COUNTABLE", 100)
+    x = np.random.default_rng(0).normal(size=(5, 7, 64))
+    found = jax.jit(lambda *masks: count(*masks))(jnp.asarray(x > 1), jnp.asarray(x < -1))
+    assert int(found) == np.sum(np.abs(x) > 1)
+    many = jax.ShapeDtypeStruct((3, 2**15, 2**15), bool)
+    assert "s32[3,1,1]" in jax.jit(lambda *m: count(*m)).lower(many, many).as_text("hlo")
+
+
+def results(x: jax.Array, span: Span) -> list[jax.Array]:
+    """Of arrays that are computed, and share something."""
+
+    def compute(zero):
+        shared = jnp.tanh(x * (1 + zero))
+        return x, -x, shared, jnp.square(shared)
+
+    return span.reduce(
+        ("max", "max", "sum", "sum"), compute, 0 * jnp.max(x, span.axes, keepdims=True)
+    )
+
+
+# Where runs of 16 fit, of fewer, and none; the last axis alone; three axes, of which the middle one is long;
+# groups along the last axis; several lengths of which nothing divides.
+SHAPES_AND_AXES = [
+    ((192, 256), (0,)),
+    ((192, 256), (0, 1)),
+    ((130, 64), (0,)),
+    ((131, 64), (0,)),
+    ((24, 512), (1,)),
+    ((24, 509), (1,)),
+    ((8, 64, 256), (1,)),
+    ((3, 128, 40), (0, 1)),
+    ((2, 3, 1024), (0, 1, 2)),
+    ((8192,), (0,)),
+    ((40, 8, 32), (2,)),
+    ((40, 8, 33), (2,)),
+    ((331, 7, 33), (0, 2)),
+]
+
+
+@pytest.mark.parametrize(("shape", "axes"), SHAPES_AND_AXES, ids=str)
+def test_reductions_in_float64(devices, shape, axes):
+    x = weights(shape)
+    found = jax.jit(lambda x: results(x, Span(axes)))(jnp.asarray(x))
+    wide = x.astype(np.float64)
+    shared = np.tanh(wide)
+    whole = {"axis": axes, "keepdims": True}
+    np.testing.assert_array_equal(found[0], np.maximum(x, 0).max(**whole))
+    np.testing.assert_array_equal(found[1], np.maximum(-x, 0).max(**whole))
+    # In units of the sum of magnitudes: the terms of a sum may cancel.
+    for sums, terms in ((found[2], shared), (found[3], shared**2)):
+        error = np.abs(sums - terms.sum(**whole)) / np.abs(terms).sum(**whole)
+        assert error.max() < 1e-6
+
+
+@pytest.mark.parametrize(("shape", "axes"), SHAPES_AND_AXES[::2], ids=str)
+def test_under_vmap_and_grad(devices, shape, axes):
+    x = jnp.asarray(weights(shape))
+    several = jax.jit(jax.vmap(lambda x: results(x, Span(axes))))(x[None])
+    for one, many in zip(results(x, Span(axes)), several, strict=True):
+        np.testing.assert_allclose(many[0], one, rtol=1e-5, atol=1e-4)
+    found = jax.jit(jax.grad(lambda x: jnp.sum(results(x, Span(axes))[3])))(x)
+    np.testing.assert_allclose(found, 2 * jnp.tanh(x) * (1 - jnp.tanh(x) ** 2), atol=1e-6)
+
+
+def test_runs_of_neighbours(devices):
+    """The axis of pieces in runs of 3, the last of 1, each reduced over an axis of its own."""
+    x = weights((4, 16, 256))
+    found = results(jnp.asarray(x), Span((1,), 0, 3))
+    each = np.tanh(x.astype(np.float64)).sum(axis=1, keepdims=True)
+    expected = np.stack([*[each[:3].sum(0)] * 3, each[3]])
+    np.testing.assert_allclose(found[2], expected, atol=1e-4)
+    high = np.maximum(x, 0).max(axis=1, keepdims=True)
+    np.testing.assert_array_equal(found[0], np.stack([*[high[:3].max(0)] * 3, high[3]]))
+
+
+def reduced_at_once(x: jax.Array, axes: tuple[int, ...], platform: str) -> int:
+    """The most arrays that one reduction of the program for a platform has."""
+    lowered = (
+        jax.jit(lambda x: results(x, Span(axes))).trace(x).lower(lowering_platforms=(platform,))
+    )
+    return max(len(re.findall("init:", line)) for line in lowered.as_text().splitlines())
+
+
+def test_arrays_are_reduced_together_on_cpus_where_no_device_shares_a_run(devices):
+    x = jnp.zeros((128, 64))
+    assert reduced_at_once(x, (0,), "cpu") == 4
+    assert reduced_at_once(x, (0,), "tpu") == reduced_at_once(x, (0,), "cuda") == 1
+    assert reduced_at_once(jnp.zeros((64, 256)), (1,), "cpu") == (4 if devices == 1 else 1)
+    assert reduced_at_once(jnp.zeros((20, 256)), (0,), "cpu") == (4 if devices == 1 else 1)
+    assert reduced_at_once(jnp.zeros((32, 64)), (0,), "cpu") == 1  # too small to be worth it
+
+
+@pytest.mark.parametrize("axis", [0, -1])
+@pytest.mark.parametrize(
+    "name", ["binary", "ternary", "uniform2", "uniform4", "uniform2-asymmetric"]
+)
+def test_quantizers_on_one_device(monkeypatch, name, axis):
+    """Where most is reduced together, against devices so many that nothing is."""
+    quantizer = QUANTIZERS[name]
+    quantizer = dataclasses.replace(quantizer, channel_axis=axis)
+    w = jnp.asarray(weights((256, 128), "student3"))
+    found = {}
+    for many in (1, 1024):
+        jax.clear_caches()
+        monkeypatch.setattr(jax, "device_count", lambda many=many: many)
+        grid = quantizer.fit(w)
+        found[many] = grid, quantizer.fit(w * 1.01, start=grid)
+    jax.clear_caches()
+    for one, many in zip(found[1], found[1024], strict=True):
+        # Sums in another order may round a scale the other way.
+        np.testing.assert_allclose(one.scale, many.scale, rtol=2.0**-7)
+        assert np.mean(one.scale == many.scale) > 0.9
+        same = np.square(one.decode(one.encode(w)) - w).sum()
+        np.testing.assert_allclose(
+            same, np.square(many.decode(many.encode(w)) - w).sum(), rtol=1e-3
+        )

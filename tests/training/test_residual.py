@@ -1,0 +1,356 @@
+import chex
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from helpers import (
+    CORE,
+    QUANTIZERS,
+    assert_on_grid,
+    batch,
+    make_step,
+    optimizer,
+    projected,
+    weights,
+)
+
+from optax_clipquant import (
+    Binary,
+    NormalFloat,
+    QArray,
+    Ternary,
+    Uniform,
+    ZScore,
+    dequantize_params,
+    latent_params,
+    quantize_params,
+    quantize_weights,
+    softness_schedule,
+)
+from optax_clipquant.training.residual import advance, latent_of, start
+
+SIZES = {
+    "channel": Uniform(bits=4),
+    "group": Uniform(bits=4, group_size=5),
+    "tensor": ZScore(),
+    "first": Uniform(bits=2, channel_axis=0),
+    "both": Uniform(bits=2, channel_axis=(0, 1)),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_unit_for_each_scale_and_its_error_bound(variant, name):
+    grid = SIZES[name].fit(jnp.asarray(weights((33, 7))))
+    residual = weights((33, 7), "heavy", seed=1)
+    kept = variant(start)(jnp.asarray(residual), 0.0, grid)
+    assert kept.grid.scale.shape == grid.scale.shape
+    chex.assert_type(kept.qvalue, jnp.int8)
+    size = 1 if grid.group is None else grid.group[1]
+    unit = np.asarray(kept.grid.scale.astype(jnp.float32))
+    if grid.group is not None:
+        unit = np.repeat(unit, size, axis=0)[:33]
+    error = np.abs(np.asarray(kept.dequantize()) - residual)
+    assert np.all(error <= 0.5001 * unit)
+    largest = np.abs(np.asarray(kept.qvalue)).max()
+    assert 125 <= largest <= 127
+    moved = variant(advance)(jnp.asarray(1.3 * residual), 0.0, grid, kept, 0, 1)
+    unit = np.asarray(moved.grid.scale.astype(jnp.float32))
+    if grid.group is not None:
+        unit = np.repeat(unit, size, axis=0)[:33]
+    assert np.all(np.abs(np.asarray(moved.dequantize()) - 1.3 * residual) <= 1.0001 * unit)
+
+
+def test_rounding_is_right_on_the_average():
+    grid = Uniform(bits=4).fit(jnp.asarray(weights((64, 8))))
+    residual = jnp.asarray(weights((64, 8), seed=1))
+    kept = start(residual, 0.0, grid)
+    fn = jax.jit(jax.vmap(lambda step: advance(residual, 0.0, grid, kept, 0, step).dequantize()))
+    mean = np.asarray(fn(jnp.arange(4000)), np.float64).mean(0)
+    unit = np.asarray(kept.grid.scale.astype(jnp.float32))
+    # Nearer than independent draws would be, whose means have errors of up to half a unit over
+    # sqrt(4000), which is .008.
+    assert np.abs((mean - np.asarray(residual)) / unit).max() < 0.002
+    assert abs(((mean - np.asarray(residual)) / unit).mean()) < 0.0002
+
+
+def test_a_residual_that_does_not_change_is_kept_to_the_bit():
+    grid = Uniform(bits=4).fit(jnp.asarray(weights((64, 8))))
+    kept = start(jnp.asarray(weights((64, 8), "heavy")), 0.0, grid)
+    for step in range(50):
+        again = advance(kept.dequantize(), 0.0, grid, kept, 0, step)
+        np.testing.assert_array_equal(again.qvalue, kept.qvalue)
+        np.testing.assert_array_equal(again.grid.scale, kept.grid.scale)
+        kept = again
+
+
+def test_a_unit_follows_what_it_measures():
+    grid = Uniform(bits=4).fit(jnp.ones((8, 1)))
+    w = jnp.asarray(weights((8, 1)))
+    kept = start(w, 0.0, grid)
+    for factor in (0.9, 0.6):
+        same = advance(factor * w, 0.0, grid, kept, 0, 0)
+        np.testing.assert_array_equal(same.grid.scale, kept.grid.scale)
+    for factor in (1.05, 0.3, 1e-20, 1e20, 0.0):
+        moved = advance(factor * w, 0.0, grid, kept, 0, 0)
+        unit = float(moved.grid.scale[0, 0])
+        largest = float(jnp.max(jnp.abs(factor * w)))
+        assert largest <= 127 * unit <= 1.02 * largest
+    bad = advance(w.at[0, 0].set(jnp.nan), 0.0, grid, kept, 0, 0)
+    assert np.isnan(np.asarray(bad.dequantize())).all()
+
+
+BINARY = {"channel": Binary(), "group": Binary(group_size=5), "tensor": Binary(channel_axis=None)}
+
+
+@pytest.mark.parametrize("name", BINARY)
+def test_at_one_bit_codes_are_fine_around_zero(variant, name):
+    w = jnp.asarray(weights((33, 7), "heavy"))
+    grid = BINARY[name].fit(w)
+    level = grid.decode(grid.encode(w))
+    first = variant(start)(w, level, grid)
+    assert first.grid.scale.shape == grid.scale.shape
+    unit = np.asarray(first.grid.decode(jnp.ones(w.shape, jnp.int8)), np.float64)
+    # A float64 reference: the squares around each weight.
+    root = np.floor(np.sqrt(np.abs(np.asarray(w, np.float64))) / unit)
+    low, high = (root * unit) ** 2, ((root + 1) * unit) ** 2
+    nearest = np.where(np.abs(w) - low < high - np.abs(w), low, high) * np.sign(w)
+    np.testing.assert_allclose(latent_of(level, grid, first), nearest, rtol=1e-5, atol=1e-9)
+    fn = jax.jit(
+        jax.vmap(lambda step: latent_of(level, grid, advance(w, level, grid, first, 0, step)))
+    )
+    found = np.abs(np.asarray(fn(jnp.arange(4000)), np.float64))
+    assert np.all((found >= low * (1 - 1e-5)) & (found <= high * (1 + 1e-5)))
+    assert np.all(np.abs(found.mean(0) - np.abs(w)) < 0.002 * (high - low))
+    # Where a weight changes its sign, finer than codes of the distance to its level would be.
+    distance = np.abs(np.asarray(w - level))
+    small = np.abs(w) < 0.1 * np.abs(level)
+    assert np.median((high - low)[small]) < 0.5 * distance.max() / 127
+
+
+def test_at_one_bit_what_does_not_change_is_kept():
+    w = jnp.asarray(weights((64, 8), "heavy"))
+    grid = Binary().fit(w)
+    level = grid.decode(grid.encode(w))
+    kept = start(w, level, grid)
+    for step in range(50):
+        again = advance(latent_of(level, grid, kept), level, grid, kept, 0, step)
+        np.testing.assert_array_equal(again.qvalue, kept.qvalue)
+        np.testing.assert_array_equal(again.grid.scale, kept.grid.scale)
+        kept = again
+    zeros = start(jnp.zeros_like(w), jnp.zeros_like(w), grid)
+    np.testing.assert_array_equal(latent_of(level, grid, zeros), 0.0)
+    bad = advance(w.at[0, 0].set(jnp.inf), level, grid, kept, 0, 0)
+    assert not np.isfinite(np.asarray(latent_of(level, grid, bad))[:, 0]).any()
+
+
+def zero_updates(quantizer, w, residual_bits, steps=1000):
+    """The grids before and after, and how far the latent weights are from ``w``, in units."""
+    tx = quantize_weights(quantizer, residual_bits=residual_bits)
+    params = {"w": jnp.asarray(w)}
+    zeros = {"w": jnp.zeros_like(params["w"])}
+
+    def body(carry, _):
+        params, state = carry
+        updates, state = tx.update(zeros, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    state = tx.init(params)
+    (after, moved), _ = jax.jit(lambda c: jax.lax.scan(body, c, length=steps))((params, state))
+    error = jnp.abs(latent_params(after, moved)["w"] - w)
+    if residual_bits is not None:
+        kept = moved.latent["w"]
+        unit = kept.grid.decode(jnp.ones(w.shape, jnp.int8))
+        if quantizer == Binary():  # the codes are of roots
+            unit = (2 * jnp.abs(kept.dequantize()) + unit) * unit
+        error /= unit
+    return state.grid["w"], moved.grid["w"], np.asarray(error)
+
+
+CLOSED_FORM = {
+    "binary": Binary(),
+    "uniform4": Uniform(bits=4),
+    "uniform4-groups": Uniform(bits=4, group_size=32),
+    "uniform3-absmax": Uniform(bits=3, scale_rule="absmax"),
+    "uniform8": Uniform(bits=8),
+    "asymmetric": Uniform(bits=4, symmetric=False),
+    "zscore": ZScore(),
+    "normalfloat": NormalFloat(),
+}
+
+
+@pytest.mark.parametrize("name", CLOSED_FORM)
+def test_zero_updates_move_no_scale(name):
+    """Saturated weights, 11% of them at 1 bit, lie outside the levels: cut, they would shrink it."""
+    before, after, error = zero_updates(CLOSED_FORM[name], weights((128, 16)), 8)
+    np.testing.assert_allclose(after.scale, before.scale, rtol=0.01)
+    assert error.max() < 10  # where a scale goes back and forth by its last bit, levels do too
+    assert error.mean() < 1
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        Ternary(),
+        Ternary(group_size=32),
+        Uniform(bits=2),
+        Uniform(bits=3),
+        Uniform(bits=3, group_size=32),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["normal", "heavy"])
+def test_zero_updates_move_searched_scales_no_more_than_float_does(quantizer, kind):
+    """A search goes on to a better scale in float too: compared is where it ends."""
+    w = weights((128, 64), kind)
+    _, floats, _ = zero_updates(quantizer, w, None)
+    _, after, distance = zero_updates(quantizer, w, 8)
+    ratio = np.abs(np.asarray(after.scale)) / np.abs(np.asarray(floats.scale))
+    assert abs(np.log(ratio).mean()) < 0.01
+    assert np.median(np.abs(ratio - 1)) < 0.01
+
+    def error(grid):
+        return float(jnp.sum((grid.decode(grid.encode(jnp.asarray(w))) - w) ** 2))
+
+    assert error(after) < 1.01 * error(floats)
+    assert distance.mean() < 3
+
+
+def test_updates_smaller_than_a_unit_count():
+    tx = quantize_weights(Uniform(bits=4), residual_bits=8)
+    params = dequantize_params(
+        quantize_params({"w": jnp.asarray(weights((200, 50)))}, Uniform(bits=4))
+    )
+    state = tx.init(params)
+    first = latent_params(params, state)["w"]
+    step = float(jnp.abs(state.grid["w"].scale).mean())
+    updates = {"w": jnp.full((200, 50), step / 2000)}  # a unit is about step / 254
+
+    def body(carry, _):
+        params, state = carry
+        emitted, state = tx.update(updates, state, params)
+        return (optax.apply_updates(params, emitted), state), None
+
+    (params, state), _ = jax.jit(lambda c: jax.lax.scan(body, c, length=400))((params, state))
+    moved = np.asarray(latent_params(params, state)["w"] - first) / step
+    np.testing.assert_allclose(moved.mean(), 0.2, rtol=0.03)
+    assert moved.std() < 0.08
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_params_are_on_the_grid_after_every_step(name):
+    tx = optimizer(quantize_weights(QUANTIZERS[name], residual_bits=8))
+    params = projected(QUANTIZERS[name])
+    state = tx.init(params)
+    step = jax.jit(make_step(tx))
+    for _ in range(4):
+        new_params, new_state, _ = step(params, state, *batch())
+        chex.assert_trees_all_equal_shapes_and_dtypes((new_params, new_state), (params, state))
+        assert jax.tree.structure(new_state) == jax.tree.structure(state)
+        params, state = new_params, new_state
+        assert_on_grid(params, state)
+
+
+@pytest.mark.parametrize("quantizer", [Binary(), Uniform(bits=4)], ids=str)
+def test_trains_as_the_float_latent_does(quantizer):
+    losses = {}
+    for bits in (None, 8):
+        tx = optimizer(quantize_weights(quantizer, residual_bits=bits))
+        params = projected(quantizer)
+        state = tx.init(params)
+        step = jax.jit(make_step(tx), donate_argnums=(0, 1))
+        for i in range(300):
+            params, state, loss = step(params, state, *batch(i % 10))
+        losses[bits] = float(loss)
+    assert losses[8] < 1.1 * losses[None]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_params(dtype):
+    tx = optimizer(quantize_weights(Uniform(bits=4), residual_bits=8))
+    params = projected(Uniform(bits=4), dtype=dtype)
+    state = tx.init(params)
+    step = jax.jit(make_step(tx))
+    for _ in range(4):
+        params, state, _ = step(params, state, *batch(dtype=dtype))
+        assert_on_grid(params, state)
+    chex.assert_type(latent_params(params, state)["Dense_0"]["kernel"], jnp.float32)
+
+
+def test_a_byte_a_weight():
+    params = {"w": jnp.asarray(weights((512, 256)))}
+    tx = quantize_weights(Uniform(bits=4), residual_bits=8)
+    state = tx.init(params)
+    assert isinstance(state.latent["w"], QArray)
+    nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert nbytes == 512 * 256 + 256 * (4 + 2) + 4
+    compiled = jax.jit(tx.update, donate_argnums=(0, 1)).lower(params, state, params).compile()
+    memory = compiled.memory_analysis()
+    # Updates and params of 4 bytes a weight each, and the state.
+    assert memory.argument_size_in_bytes <= (4 + 4) * 512 * 256 + nbytes + 64
+
+
+def test_survives_msgpack():
+    tx = optimizer(quantize_weights(Uniform(bits=3), residual_bits=8))
+    params = projected(Uniform(bits=3))
+    step = jax.jit(make_step(tx))
+    params, state, _ = step(params, tx.init(params), *batch())
+    restored = flax.serialization.from_bytes(tx.init(params), flax.serialization.to_bytes(state))
+    chex.assert_trees_all_equal(restored, state)
+    chex.assert_trees_all_equal(step(params, restored, *batch()), step(params, state, *batch()))
+
+
+@pytest.mark.parametrize("bits", [4, 16, 7.5, "8"])
+def test_refuses_other_widths(bits):
+    with pytest.raises(ValueError, match="residual_bits must be 8, or None for float32, got"):
+        quantize_weights(Uniform(bits=4), residual_bits=bits)
+
+
+def test_nnx_optimizer_with_softness():
+    x, y = batch()
+    rules = {"kernel": Uniform(bits=3)}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        model = nnx.Sequential(
+            nnx.Linear(12, 10, rngs=nnx.Rngs(0)), nnx.Linear(10, 4, rngs=nnx.Rngs(1))
+        )
+        last = quantize_weights(rules, softness=softness_schedule(2, 8), residual_bits=8)
+        opt = nnx.Optimizer(model, optax.chain(optax.adam(1e-2), last), wrt=nnx.Param)
+
+        @nnx.jit
+        def step(model, opt):
+            loss, grads = nnx.value_and_grad(lambda m: jnp.mean((m(x) - y) ** 2))(model)
+            opt.update(model, grads)
+            return loss
+
+        losses = [float(step(model, opt)) for _ in range(60)]
+        assert losses[-1] < 0.8 * losses[0]
+        params = nnx.state(model, nnx.Param)
+        assert_on_grid(nnx.as_pure(params), opt)
+        latent = nnx.to_pure_dict(latent_params(params, opt))
+        assert latent["layers"][0]["kernel"].shape == (12, 10)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", ["uniform8", "uniform4", "uniform2", "binary", "zscore7"])
+def test_softness_and_half_precision_keep_the_latent(dtype, name):
+    """The level is found again from params that are between levels, rounded to their dtype."""
+    rng = np.random.default_rng(0)
+    tx = quantize_weights(QUANTIZERS[name], residual_bits=8, softness=softness_schedule(0, 400))
+    params = {"w": jnp.asarray(rng.normal(size=(64, 32)), dtype)}
+    state, update = tx.init(params), jax.jit(tx.update)
+    exact = np.asarray(params["w"], np.float64)
+    for _ in range(60):
+        u = 1e-3 * rng.normal(size=(64, 32)).astype(np.float32)
+        exact += u
+        updates, state = update({"w": jnp.asarray(u)}, state, params)
+        with jax.numpy_dtype_promotion("standard"):
+            params = optax.apply_updates(params, updates)
+    error = np.asarray(latent_params(params, state)["w"]) - exact
+    unit = np.asarray(state.latent["w"].scale.astype(jnp.float32))
+    if name == "binary":  # units of the roots of weights
+        error /= 2 * np.sqrt(np.abs(exact)) + unit
+    # A stochastic rounding a step, of at most a unit each.
+    assert np.abs(error / unit).max() < 4 * np.sqrt(60)
+    assert np.sqrt(np.mean(np.square(error / unit))) < np.sqrt(60)
