@@ -13,6 +13,7 @@ from .gradients.clip import (
 from .quant.grid import Grid
 from .quant.qarray import QArray, narrow
 from .quant.quantizers import Binary, NormalFloat, Quantizer, Ternary, Uniform, ZScore
+from .quant.uses import Calibration, Use, Uses
 from .quant.params import dequantize_params, quantize_params
 from .training.softness import softness_schedule
 from .training.weights import (
@@ -53,6 +54,9 @@ __all__ = [
     "Binary",
     "Ternary",
     "NormalFloat",
+    "Use",
+    "Uses",
+    "Calibration",
     "quantize_params",
     "dequantize_params",
     "quantize_weights",
