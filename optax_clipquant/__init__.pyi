@@ -1,28 +1,17 @@
 """The public names, in the order in which data flows."""
 
 from .gradients.average import AverageGradientsState, average_gradients, state_specs
-from .gradients.clip import (
-    ClipByQuantileState,
-    ClipByValueState,
-    ClipByZScoreState,
-    clip_by_quantile,
-    clip_by_value,
-    clip_by_zscore,
-    clip_fractions,
-)
+from .gradients.clip import ClipByValueState, clip_by_value, clip_fractions
+from .gradients.quantile import ClipByQuantileState, clip_by_quantile
+from .gradients.zscore import ClipByZScoreState, clip_by_zscore
 from .quant.grid import Grid
 from .quant.qarray import QArray, narrow
 from .quant.quantizers import Binary, NormalFloat, Quantizer, Ternary, Uniform, ZScore
 from .quant.uses import Calibration, Use, Uses
 from .quant.params import dequantize_params, quantize_params
 from .training.softness import softness_schedule
-from .training.weights import (
-    QuantizeWeightsState,
-    RoundWeightsState,
-    clipquant,
-    quantize_weights,
-    round_weights,
-)
+from .training.weights import QuantizeWeightsState, clipquant, quantize_weights
+from .training.rounding import RoundWeightsState, round_weights
 from .training.export import export_params, latent_params
 from .quant.companding import CompandedArray
 from .training.state import QuantizeStateState, quantize_state

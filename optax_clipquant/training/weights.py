@@ -1,29 +1,20 @@
-"""Training on the grid: transforms after which the params stand on levels, and what they ship."""
+"""Training on the grid: transforms after which the params stand on levels."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optax_clipquant._tree import path_of, unboxed
+from optax_clipquant._tree import PyTree, path_of, unboxed
 from optax_clipquant.gradients.clip import Bound, clip_by_value
 from optax_clipquant.quant.grid import Grid
-from optax_clipquant.quant.params import (
-    PyTree,
-    Rules,
-    Where,
-    check_rules,
-    is_quantized,
-    leaves_of,
-    naming,
-    rule_for,
-    select,
-)
+from optax_clipquant.quant.params import Rules, Where, check_rules, leaves_of
 from optax_clipquant.quant.qarray import QArray
 from optax_clipquant.quant.quantizers import Uniform
 from optax_clipquant.training import residual
+from optax_clipquant.training.grids import difference, init_grids, level_of, map_quantized, refit
+from optax_clipquant.training.rounding import RoundWeightsState
 from optax_clipquant.training.softness import check_softness, soften
 
 
@@ -41,20 +32,6 @@ class QuantizeWeightsState(NamedTuple):
     count: jax.typing.ArrayLike
     latent: PyTree
     grid: PyTree
-
-
-class RoundWeightsState(NamedTuple):
-    """State of ``round_weights``.
-
-    Attributes:
-      count: the number of updates so far.
-      grid: a tree with the ``Grid`` that each quantized leaf stands on, None at others.
-      key: the PRNG key of stochastic rounding, or None.
-    """
-
-    count: jax.typing.ArrayLike
-    grid: PyTree
-    key: jax.Array | None
 
 
 def quantize_weights(
@@ -139,7 +116,7 @@ def quantize_weights(
         )
 
     def init(params: PyTree) -> PyTree:
-        grid = _init_grids(params, quantizer, where)
+        grid = init_grids(params, quantizer, where)
         grids = dict(leaves_of(grid))
 
         def keep(path: str, p: jax.Array) -> Any:
@@ -149,7 +126,7 @@ def quantize_weights(
             latent = jnp.array(p, jnp.float32, copy=True)
             if residual_bits is None:
                 return latent
-            return residual.start(latent, _level(grids[path], latent), grids[path])
+            return residual.start(latent, level_of(grids[path], latent), grids[path])
 
         latent = jax.tree_util.tree_map_with_path(
             lambda path, p: keep(path_of(path), p), unboxed(params)
@@ -166,80 +143,21 @@ def quantize_weights(
         def step(path: str, u: jax.Array, p: jax.Array, grid: Grid) -> tuple[Any, Any, Any]:
             kept = latents[path]
             latent = latent_of(p, grid, kept) + u.astype(jnp.float32)
-            grid = _refit(quantizer, path, latent, grid)
-            level = target = _level(grid, latent)
+            grid = refit(quantizer, path, latent, grid)
+            level = target = level_of(grid, latent)
             if soft is not None:
                 target = soften(level, latent, soft)
-            u = _difference(target, p)
+            u = difference(target, p)
             if not isinstance(kept, QArray):
                 return u, grid, latent
             if soft is not None:
                 # The next step finds the level of what the params are then, rounded to their dtype.
-                level = _level(grid, grid.round(p.astype(u.dtype) + u))
+                level = level_of(grid, grid.round(p.astype(u.dtype) + u))
             kept = residual.advance(latent, level, grid, kept, index[path], state.count)
             return u, grid, kept
 
-        updates, grid, latent = _map_quantized(
-            step, updates, params, state.grid, "quantize_weights"
-        )
+        updates, grid, latent = map_quantized(step, updates, params, state.grid, "quantize_weights")
         return updates, QuantizeWeightsState(optax.safe_increment(state.count), latent, grid)
-
-    return optax.GradientTransformation(init, update)
-
-
-def round_weights(
-    quantizer: Rules, *, stochastic: bool = False, seed: int = 0, where: Where | None = None
-) -> optax.GradientTransformation:
-    """Rounds the params onto the grid after every step; put it last in the chain.
-
-    There is no latent copy, so an update that is smaller than half a step of the grid is rounded
-    away, and with rounding to the nearest level training stalls: this is the plain form of the
-    method, kept to show that. ``quantize_weights`` does not stall. Stochastic rounding is unbiased, so
-    that small updates count on the average, and trains.
-
-    Args:
-      quantizer: as for ``quantize_weights``.
-      stochastic: round to one of the two levels around each weight, unbiased.
-      seed: of the stochastic rounding. Under ``jax.vmap`` all members draw the same numbers.
-      where: as for ``quantize_weights``.
-
-    Returns:
-      A ``GradientTransformation`` with a ``RoundWeightsState``.
-
-    Raises:
-      ValueError: as for ``quantize_weights``.
-
-    Examples:
-      >>> tx = optax.chain(optax.sgd(0.1), round_weights(Uniform(bits=4)))
-      >>> params = {"kernel": jnp.array([[1.0], [0.5]])}
-      >>> updates, _ = tx.update({"kernel": jnp.array([[0.0], [0.1]])}, tx.init(params), params)
-      >>> updates["kernel"]  # the step of -0.01 is lost
-      Array([[0.],
-             [0.]], dtype=float32)
-    """
-
-    check_rules(quantizer)
-
-    def init(params: PyTree) -> PyTree:
-        grid = _init_grids(params, quantizer, where)
-        key = jax.random.key(seed) if stochastic else None
-        return RoundWeightsState(jnp.zeros((), jnp.int32), grid, key)
-
-    def update(
-        updates: PyTree, state: PyTree, params: PyTree | None = None
-    ) -> tuple[PyTree, PyTree]:
-        index = {path: i for i, (path, _) in enumerate(leaves_of(state.grid))}
-
-        def step(path: str, u: jax.Array, p: jax.Array, grid: Grid) -> tuple[Any, Any]:
-            w = p.astype(jnp.float32) + u.astype(jnp.float32)
-            grid = _refit(quantizer, path, w, grid)
-            key = None
-            if state.key is not None:
-                key = jax.random.fold_in(jax.random.fold_in(state.key, state.count), index[path])
-            return _difference(_level(grid, w, key), p), grid
-
-        updates, grid = _map_quantized(step, updates, params, state.grid, "round_weights")
-        return updates, RoundWeightsState(optax.safe_increment(state.count), grid, state.key)
 
     return optax.GradientTransformation(init, update)
 
@@ -279,65 +197,8 @@ def weight_states(opt_state: PyTree) -> list[Any]:
     return [state for state in found if is_state(state)]
 
 
-def _init_grids(params: PyTree, quantizer: Rules, where: Where | None) -> PyTree:
-    params = unboxed(params)
-    chosen = select(params, quantizer, where)
-
-    def fit(path: str, p: jax.Array) -> Grid | None:
-        if path not in chosen:
-            return None
-        with naming(path):
-            return chosen[path].fit(p)
-
-    return jax.tree_util.tree_map_with_path(lambda path, p: fit(path_of(path), p), params)
-
-
-def _refit(quantizer: Rules, path: str, w: jax.Array, grid: Grid) -> Grid:
-    rule = rule_for(path, quantizer)
-    assert rule is not None  # init selected the leaf by this rule
-    return dataclasses.replace(rule.fit(w, start=grid), dtype=grid.dtype)
-
-
-def _level(grid: Grid, w: jax.Array, key: jax.Array | None = None) -> jax.Array:
-    """The level of each of ``w``, in float32, in which the difference of two is exact."""
-    return grid.decode(grid.encode(w, key=key)).astype(jnp.float32)
-
-
-def _difference(target: jax.Array, p: jax.Array) -> jax.Array:
-    """``target - p``, at least in float32, in which the difference of two levels is exact."""
-    wide = p.dtype if p.dtype.itemsize > 4 else jnp.float32
-    return target.astype(wide) - p.astype(wide)
-
-
 def latent_of(p: jax.Array, grid: Grid, kept: jax.Array | QArray) -> jax.Array:
     """The latent weights, from what the state keeps of them."""
     if not isinstance(kept, QArray):
         return kept
-    return residual.latent_of(_level(grid, p), grid, kept)
-
-
-def _map_quantized(
-    step: Any, updates: PyTree, params: PyTree | None, grid: PyTree, name: str
-) -> tuple[PyTree, ...]:
-    """``step(path, update, param, grid)`` at each quantized leaf; a tree for each of its results."""
-    if params is None:
-        raise ValueError(
-            f"{name} needs the params: call update(updates, state, params) with the current ones"
-        )
-    update_of, param_of = dict(leaves_of(updates)), dict(leaves_of(params))
-    outputs = {}
-    for path, leaf_grid in leaves_of(grid):
-        for what, leaves in (("updates", update_of), ("params", param_of)):
-            if path not in leaves:
-                raise ValueError(f"{name}: {what} have no leaf {path!r}, which init quantized")
-        outputs[path] = step(path, update_of[path], param_of[path], leaf_grid)
-
-    def result(index: int, tree: PyTree) -> PyTree:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: outputs[path_of(path)][index] if path_of(path) in outputs else leaf,
-            tree,
-            is_leaf=is_quantized,
-        )
-
-    count = len(next(iter(outputs.values())))
-    return result(0, updates), *(result(index, grid) for index in range(1, count))
+    return residual.latent_of(level_of(grid, p), grid, kept)

@@ -1,0 +1,167 @@
+"""Gradients clamped to a bound that follows a quantile of their magnitudes."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+
+from optax_clipquant._tree import PyTree, is_float0, path_of
+from optax_clipquant.gradients.clip import (
+    Masks,
+    check_positive,
+    clamp,
+    clamped_fraction,
+    count_clamped,
+    parts,
+    weak,
+)
+from optax_clipquant.lowering.reduce import extremes
+
+
+class ClipByQuantileState(NamedTuple):
+    """State of ``clip_by_quantile``.
+
+    Attributes:
+      threshold: the bound of the next update, a float32 scalar; with ``per_leaf`` a dict with one for
+        each leaf, by its path.
+      clip_fraction: the share of all elements that the last update clamped, a float32 scalar.
+    """
+
+    threshold: jax.Array | dict[str, jax.Array]
+    clip_fraction: jax.Array
+
+
+def clip_by_quantile(
+    q: float = 0.99, *, learning_rate: float = 0.2, initial: float = 1.0, per_leaf: bool = False
+) -> optax.GradientTransformation:
+    """Clamps each element of the gradients to a bound that is adapted automatically.
+
+    The bound ``c`` follows the quantile ``q`` of the magnitudes, so that a share ``1 - q`` of the
+    elements is clamped. After each update it takes a geometric step, where ``f`` is the share that
+    was clamped::
+
+        g -> min(max(g, -c), c)
+        c <- c * exp(learning_rate * clip(k * (f - (1 - q)) / min(q, 1 - q), -1, 1))
+
+    It needs one look at the gradients and no sort, and arrives from 1000 times too small or too
+    large within about 100 steps at any ``q``. ``k`` is 1, except for a ``learning_rate`` with which
+    ``c`` would swing about the quantile of normal gradients (at the default, for ``q`` from 0.994):
+    it is smaller there. The bound stays where the gradients are all zero or some are not finite, and
+    is always a positive, finite float32.
+
+    Args:
+      q: the quantile of the magnitudes, in (0, 1).
+      learning_rate: the largest change of ``log(c)`` in a step.
+      initial: the first bound.
+      per_leaf: whether each leaf has a bound of its own.
+
+    Returns:
+      A ``GradientTransformation`` with a ``ClipByQuantileState``. Dtypes, NaN, infinities, complex
+      gradients and leaves that pass are as in ``clip_by_value``; elements are counted as there.
+
+    Raises:
+      ValueError: ``q`` is outside (0, 1), or ``learning_rate`` or ``initial`` is not positive and
+        finite.
+      TypeError: a gradient is an integer.
+
+    Examples:
+      >>> tx = clip_by_quantile(0.9)
+      >>> g = jax.random.normal(jax.random.key(0), (1000,))
+      >>> state = tx.init(g)
+      >>> for _ in range(20):
+      ...     _, state = tx.update(g, state)
+      >>> print(f"{state.threshold:.2f} {state.clip_fraction:.2f}")
+      1.59 0.10
+
+    References:
+      Andrew et al., Differentially private learning with adaptive clipping, 2021 (arXiv:1905.03871).
+    """
+    for name, value in (("q", q), ("learning_rate", learning_rate), ("initial", initial)):
+        check_positive("clip_by_quantile", name, value)
+        limit = 1 if name == "q" else math.inf
+        if not isinstance(value, Tracer) and not value < limit:
+            raise ValueError(f"clip_by_quantile: {name} must be below {limit}, got {value}")
+    q, learning_rate = weak(q), weak(learning_rate)
+
+    def init(params: PyTree) -> PyTree:
+        def start() -> jax.Array:
+            return jnp.array(initial, jnp.float32, copy=True)  # so that all can be donated
+
+        threshold: jax.Array | dict[str, jax.Array] = start()
+        if per_leaf:
+            paths = jax.tree_util.tree_flatten_with_path(params)[0]
+            threshold = {path_of(path): start() for path, _ in paths}
+            if len(threshold) < len(paths):
+                raise ValueError(
+                    "clip_by_quantile: two leaves of params have the same path, as "
+                    "{'a': {'b': ...}, 'a/b': ...} would; rename one, or leave out per_leaf"
+                )
+        return ClipByQuantileState(threshold, clip_fraction=jnp.zeros((), jnp.float32))
+
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree | None = None
+    ) -> tuple[PyTree, PyTree]:
+        del params
+        share = 1 - q
+        rarer = jnp.minimum(q, share)
+        gain = _quantile_gain(share, learning_rate) / rarer
+        thresholds = state.threshold if per_leaf else {"": state.threshold}
+        seen: dict[str, list[tuple[Masks, jax.Array]]] = {}
+
+        def clip(path: jax.tree_util.KeyPath, g: Any) -> Any:
+            if is_float0(g):
+                return g
+            name = path_of(path) if per_leaf else ""
+            if name not in thresholds:
+                raise ValueError(
+                    f"clip_by_quantile: updates have a leaf {name!r}, which the params of init had not"
+                )
+            clipped, masks = clamp("clip_by_quantile", g, thresholds[name])
+            seen.setdefault(name, []).append((masks, _peak(g)))
+            return clipped
+
+        clipped = jax.tree_util.tree_map_with_path(clip, updates)
+        tracked = dict(thresholds)
+        number = jnp.zeros((), jnp.float32)
+        for name, found in seen.items():
+            masks, peaks = zip(*found, strict=True)
+            here = count_clamped(masks)
+            number += here
+            off = clamped_fraction(here, masks) - share
+            step = learning_rate * jnp.clip(off * gain, -1, 1)
+            moved = jnp.clip(thresholds[name] * jnp.exp(step), _TINY, _HUGE)
+            peak = sum(peaks, jnp.zeros((), jnp.float32))
+            tracked[name] = jnp.where((peak > 0) & (peak < jnp.inf), moved, thresholds[name])
+        return clipped, ClipByQuantileState(
+            threshold=tracked if per_leaf else tracked[""],
+            clip_fraction=clamped_fraction(
+                number, [masks for found in seen.values() for masks, _ in found]
+            ),
+        )
+
+    return optax.GradientTransformation(init, update)
+
+
+_TINY = float(jnp.finfo(jnp.float32).tiny)
+_HUGE = float(jnp.finfo(jnp.float32).max)
+
+
+def _peak(g: jax.Array) -> jax.Array:
+    """A float32: 0 where all elements are, not finite where one is not."""
+    ends = [jnp.maximum(high, -low) for high, low in map(extremes, parts(g))]
+    return sum((jnp.squeeze(end).astype(jnp.float32) for end in ends), jnp.zeros((), jnp.float32))
+
+
+def _quantile_gain(share: Any, learning_rate: Any) -> jax.Array:
+    """1, or less where the tracking of a bound would swing about the quantile of normal gradients.
+
+    The tracking is a fixed-point iteration: near the quantile, a step takes ``learning_rate * slope``
+    of the distance away, which must be below 2.
+    """
+    z = -jax.scipy.special.ndtri(jnp.asarray(share, jnp.float32) / 2)
+    density = jnp.exp(-jnp.square(z) / 2) * (2 / math.pi) ** 0.5
+    slope = density * z / jnp.minimum(share, 1 - share)
+    return jnp.minimum(1.0, 1.6 / (learning_rate * slope))

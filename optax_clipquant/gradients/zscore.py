@@ -1,0 +1,161 @@
+"""Gradients whose norm is a spike, rescaled."""
+
+import operator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+
+from optax_clipquant._tree import PyTree, is_float0
+from optax_clipquant.gradients.clip import check_gradient, check_positive, parts, weak
+
+
+class ClipByZScoreState(NamedTuple):
+    """State of ``clip_by_zscore``.
+
+    Attributes:
+      count: the number of norms recorded so far.
+      mean: the running mean of the norms.
+      variance: their running variance.
+      norm: the global norm of the last gradients, before clipping.
+      threshold: the norm above which the last gradients would have been rescaled.
+      clipped: whether they were, a bool.
+    """
+
+    count: jax.typing.ArrayLike
+    mean: jax.Array
+    variance: jax.Array
+    norm: jax.Array
+    threshold: jax.Array
+    clipped: jax.Array
+
+
+def clip_by_zscore(
+    z: float = 2.5, *, decay: float = 0.97, warmup_steps: int = 25, max_norm: float = 1.0
+) -> optax.GradientTransformation:
+    """Rescales gradients whose global norm is a spike among the norms before (ZClip).
+
+    With ``m`` and ``s`` the running mean and standard deviation of the norms, gradients of a norm
+    ``g > m + z * s`` are rescaled to the norm::
+
+        m + z * s / ((g - m) / (s * z))
+
+    which is the smaller the larger the spike. The running moments then take the norm after
+    clipping: ``m <- decay * m + (1 - decay) * g``, and the same for the variance, from the new mean.
+    During the first ``warmup_steps`` the norms are only collected, and norms above ``max_norm`` are
+    rescaled to it. The mean and variance of the collected norms are the initial moments.
+
+    Norms that are zero or not finite are not recorded. Gradients with NaN pass unchanged. Where the
+    norm is infinite, finite gradients become 0 and infinite ones NaN, so that
+    ``optax.apply_if_finite`` and ``optax.zero_nans`` still see them. Norms are summed in float32 in
+    units of the running mean: one 1e19 times as large counts as infinite.
+
+    Args:
+      z: how many standard deviations above the mean a norm is a spike.
+      decay: of the running moments, in [0, 1).
+      warmup_steps: how many norms are collected first, at least 2.
+      max_norm: the largest norm meanwhile; ``math.inf`` for none.
+
+    Returns:
+      A ``GradientTransformation`` with a ``ClipByZScoreState``. Gradients keep their dtypes; ``None``,
+      ``optax.MaskedNode`` and ``float0`` leaves pass.
+
+    Raises:
+      ValueError: ``z`` or ``max_norm`` is not positive, ``decay`` is outside [0, 1), or
+        ``warmup_steps`` is below 2.
+      TypeError: ``warmup_steps`` is no integer, or a gradient is one.
+
+    Examples:
+      >>> tx = clip_by_zscore(warmup_steps=2, max_norm=10.0)
+      >>> state = tx.init(jnp.zeros(2))
+      >>> for norm in (4.0, 6.0, 100.0):
+      ...     g, state = tx.update(jnp.array([0.0, norm]), state)
+      >>> g, state.threshold, state.clipped
+      (Array([0.       , 5.0657897], dtype=float32), Array(7.5, dtype=float32), Array(True, dtype=bool))
+
+    References:
+      Kumar et al., ZClip: adaptive spike mitigation for LLM pre-training, 2025 (arXiv:2504.02507).
+    """
+    check_positive("clip_by_zscore", "z", z)
+    check_positive("clip_by_zscore", "max_norm", max_norm, "; for no bound give math.inf")
+    if not isinstance(decay, Tracer) and not 0 <= decay < 1:
+        raise ValueError(f"clip_by_zscore: decay must be in [0, 1), got {decay}")
+    if not isinstance(warmup_steps, Tracer):
+        try:
+            least = operator.index(warmup_steps)
+        except TypeError:
+            raise TypeError(
+                f"clip_by_zscore: warmup_steps must be an integer, got {warmup_steps!r}"
+            ) from None
+        if least < 2:
+            raise ValueError(
+                "clip_by_zscore: warmup_steps must be at least 2, since one norm has no spread, got "
+                f"{warmup_steps}"
+            )
+    z, decay, max_norm = weak(z), weak(decay), weak(max_norm)
+
+    def init(params: PyTree) -> PyTree:
+        del params
+        zero = jnp.zeros((), jnp.float32)
+        return ClipByZScoreState(
+            count=jnp.zeros((), jnp.int32),
+            mean=zero,
+            variance=zero + 0,  # an array each, so that all can be donated
+            norm=zero + 0,
+            threshold=jnp.array(max_norm, jnp.float32, copy=True),
+            clipped=jnp.zeros((), bool),
+        )
+
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree | None = None
+    ) -> tuple[PyTree, PyTree]:
+        del params
+        count, mean, variance = state.count, state.mean, state.variance
+        norm = _norm(updates, jnp.where(count == 0, 1, mean))
+        warming = count < warmup_steps
+        threshold = jnp.where(warming, max_norm, mean + z * jnp.sqrt(variance))
+        spike = norm > threshold
+        above = jnp.where(spike, norm - mean, 1)
+        limit = jnp.where(warming, max_norm, mean + z**2 * variance / above)
+        scale = jnp.where(spike, limit / norm, 1)
+
+        def rescale(g: Any) -> Any:
+            if is_float0(g):
+                return g
+            if jnp.issubdtype(g.dtype, jnp.complexfloating):
+                return jax.lax.complex(rescale(g.real), rescale(g.imag))
+            wide = g.astype(jnp.float32) if g.dtype.itemsize < 4 else g
+            return (wide * scale.astype(wide.dtype)).astype(g.dtype)
+
+        # While they are collected, moments of all norms; then exponential ones of those clipped.
+        taken = jnp.where(spike & ~warming, limit, norm)
+        keep = jnp.where(warming, count / (count + 1), decay)
+        new_mean = keep * mean + (1 - keep) * taken
+        off = jnp.where(warming, taken - mean, taken - new_mean)
+        new_variance = keep * variance + (1 - keep) * off * (taken - new_mean)
+        recorded = (norm > 0) & (norm < jnp.inf)
+        return jax.tree.map(rescale, updates), ClipByZScoreState(
+            count=jnp.where(recorded, optax.safe_increment(count), count),
+            mean=jnp.where(recorded, new_mean, mean),
+            variance=jnp.where(recorded, new_variance, variance),
+            norm=norm,
+            threshold=threshold,
+            clipped=spike,
+        )
+
+    return optax.GradientTransformation(init, update)
+
+
+def _norm(updates: PyTree, unit: jax.Array) -> jax.Array:
+    """The global norm, from squares in units of the power of two at ``unit``."""
+    unit = jax.lax.reduce_precision(unit, 8, 0)
+    total = jnp.zeros((), jnp.float32)
+    for g in jax.tree.leaves(updates):
+        if is_float0(g):
+            continue
+        check_gradient("clip_by_zscore", g)
+        for part in parts(g):
+            total += jnp.sum(jnp.square(part.astype(jnp.float32) / unit))
+    return unit * jnp.sqrt(total)

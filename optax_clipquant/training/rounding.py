@@ -1,0 +1,84 @@
+"""Params rounded onto the grid, without latent weights."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_clipquant._tree import PyTree
+from optax_clipquant.quant.grid import Grid
+from optax_clipquant.quant.params import Rules, Where, check_rules, leaves_of
+from optax_clipquant.training.grids import difference, init_grids, level_of, map_quantized, refit
+
+
+class RoundWeightsState(NamedTuple):
+    """State of ``round_weights``.
+
+    Attributes:
+      count: the number of updates so far.
+      grid: a tree with the ``Grid`` that each quantized leaf stands on, None at others.
+      key: the PRNG key of stochastic rounding, or None.
+    """
+
+    count: jax.typing.ArrayLike
+    grid: PyTree
+    key: jax.Array | None
+
+
+def round_weights(
+    quantizer: Rules, *, stochastic: bool = False, seed: int = 0, where: Where | None = None
+) -> optax.GradientTransformation:
+    """Rounds the params onto the grid after every step; put it last in the chain.
+
+    There is no latent copy, so an update that is smaller than half a step of the grid is rounded
+    away, and with rounding to the nearest level training stalls: this is the plain form of the
+    method, kept to show that. ``quantize_weights`` does not stall. Stochastic rounding is unbiased, so
+    that small updates count on the average, and trains.
+
+    Args:
+      quantizer: as for ``quantize_weights``.
+      stochastic: round to one of the two levels around each weight, unbiased.
+      seed: of the stochastic rounding. Under ``jax.vmap`` all members draw the same numbers.
+      where: as for ``quantize_weights``.
+
+    Returns:
+      A ``GradientTransformation`` with a ``RoundWeightsState``.
+
+    Raises:
+      ValueError: as for ``quantize_weights``.
+
+    Examples:
+      >>> from optax_clipquant import Uniform
+      >>> tx = optax.chain(optax.sgd(0.1), round_weights(Uniform(bits=4)))
+      >>> params = {"kernel": jnp.array([[1.0], [0.5]])}
+      >>> updates, _ = tx.update({"kernel": jnp.array([[0.0], [0.1]])}, tx.init(params), params)
+      >>> updates["kernel"]  # the step of -0.01 is lost
+      Array([[0.],
+             [0.]], dtype=float32)
+    """
+
+    check_rules(quantizer)
+
+    def init(params: PyTree) -> PyTree:
+        grid = init_grids(params, quantizer, where)
+        key = jax.random.key(seed) if stochastic else None
+        return RoundWeightsState(jnp.zeros((), jnp.int32), grid, key)
+
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree | None = None
+    ) -> tuple[PyTree, PyTree]:
+        index = {path: i for i, (path, _) in enumerate(leaves_of(state.grid))}
+
+        def step(path: str, u: jax.Array, p: jax.Array, grid: Grid) -> tuple[Any, Any]:
+            w = p.astype(jnp.float32) + u.astype(jnp.float32)
+            grid = refit(quantizer, path, w, grid)
+            key = None
+            if state.key is not None:
+                key = jax.random.fold_in(jax.random.fold_in(state.key, state.count), index[path])
+            return difference(level_of(grid, w, key), p), grid
+
+        updates, grid = map_quantized(step, updates, params, state.grid, "round_weights")
+        return updates, RoundWeightsState(optax.safe_increment(state.count), grid, state.key)
+
+    return optax.GradientTransformation(init, update)
