@@ -20,6 +20,8 @@ from .tuning.allocate import allocate_bits
 from .tuning.sweep import Sweep, sweep
 from .formats.files import load, save
 from .formats.qwix import to_qwix
+from .formats.gguf.read import from_gguf
+from .formats.gguf.write import to_gguf
 from .report.summarize import bits_per_param, summarize
 from .report.rows import Summary
 
@@ -66,6 +68,8 @@ __all__ = [
     "save",
     "load",
     "to_qwix",
+    "to_gguf",
+    "from_gguf",
     "summarize",
     "bits_per_param",
     "Summary",

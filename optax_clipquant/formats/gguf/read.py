@@ -1,0 +1,97 @@
+"""from_gguf: a GGUF file as a tree, whose quantized leaves are exact."""
+
+import math
+import os
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from optax_clipquant.formats.gguf.blocks import BLOCKS, decode
+from optax_clipquant.formats.gguf.container import SIZES, GGUFFile
+from optax_clipquant.quant.grid import Grid
+from optax_clipquant.quant.qarray import QArray
+
+_PLAIN = {
+    **{"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64},
+    **{"I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64},
+}
+
+
+def from_gguf(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads a GGUF file.
+
+    Tensors of Q4_0, Q5_0, Q8_0 and TQ2_0 become ``QArray`` leaves of the same levels, ``[out, in]`` with
+    groups along the last axis, on which training can go on: ``quantize_weights(Uniform(4,
+    channel_axis=0, group_size=32))`` starts with the very codes of a Q4_0 tensor that llama.cpp quantized
+    (its scales are then rounded to 8 bits, by less than half a percent). Tensors of other types become
+    arrays: of the K- and I-quants and others, float32 arrays of the decoded values.
+
+    Args:
+      path: the file.
+
+    Returns:
+      A dict of the tensors by name, in NumPy's order of axes; and the metadata by key: numbers, text,
+      bools, and lists of these.
+
+    Raises:
+      OSError: the file cannot be opened.
+      ValueError: it is truncated or no GGUF file, or has a type that the package ``gguf`` cannot decode.
+      ImportError: it has a type that needs the package ``gguf``, which is not installed.
+
+    Examples:
+      Continue training a file of llama.cpp::
+
+        tree, metadata = from_gguf("model-q4_0.gguf")
+        params = dequantize_params(tree)
+    """
+    with GGUFFile(path) as file:
+        tree = {name: _leaf(file, name) for name in file.tensors}
+        return tree, file.metadata
+
+
+def _leaf(file: GGUFFile, name: str) -> Any:
+    kind, shape = file.tensors[name]
+    content = file.read(name)
+    if kind in _PLAIN:
+        array = content.view(_PLAIN[kind]).reshape(shape)
+        # JAX would cut 64 bits to 32.
+        return jnp.asarray(array) if array.itemsize <= 4 else array
+    if kind not in BLOCKS:
+        return jnp.asarray(_decoded(file, name, content))
+    blocks = BLOCKS[kind]
+    codes, scales = decode(kind, content.reshape(-1, SIZES[kind][1]))
+    lower, upper, bits = blocks.lower, blocks.upper, math.log2(blocks.upper - blocks.lower + 1)
+    if codes.size and codes.max() > upper:
+        upper, bits = 2, 2  # of the four codes that a TQ2_0 file can have, llama.cpp writes three
+    grid = Grid(
+        jnp.asarray(scales.astype(np.float32).reshape(*shape[:-1], shape[-1] // blocks.size)),
+        bits=bits if bits == math.log2(3) else int(bits),
+        lower=lower,
+        upper=upper,
+        group=(-1, blocks.size),
+    )
+    return QArray(jnp.asarray(codes.reshape(shape)), grid)
+
+
+def _decoded(file: GGUFFile, name: str, content: np.ndarray) -> np.ndarray:
+    """The values of a tensor of another type."""
+    kind, shape = file.tensors[name]
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError(
+            f"{file.path}: tensor {name!r} is {kind}, whose decoding needs the package gguf: pip install "
+            "'optax-clipquant[gguf]'",
+            name="gguf",
+        ) from error
+    try:
+        number = gguf.GGMLQuantizationType[kind]
+        block, size = gguf.GGML_QUANT_SIZES[number]
+        rows = content[: math.prod(shape) // block * size].reshape(*shape[:-1], -1)
+        return gguf.dequantize(rows, number).reshape(shape)
+    except Exception as error:
+        raise ValueError(
+            f"{file.path}: tensor {name!r} of type {kind} cannot be decoded ({error})"
+        ) from error

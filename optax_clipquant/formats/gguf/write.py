@@ -1,0 +1,301 @@
+"""to_gguf: a quantized tree as a GGUF file, with the same numbers."""
+
+import collections
+import dataclasses
+import difflib
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal, get_args
+
+import ml_dtypes
+import numpy as np
+
+from optax_clipquant._tree import PyTree
+from optax_clipquant.formats.gguf.blocks import BLOCKS, encode
+from optax_clipquant.formats.gguf.container import GGUFFile, Tensor, uint32, writing
+from optax_clipquant.formats.gguf.names import gguf_name, row_order
+from optax_clipquant.formats.leaves import Leaf, Names, Rows, leaves_in, rows_of, targets
+from optax_clipquant.quant.grid import Grid
+
+Float = Literal["float16", "bfloat16", "float32"]
+
+_KINDS = {
+    **{np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(np.float64): "F64"},
+    **{np.dtype(ml_dtypes.bfloat16): "BF16", np.dtype(np.int8): "I8", np.dtype(np.int16): "I16"},
+    **{np.dtype(np.int32): "I32", np.dtype(np.int64): "I64"},
+}
+_DTYPES = {kind: dtype for dtype, kind in _KINDS.items()}
+_HELD = tuple(_DTYPES[kind] for kind in ("F32", "F16", "BF16"))  # by float32
+# Of llama.cpp's llama_ftype.
+_FILE_TYPES = {
+    **{"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "Q5_0": 8, "BF16": 32, "TQ2_0": 37},
+}
+_CHUNK = 2**20  # elements
+
+
+def to_gguf(
+    path: str | os.PathLike[str],
+    qparams: PyTree,
+    *,
+    like: str | os.PathLike[str],
+    names: Names | None = None,
+    otherwise: Float | None = None,
+) -> dict[str, str]:
+    """Writes a quantized tree as a GGUF file, which llama.cpp, Ollama and LM Studio run.
+
+    Nothing is quantized again: of a level ``code * scale`` the file has that code and that scale, as
+    float16, so that each weight that a runtime decodes equals ``dequantize_params(qparams)``; where
+    leaves are bfloat16 or float16, after rounding to these. (A decoded 0 may be -0.) What a runtime
+    computes with them is up to it: llama.cpp rounds activations to 8 bits.
+
+    A leaf gets the smallest type that holds all levels of its grid:
+
+    | type | codes | bits a weight | such as |
+    |---|---|---|---|
+    | ``TQ2_0`` | -1, 0, 1 | 2.06 | ``Ternary(group_size=256)``, ``Binary(group_size=256)`` |
+    | ``Q4_0`` | -8 to 7 | 4.5 | ``Uniform(4, group_size=32)``, or fewer bits |
+    | ``Q5_0`` | -16 to 15 | 5.5 | ``Uniform(5, group_size=32)`` |
+    | ``Q8_0`` | -128 to 127 | 8.5 | ``Uniform(8, group_size=32)``, or 6 and 7 bits |
+
+    along the contracted axis, whose length must be a multiple of 32 (or 256); the groups of the grid
+    may be multiples of these, or whole rows. Arrays keep their dtype, and those of one axis become
+    float32. The file replaces ``path`` once it is whole; a tensor is in memory at a time.
+
+    Args:
+      path: the file, by custom with the ending ``.gguf``.
+      qparams: a tree of arrays and ``QArray`` leaves.
+      like: a GGUF file of the same model in any precision, which may be ``path``: it gives the metadata,
+        the tokenizer, and each tensor that ``qparams`` does not have.
+      names: the name in ``like`` of a leaf's path, as a mapping or a function; or ``(name, transpose)``,
+        or None for a leaf to be left out. ``transpose`` tells whether a ``[in, out]`` leaf becomes
+        GGUF's ``[out, in]``; for more axes it may be their order, after which neighbours are merged:
+        ``(1, 2, 0)`` makes ``[d, heads, size]`` a tensor ``[heads * size, d]``. Without it, the grid, the
+        shape or a last key ``kernel``, ``weight`` or ``embedding`` tells. A name with ``{}`` stands for
+        the tensors ``blk.{}.attn_q.weight`` of all layers, which a leaf has along its leading axis.
+
+        By default, and for paths that a mapping lacks, a path is its name, with ``/`` for ``.``; or of a
+        llama, Mistral, Qwen2 or Qwen3, the name in Hugging Face's model
+        (``"model/layers/0/self_attn/q_proj/kernel"``, without the number of stacked layers). Then the
+        rows of queries and keys are put in GGUF's order, where the architecture has another.
+      otherwise: the dtype in which to write the decoded values of leaves that no type holds exactly.
+
+    Returns:
+      The type of each tensor of the file by its name.
+
+    Raises:
+      OSError: a file cannot be opened.
+      ValueError: a grid that no type holds exactly (with zero points, a code book, other groups), or
+        scales that float16 does not; a leaf that ``like`` lacks, or of another shape; ``like`` is no
+        GGUF file. The message names the leaf, its grid and the nearest grid that fits.
+
+    References:
+      ``blocks.py`` beside this module tells how blocks lie, with the sources.
+
+    Examples:
+      Train ``params`` of a Hugging Face llama on the grid of Q4_0, and run what was trained::
+
+        quantizer = Uniform(4, group_size=32, channel_axis=-1)  # kernels [in, out]
+        tx = optax.chain(optax.adam(1e-5), quantize_weights(quantizer))
+        ...
+        to_gguf("mine.gguf", export_params(params, opt_state), like="llama-f16.gguf")
+    """
+    tensors = write_gguf(path, leaves_in(qparams), like=like, names=names, otherwise=otherwise)
+    return {name: tensor.kind for name, tensor in tensors.items()}
+
+
+def write_gguf(
+    path: str | os.PathLike[str],
+    leaves: Mapping[str, Leaf],
+    *,
+    like: str | os.PathLike[str],
+    names: Names | None = None,
+    otherwise: Float | None = None,
+    progress: Callable[[int], None] = lambda elements: None,
+) -> dict[str, Tensor]:
+    """``to_gguf`` for leaves that need not be in memory; gives what it wrote.
+
+    ``progress`` is told the elements of each tensor of a leaf that is written.
+    """
+    if otherwise not in (None, *get_args(Float)):
+        raise ValueError(
+            f"otherwise must be one of {', '.join(get_args(Float))} or None, got {otherwise!r}"
+        )
+    with GGUFFile(like) as source:
+        if "split.count" in source.metadata:
+            raise ValueError(f"{source.path} is one of several parts of a model; merge them first")
+        placed = _placed(leaves, source, names)
+        tensors = dict(source.tensors)
+        for name, rows in placed.items():
+            tensors[name] = Tensor(_kind(rows, otherwise), source.tensors[name].shape)
+        nbytes = {
+            name: tensor.nbytes if name in placed else source.nbytes(name)
+            for name, tensor in tensors.items()
+        }
+        announced = {name: (tensor, nbytes[name]) for name, tensor in tensors.items()}
+        entries = _entries(source, tensors, nbytes)
+        with writing(path, entries, announced, source.alignment) as file:
+            for name, rows in placed.items():
+                file.put(name, _content(rows, tensors[name].kind))
+                progress(math.prod(rows.shape))
+            for name in tensors.keys() - placed.keys():
+                file.put(name, source.pieces(name))
+    return tensors
+
+
+def _placed(leaves: Mapping[str, Leaf], source: GGUFFile, names: Names | None) -> dict[str, Rows]:
+    """What each tensor of the file gets that comes from a leaf."""
+    placed: dict[str, Rows] = {}
+    for path, leaf in leaves.items():
+        target, theirs = None, False
+        if names is not None and (callable(names) or path in names):
+            target = names(path) if callable(names) else names[path]
+        else:
+            target, theirs = gguf_name(path, source)
+        for name, layer, transpose in targets(leaf, target):
+            if name not in source.tensors:
+                nearest = difflib.get_close_matches(name, source.tensors, n=3, cutoff=0)
+                raise ValueError(
+                    f"leaf {path!r}: {source.path} has no tensor {name!r}; the nearest are {nearest}; "
+                    "give its name by `names`, or None to leave it out"
+                )
+            if name in placed:
+                raise ValueError(
+                    f"leaves {placed[name].leaf.path!r} and {path!r} are both tensor {name!r}"
+                )
+            rows = rows_of(leaf, layer, transpose, source.tensors[name].shape)
+            if theirs:
+                order = row_order(name, rows.shape[0], source)
+                rows = dataclasses.replace(rows, order=order)
+            placed[name] = rows
+    return placed
+
+
+def _kind(rows: Rows, otherwise: Float | None) -> str:
+    """The type in which a leaf is written."""
+    leaf = rows.leaf
+    # Norms and biases: ggml computes with those in float32 alone.
+    single = len(rows.shape) == 1 and leaf.dtype in _HELD
+    if leaf.grid is None:
+        if leaf.dtype in _KINDS:
+            return "F32" if single else _KINDS[leaf.dtype]
+        problem = f"has dtype {leaf.dtype}, which GGUF lacks; cast it"
+    elif single:
+        return "F32"
+    else:
+        kind, problem = _block_kind(rows, leaf.grid)
+        if kind is not None:
+            return kind
+    if otherwise is None:
+        raise ValueError(
+            f"leaf {leaf.path!r} of shape {leaf.shape} {problem}, or write its values by "
+            "otherwise='float16'"
+        )
+    return _KINDS[np.dtype(otherwise)]
+
+
+def _block_kind(rows: Rows, grid: Grid) -> tuple[str | None, str]:
+    """The smallest type that holds the levels exactly; or None, and why there is none."""
+    lower, upper = _integer_range(grid)
+    length = rows.shape[-1]
+    if grid.code_book is not None:
+        problem = "has a code book, and GGUF's levels are evenly spaced"
+    elif grid.zero_point is not None:
+        problem = "has zero points, which no type of GGUF holds exactly"
+    else:
+        for kind, blocks in BLOCKS.items():
+            inside = blocks.lower <= lower and upper <= blocks.upper
+            if inside and rows.run % blocks.size == 0:
+                wrong = _inexact(rows, blocks.size)
+                if wrong is None:
+                    return kind, ""
+                return None, (
+                    f"has a scale of {wrong:g}, which float16 does not hold exactly (it holds scales of 8 "
+                    "significant bits from 2**-17 to 65280); scale the weights"
+                )
+        if grid.group is None:
+            shared = "scales that its rows do not share"
+        else:
+            shared = f"groups of {grid.group[1]} along axis {grid.group[0]}"
+        problem = f"has {shared} in rows of {length}, and GGUF's blocks are 32 of a row"
+    if length % 32:
+        nearest = "rows of this length fit no type: leave the leaf float"
+    else:
+        count = upper - lower + 1
+        bits = next(bits for bits in (4, 5, 8) if count <= 2**bits)
+        fitting = f"Uniform({bits}, group_size=32)"
+        if count <= 3 and length % 256 == 0:
+            fitting = "Ternary(group_size=256)"
+        nearest = f"the nearest grid that fits is {fitting}, along the contracted axis"
+    return None, f"({grid.bits:.3g} bits) {problem}; {nearest}"
+
+
+def _integer_range(grid: Grid) -> tuple[int, int]:
+    """The least and the largest code of which levels are multiples: ``(k + 1/2) s = (2 k + 1) s/2``."""
+    return (2 * grid.lower + 1, 2 * grid.upper + 1) if grid.offset else (grid.lower, grid.upper)
+
+
+def _scales(rows: Rows, size: int) -> np.ndarray:
+    scales = rows.scales(size).astype(np.float32)
+    assert rows.leaf.grid is not None
+    return scales / 2 if rows.leaf.grid.offset else scales
+
+
+def _inexact(rows: Rows, size: int) -> float | None:
+    """A scale that float16 does not hold exactly."""
+    scales = _scales(rows, size)
+    with np.errstate(over="ignore"):
+        wrong = (scales.astype(np.float16) != scales) | ~np.isfinite(scales)
+    return float(scales[wrong][0]) if wrong.any() else None
+
+
+def _content(rows: Rows, kind: str) -> Iterator[np.ndarray]:
+    """The bytes of a tensor, some rows at a time."""
+    if kind in BLOCKS:
+        yield from _encoded(rows, kind)
+        return
+    values = (rows.values() if rows.leaf.grid is not None else rows.codes()).reshape(-1)
+    for first in range(0, values.size, _CHUNK):
+        part = values[first : first + _CHUNK]
+        with np.errstate(over="ignore"):
+            cast = part.astype(_DTYPES[kind])
+        if kind == "F16" and not np.array_equal(np.isfinite(cast), np.isfinite(part)):
+            largest = np.abs(part[np.isfinite(part)]).max()
+            raise ValueError(
+                f"leaf {rows.leaf.path!r} has a value of {float(largest):g}, beyond float16's 65504; "
+                "choose otherwise='float32'"
+            )
+        yield cast
+
+
+def _encoded(rows: Rows, kind: str) -> Iterator[np.ndarray]:
+    grid, size = rows.leaf.grid, BLOCKS[kind].size
+    assert grid is not None
+    scales = _scales(rows, size).astype(np.float16).reshape(-1)
+    codes = rows.codes().reshape(-1, size)
+    step = _CHUNK // size
+    for first in range(0, len(codes), step):
+        part = codes[first : first + step]
+        if part.min() < grid.lower or part.max() > grid.upper:
+            raise ValueError(
+                f"leaf {rows.leaf.path!r}: codes from {part.min()} to {part.max()} are not all in its grid's "
+                f"{grid.lower} to {grid.upper}"
+            )
+        if grid.offset:
+            part = 2 * part + np.int8(1)
+        yield encode(kind, part, scales[first : first + step])
+
+
+def _entries(
+    source: GGUFFile, tensors: Mapping[str, Tensor], nbytes: Mapping[str, int]
+) -> dict[str, bytes]:
+    """The metadata: that of ``like``, with what tells the types."""
+    entries = dict(source.raw)
+    total: dict[str, int] = collections.Counter()
+    for name, tensor in tensors.items():
+        total[tensor.kind] += nbytes[name]
+    most = max(total, key=lambda kind: total[kind], default="F32")
+    if most in _FILE_TYPES:
+        entries["general.file_type"] = uint32(_FILE_TYPES[most])
+    entries["general.quantization_version"] = uint32(2)
+    return entries

@@ -1,0 +1,265 @@
+"""The leaves of a tree for the files of other libraries: their names there, and their rows.
+
+Those files hold a weight as rows, each along the axis that is contracted, and cut rows into blocks
+with a scale each. A leaf may have its contracted axes elsewhere, several of them, or the layers of a
+model stacked.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from optax_clipquant._tree import PyTree
+from optax_clipquant.quant.grid import Grid
+from optax_clipquant.quant.params import leaves_of
+from optax_clipquant.quant.qarray import QArray, is_qarray
+
+Transpose = bool | tuple[int, ...] | None
+Target = str | tuple[str, bool | tuple[int, ...]] | None
+Names = Mapping[str, Target] | Callable[[str], Target]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A leaf of a tree, whose content may lie in a file.
+
+    Attributes:
+      path: its keys, joined by slashes.
+      shape: of what it stands for.
+      dtype: of what it stands for.
+      grid: of a ``QArray``, None for an array.
+      read: gives the codes, or the array.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    grid: Grid | None
+    read: Callable[[], np.ndarray]
+
+    def values(self) -> np.ndarray:
+        """The array that it stands for."""
+        if self.grid is None:
+            return self.read()
+        # The codes may be a view; JAX takes one of its own.
+        return np.asarray(QArray(jax.numpy.asarray(self.read()), self.grid).dequantize())
+
+
+def leaves_in(tree: PyTree) -> dict[str, Leaf]:
+    """The leaves of ``tree`` by path."""
+    found: dict[str, Leaf] = {}
+    for path, leaf in leaves_of(tree):
+        if not hasattr(leaf, "dtype") or isinstance(leaf, Grid):
+            raise TypeError(f"leaf {path!r} is a {type(leaf).__name__}, not an array")
+        if isinstance(leaf.qvalue if is_qarray(leaf) else leaf, Tracer):
+            raise TypeError(f"leaf {path!r} is traced; write files outside jax.jit")
+        if path in found:
+            raise ValueError(f"two leaves have the path {path!r}; rename one")
+        found[path] = Leaf(
+            path,
+            tuple(leaf.shape),
+            np.dtype(leaf.dtype),
+            leaf.grid if is_qarray(leaf) else None,
+            functools.partial(_read, leaf),
+        )
+    return found
+
+
+def _read(leaf: Any) -> np.ndarray:
+    if is_qarray(leaf):
+        return np.asarray(leaf.qvalue).astype(np.int8, copy=False)
+    return np.asarray(leaf)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A leaf, or a layer of a stacked one, as the rows of a tensor.
+
+    Attributes:
+      leaf: the leaf.
+      layer: the index along its leading axis, or None.
+      axes: the order in which its axes (but the layer's) stand in the tensor.
+      shape: of the tensor, each of whose axes is one or several of these.
+      order: None, or which of its rows each row of the tensor is.
+    """
+
+    leaf: Leaf
+    layer: int | None
+    axes: tuple[int, ...]
+    shape: tuple[int, ...]
+    order: np.ndarray | None = None
+
+    def codes(self) -> np.ndarray:
+        """The codes, or the elements, in the order of the tensor; a view where that is possible."""
+        return self._placed(self.leaf.read())
+
+    def values(self) -> np.ndarray:
+        """The elements in the order of the tensor."""
+        return self._placed(self.leaf.values())
+
+    def _placed(self, x: np.ndarray) -> np.ndarray:
+        x = x if self.layer is None else x[self.layer]
+        x = x.transpose(self.axes).reshape(self.shape)
+        return x if self.order is None else x[self.order]
+
+    @functools.cached_property
+    def run(self) -> int:
+        """How many neighbours in a row share a scale; 1 where they do not, or the last run is shorter."""
+        length = self.shape[-1]
+        changes = np.flatnonzero(np.diff(self._row_index)) + 1
+        run = length if changes.size == 0 else int(changes[0])
+        even = length % run == 0 and np.array_equal(changes, np.arange(run, length, run))
+        return run if even else 1
+
+    def scales(self, size: int, part: str = "scale") -> np.ndarray:
+        """The scale, or another part of the grid, of each block of ``size``, which divides ``run``.
+
+        Of the tensor's shape, but along rows.
+        """
+        x = self._part(part)
+        lead = len(self.axes) - self._tail
+        x = x.reshape(*x.shape[:lead], -1)[..., self._row_index[::size]]
+        for axis, index in enumerate(self._indices[:lead]):
+            x = x.take(index, axis)
+        x = x.reshape(*self.shape[:-1], -1)
+        return x if self.order is None else x[self.order]
+
+    def _part(self, name: str) -> np.ndarray:
+        x = np.asarray(getattr(self.leaf.grid, name))
+        x = x if self.layer is None else x[self.layer if x.shape[0] > 1 else 0]
+        return x.transpose(self.axes)
+
+    @functools.cached_property
+    def _tail(self) -> int:
+        """How many of the leaf's axes are a row of the tensor."""
+        extents = self._extents
+        return next(n for n in range(1, len(extents) + 1) if math.prod(extents[-n:]) == self.shape[-1])  # fmt: skip
+
+    @property
+    def _extents(self) -> tuple[int, ...]:
+        shape = self.leaf.shape if self.layer is None else self.leaf.shape[1:]
+        return tuple(shape[axis] for axis in self.axes)
+
+    @functools.cached_property
+    def _indices(self) -> list[np.ndarray]:
+        """Which scale each index along an axis has."""
+        grid = self.leaf.grid
+        assert grid is not None
+        scales = self._part("scale").shape
+        found = []
+        for axis, length, extent in zip(self.axes, self._extents, scales, strict=True):
+            index = np.arange(length)
+            if extent == 1:
+                index = np.zeros_like(index)
+            elif grid.group is not None and grid.group[0] == axis - len(self.axes):
+                index //= grid.group[1]
+            found.append(index)
+        return found
+
+    @functools.cached_property
+    def _row_index(self) -> np.ndarray:
+        """Which scale, of those of its row, each element of a row has."""
+        tail = self._part("scale").shape[-self._tail :]
+        parts = np.ix_(*self._indices[-self._tail :])
+        return np.ravel_multi_index(np.broadcast_arrays(*parts), tail).ravel()
+
+
+def merges(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    """Whether ``target`` is ``shape`` with neighbouring axes merged."""
+    rest = list(shape)
+    for extent in target:
+        size = 1
+        while rest and (size < extent or (size == extent and rest[0] == 1)):
+            size *= rest.pop(0)
+        if size != extent:
+            return False
+    return not rest
+
+
+def rows_of(leaf: Leaf, layer: int | None, transpose: Transpose, shape: tuple[int, ...]) -> Rows:
+    """``leaf`` as rows of a tensor of this ``shape``.
+
+    Args:
+      leaf: the leaf.
+      layer: the index along its leading axis, or None.
+      transpose: whether its last two axes change places, or the order of all; None: as its grid, its
+        shape or its name tell.
+      shape: of the tensor.
+
+    Raises:
+      ValueError: the shapes do not fit, or nothing tells how the axes lie.
+    """
+    own = leaf.shape if layer is None else leaf.shape[1:]
+    ndim = len(own)
+    plain, swapped = tuple(range(ndim)), (*range(ndim - 2), ndim - 1, ndim - 2)
+    if isinstance(transpose, tuple):
+        if sorted(transpose) != [*plain]:
+            raise ValueError(
+                f"names: leaf {leaf.path!r} has transpose {transpose}, which is no order of the axes of "
+                f"{own}{_stacked(layer)}"
+            )
+        orders = [transpose]
+    elif ndim < 2:
+        orders = [plain]
+    else:
+        orders = [plain, swapped] if transpose is None else [swapped if transpose else plain]
+    laid = {axes: tuple(own[axis] for axis in axes) for axes in orders}
+    fitting = [axes for axes in orders if laid[axes] == shape]
+    fitting = fitting or [axes for axes in orders if merges(laid[axes], shape)]
+    if not fitting:
+        raise ValueError(
+            f"leaf {leaf.path!r} has shape {own}{_stacked(layer)}, but {shape} in `like`; give `names` "
+            "(name, transpose) for it, with transpose True or the order of its axes"
+        )
+    found = [Rows(leaf, layer, axes, shape) for axes in fitting]
+    if len(found) > 1 and leaf.grid is not None:
+        found = [rows for rows in found if rows.run > 1] or found[:1]
+    if len(found) > 1:
+        last = leaf.path.replace(".", "/").rpartition("/")[2]
+        if last not in ("kernel", "weight", "embedding"):
+            raise ValueError(
+                f"leaf {leaf.path!r} of shape {own}: nothing tells whether its rows or its columns are "
+                "contracted; give `names` (name, transpose) for it"
+            )
+        return found[last == "kernel"]
+    return found[0]
+
+
+def targets(leaf: Leaf, target: Target) -> Iterator[tuple[str, int | None, Transpose]]:
+    """Name, layer and transposition of each tensor that ``leaf`` becomes."""
+    name, transpose = target if isinstance(target, tuple | list) else (target, None)
+    if name is None:
+        return
+    if isinstance(transpose, list):
+        transpose = tuple(transpose)
+    if not isinstance(name, str) or not isinstance(transpose, bool | tuple | None):
+        raise TypeError(
+            f"names: leaf {leaf.path!r} has {target!r}; give a name, (name, transpose), or None to "
+            "leave it out"
+        )
+    if "{}" not in name:
+        yield name, None, transpose
+        return
+    if not leaf.shape:
+        raise ValueError(f"leaf {leaf.path!r} has no leading axis for the layers of {name!r}")
+    for layer in range(leaf.shape[0]):
+        yield name.replace("{}", str(layer)), layer, transpose
+
+
+def dotted(path: str) -> str:
+    """A path as PyTorch's modules have it: ``"model/layers/0/mlp/up_proj/kernel"`` is
+    ``"model.layers.0.mlp.up_proj.weight"``.
+    """
+    name = path.replace("/", ".")
+    module, _, last = name.rpartition(".")
+    return f"{module}.weight" if module and last in ("kernel", "embedding", "scale") else name
+
+
+def _stacked(layer: int | None) -> str:
+    return "" if layer is None else " without the leading axis"

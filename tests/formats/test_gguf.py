@@ -1,0 +1,445 @@
+import contextlib
+import math
+import struct
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import weights
+
+from optax_clipquant import (
+    Binary,
+    Grid,
+    NormalFloat,
+    QArray,
+    Ternary,
+    Uniform,
+    ZScore,
+    dequantize_params,
+    from_gguf,
+    quantize_params,
+    quantize_weights,
+    to_gguf,
+)
+
+gguf = pytest.importorskip("gguf")
+
+# Least and largest code, bits, and the type with codes of that range.
+GRIDS = {
+    "TQ2_0": (-1, 1, math.log2(3)),
+    "Q4_0": (-8, 7, 4),
+    "Q5_0": (-16, 15, 5),
+    "Q8_0": (-128, 127, 8),
+}
+
+
+def write_like(path, shapes, arch="llama", heads=(4, 2), **tensors):
+    """A GGUF file of zeros by the package gguf, with some metadata of each kind."""
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_uint32(f"{arch}.attention.head_count", heads[0])
+    writer.add_uint32(f"{arch}.attention.head_count_kv", heads[1])
+    writer.add_float32(f"{arch}.rope.freq_base", 1e5)
+    writer.add_array("tokenizer.ggml.tokens", ["a", "ü", "<s>"])
+    writer.add_array("tokenizer.ggml.scores", [0.5, -1.0, 2.0])
+    writer.add_bool("tokenizer.ggml.add_bos_token", False)
+    for name, shape in shapes.items():
+        writer.add_tensor(name, np.zeros(shape, np.float32))
+    for name, (content, kind) in tensors.items():
+        writer.add_tensor(name, content, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def read(path):
+    """Type and values of each tensor, by the package gguf."""
+    found = {}
+    for tensor in gguf.GGUFReader(path).tensors:
+        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        found[tensor.name] = tensor.tensor_type.name, np.array(values)
+    return found
+
+
+def random_array(rng, kind, rows, blocks, *, dtype=np.float32, offset=0.0):
+    """A ``QArray`` ``[rows, columns]`` of any codes, whose scales reach both ends of what is exact."""
+    lower, upper, bits = GRIDS[kind]
+    size = 256 if kind == "TQ2_0" else 32
+    codes = rng.integers(lower, upper + 1, (rows, blocks * size), dtype=np.int8)
+    mantissa = rng.integers(128, 256, (rows, blocks)) / 128
+    scales = np.ldexp(mantissa, rng.integers(-17, 16, (rows, blocks)))
+    scales *= rng.choice([-1, 1], scales.shape)
+    scales.flat[:3] = np.array([2.0**-17, 65280, 0])[: scales.size]
+    grid = Grid(
+        jnp.asarray(scales, jnp.float32),
+        **{"bits": bits, "lower": lower, "upper": upper, "offset": offset, "dtype": dtype},
+        group=(-1, size),
+    )
+    return QArray(jnp.asarray(codes), grid)
+
+
+@hypothesis.given(
+    kind=st.sampled_from(list(GRIDS)),
+    shape=st.sampled_from([(1, 1), (3, 2), (5, 3)]),
+    seed=st.integers(0, 2**32),
+)
+def test_the_formats_reader_finds_the_levels(tmp_path_factory, kind, shape, seed):
+    q = random_array(np.random.default_rng(seed), kind, *shape)
+    folder = tmp_path_factory.mktemp("gguf")
+    like = write_like(folder / "like.gguf", {"w": q.shape})
+    assert to_gguf(folder / "out.gguf", {"w": q}, like=like) == {"w": kind}
+    found, values = read(folder / "out.gguf")["w"]
+    assert found == kind
+    np.testing.assert_array_equal(values, q.dequantize())
+    tree, _ = from_gguf(folder / "out.gguf")
+    np.testing.assert_array_equal(tree["w"].qvalue, q.qvalue)
+    np.testing.assert_array_equal(tree["w"].scale, q.scale)
+    assert (tree["w"].bits, tree["w"].grid.group) == (q.bits, q.grid.group)
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "kind"),
+    [
+        (Uniform(4, group_size=32), "Q4_0"),
+        (Uniform(4, group_size=128, scale_rule="mse"), "Q4_0"),
+        (Uniform(4), "Q4_0"),
+        (Uniform(3, group_size=32), "Q4_0"),
+        (Uniform(2, group_size=64), "Q4_0"),
+        (Uniform(6, channel_axis=None), "Q8_0"),
+        (Ternary(group_size=32), "Q4_0"),
+        (Ternary(), "TQ2_0"),
+        (Binary(group_size=256), "TQ2_0"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_the_smallest_type_that_holds_a_grid(tmp_path, quantizer, kind, dtype):
+    q = quantizer.quantize(jnp.asarray(weights((256, 5)), dtype))
+    like = write_like(tmp_path / "like.gguf", {"w": (5, 256)})
+    assert to_gguf(tmp_path / "out.gguf", {"w": q}, like=like) == {"w": kind}
+    found = jnp.asarray(read(tmp_path / "out.gguf")["w"][1]).astype(dtype)
+    np.testing.assert_array_equal(found, q.dequantize().T)
+
+
+def as_float32(x):
+    return np.asarray(x).astype(np.float32)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_arrays_keep_their_dtype_and_norms_are_float32(tmp_path, dtype):
+    tree = {
+        "w": jnp.asarray(weights((6, 4)), dtype),
+        "norm": jnp.asarray(weights((4,)), dtype),
+        "quantized_norm": Uniform(4).quantize(jnp.asarray(weights((4,)), dtype)),
+    }
+    shapes = {"w": (4, 6), "norm": (4,), "quantized_norm": (4,)}
+    like = write_like(tmp_path / "like.gguf", shapes)
+    kinds = to_gguf(tmp_path / "out.gguf", tree, like=like)
+    wide = {jnp.float32: "F32", jnp.bfloat16: "BF16", jnp.float16: "F16"}[dtype]
+    assert kinds == {"w": wide, "norm": "F32", "quantized_norm": "F32"}
+    found = read(tmp_path / "out.gguf")
+    np.testing.assert_array_equal(found["w"][1], as_float32(tree["w"]).T)
+    np.testing.assert_array_equal(found["norm"][1], as_float32(tree["norm"]))
+    np.testing.assert_array_equal(
+        found["quantized_norm"][1], as_float32(tree["quantized_norm"].dequantize())
+    )
+
+
+def test_what_the_tree_lacks_comes_from_like(tmp_path):
+    rng = np.random.default_rng(0)
+    kept = rng.integers(0, 256, (2, 210), dtype=np.uint8)  # two blocks of Q6_K
+    like = write_like(
+        tmp_path / "like.gguf", {"w": (3, 32)}, k=(kept, gguf.GGMLQuantizationType.Q6_K)
+    )
+    q = random_array(rng, "Q4_0", 3, 1)
+    assert to_gguf(like, {"w": q}, like=like) == {"w": "Q4_0", "k": "Q6_K"}  # over itself
+    reader = gguf.GGUFReader(like)
+    assert bytes(reader.tensors[1].data) == kept.tobytes()
+    fields = {key: field.contents() for key, field in reader.fields.items()}
+    assert fields["tokenizer.ggml.tokens"] == ["a", "ü", "<s>"]
+    assert fields["tokenizer.ggml.scores"] == [0.5, -1.0, 2.0]
+    assert fields["tokenizer.ggml.add_bos_token"] is False
+    assert fields["general.quantization_version"] == 2
+    tree, metadata = from_gguf(like)
+    assert {key: metadata[key] for key in metadata} == {
+        key: value for key, value in fields.items() if not key.startswith("GGUF.")
+    }
+    np.testing.assert_array_equal(tree["k"], gguf.dequantize(kept, gguf.GGMLQuantizationType.Q6_K))
+
+
+@pytest.mark.parametrize(
+    ("shape", "transpose", "product"),
+    [
+        ((64, 3, 5), (1, 2, 0), "i,iab->ab"),  # queries of Flax: [d, heads, size]
+        ((2, 32, 6), (2, 0, 1), "ab,abi->i"),  # their way back: [heads, size, d]
+        ((6, 64), False, "i,oi->o"),
+        ((64, 64), True, "i,io->o"),
+    ],
+)
+@pytest.mark.parametrize("stacked", [False, True])
+def test_axes_in_any_order_give_the_same_products(tmp_path, shape, transpose, product, stacked):
+    operand, _ = product.split("->")
+    operand, weight = operand.split(",")
+    contracted = [weight.index(axis) for axis in operand]
+    rng = np.random.default_rng(1)
+    run = max(contracted)  # groups of 32 along the last contracted axis
+    extents = [n if i not in contracted else 1 for i, n in enumerate(shape)]
+    for axis in contracted:
+        extents[axis] = shape[axis] // 32 if axis == run else shape[axis]
+    layers = (2,) * stacked
+    codes = rng.integers(-8, 8, (*layers, *shape), dtype=np.int8)
+    scales = rng.integers(128, 256, (*layers, *extents)).astype(np.float32)
+    grid = Grid(jnp.asarray(scales), bits=4, lower=-8, upper=7, group=(run - len(shape), 32))
+    q = QArray(jnp.asarray(codes), grid)
+    x = rng.integers(-8, 8, [shape[axis] for axis in contracted]).astype(np.float32)
+    out = math.prod(shape) // x.size
+    names = ["blk.0.x.weight", "blk.1.x.weight"][: 1 + stacked]
+    like = write_like(tmp_path / "like.gguf", dict.fromkeys(names, (out, x.size)))
+    name = "blk.{}.x.weight" if stacked else names[0]
+    to_gguf(tmp_path / "out.gguf", {"w": q}, like=like, names={"w": (name, transpose)})
+    found = read(tmp_path / "out.gguf")
+    for layer, name in enumerate(names):
+        w = np.asarray(q.dequantize())
+        wanted = np.einsum(product, x, w[layer] if stacked else w)
+        assert found[name][0] == "Q4_0"
+        np.testing.assert_array_equal(found[name][1] @ x.ravel(), wanted.ravel())
+
+
+def rotated(x, interleaved):
+    """Rotary embedding at position 3 of a head's outputs: of neighbours, or of halves."""
+    angles = 3 * 10.0 ** -np.arange(x.size // 2)
+    a, b = (x[::2], x[1::2]) if interleaved else np.split(x, 2)
+    a, b = a * np.cos(angles) - b * np.sin(angles), a * np.sin(angles) + b * np.cos(angles)
+    return np.stack([a, b], 1).ravel() if interleaved else np.concatenate([a, b])
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_hugging_face_names_give_the_same_attention(tmp_path, arch, stacked):
+    # Each of 4 heads with a key of 2, head size 8; quantized kernels, float biases.
+    layer = "layers" if stacked else "layers/0"
+    shapes = {"q": (32, 32), "k": (32, 16)}
+    params = {}
+    for i, (name, shape) in enumerate(shapes.items()):
+        head = f"model/{layer}/self_attn/{name}_proj"
+        lead = (1,) * stacked
+        params[f"{head}/kernel"] = jnp.asarray(weights((*lead, *shape), seed=i))
+        params[f"{head}/bias"] = jnp.asarray(weights((*lead, shape[1]), seed=i + 5))
+    q = quantize_params(params, {"kernel": Uniform(4, group_size=32, channel_axis=(0, -1) if stacked else -1)})  # fmt: skip
+    like = write_like(
+        tmp_path / "like.gguf",
+        {f"blk.0.attn_{n}.{p}": s for n, (i, o) in shapes.items() for p, s in [("weight", (o, i)), ("bias", (o,))]},
+        arch=arch,
+    )  # fmt: skip
+    kinds = to_gguf(tmp_path / "out.gguf", q, like=like)
+    assert kinds["blk.0.attn_q.weight"] == kinds["blk.0.attn_k.weight"] == "Q4_0"
+    found = read(tmp_path / "out.gguf")
+    x = weights((32,), seed=9)
+
+    def score(project, interleaved):
+        heads = {name: project(name).reshape(-1, 8) for name in shapes}
+        return [
+            rotated(q, interleaved) @ rotated(k, interleaved)
+            if False
+            else rotated(q, interleaved) @ k
+            for q, k in zip(heads["q"], np.repeat(heads["k"], 2, 0), strict=True)
+        ]
+
+    def theirs(name):
+        return found[f"blk.0.attn_{name}.weight"][1] @ x + found[f"blk.0.attn_{name}.bias"][1]
+
+    def ours(name):
+        head = f"model/{layer}/self_attn/{name}_proj"
+        w, b = (np.asarray(q[f"{head}/{part}"]) for part in ("kernel", "bias"))
+        return x @ (w[0] if stacked else w) + (b[0] if stacked else b)
+
+    # llama.cpp rotates neighbours in a llama, halves in a Qwen2.
+    np.testing.assert_allclose(score(theirs, arch == "llama"), score(ours, False), rtol=1e-4)
+
+
+def test_names_given_are_taken_as_they_are(tmp_path):
+    q = random_array(np.random.default_rng(0), "Q4_0", 32, 1)
+    like = write_like(tmp_path / "like.gguf", {"blk.0.attn_q.weight": (32, 32)})
+    to_gguf(tmp_path / "out.gguf", {"blk": {"0": {"attn_q": {"weight": q}}}}, like=like)
+    to_gguf(
+        tmp_path / "called.gguf",
+        {"model/layers/0/self_attn/q_proj/weight": q, "inv_freq": jnp.ones(4)},
+        like=like,
+        names=lambda path: "blk.0.attn_q.weight" if "q_proj" in path else None,
+    )
+    for name in ("out", "called"):
+        found = read(tmp_path / f"{name}.gguf")["blk.0.attn_q.weight"][1]
+        np.testing.assert_array_equal(found, q.dequantize())
+
+
+def test_tied_embeddings_stay_tied(tmp_path):
+    q = random_array(np.random.default_rng(0), "Q8_0", 7, 2)
+    like = write_like(tmp_path / "like.gguf", {"token_embd.weight": (7, 64)})
+    tree = {"model": {"embed_tokens": {"embedding": q}}}
+    assert to_gguf(tmp_path / "out.gguf", tree, like=like) == {"token_embd.weight": "Q8_0"}
+    with pytest.raises(ValueError, match=r"leaf 'lm_head/kernel': .* no tensor 'output.weight'"):
+        to_gguf(tmp_path / "out.gguf", {**tree, "lm_head": {"kernel": q}}, like=like)
+
+
+def scaled(q, factor):
+    grid = q.grid
+    return QArray(q.qvalue, Grid(grid.scale * factor, bits=4, lower=-8, upper=7, group=grid.group))
+
+
+W = jnp.asarray(weights((64, 32)))
+
+
+@pytest.mark.parametrize(
+    ("leaf", "message"),
+    [
+        (lambda: Uniform(4, symmetric=False, group_size=32).quantize(W), r"zero points.*Uniform\(4, g"),
+        (lambda: Uniform(8, symmetric=False, group_size=32).quantize(W), r"zero points.*Uniform\(8, g"),
+        (lambda: ZScore(R=15).quantize(W), r"zero points.*Uniform\(5, g"),
+        (lambda: NormalFloat(4).quantize(W), r"code book.*Uniform\(4, group_size=32\)"),
+        (lambda: Uniform(4, group_size=16).quantize(W), r"groups of 16 along axis -2 in rows of 64.*Uni"),
+        (lambda: Uniform(4, group_size=48).quantize(W), "groups of 48 along axis -2 in rows of 64"),
+        (lambda: Uniform(4, group_size=32).quantize(W[:48]), "in rows of 48.*fit no type"),
+        (lambda: scaled(Uniform(4, group_size=32).quantize(W), 2.0**20), "a scale of .*float16"),
+        (lambda: scaled(Uniform(4, group_size=32).quantize(W), 2.0**-17), "a scale of .*float16"),
+        (lambda: scaled(Uniform(4, group_size=32).quantize(W), jnp.nan), "a scale of nan"),
+        (lambda: W.astype(jnp.float8_e4m3fn), "dtype float8_e4m3fn"),
+        (lambda: jnp.ones((3, 32)), r"has shape \(3, 32\), but \(32, 64\) in `like`.*\(name, transpose\)"),
+        (lambda: jnp.asarray([1.0]), r"shape \(1,\), but"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_named_and_nothing_written(tmp_path, leaf, message):
+    q = leaf()
+    rows = (32, q.shape[0]) if q.shape == (48, 32) else (32, 64)
+    like = write_like(tmp_path / "like.gguf", {"a.w": rows})
+    with pytest.raises(ValueError, match=f"leaf 'a/w' .*{message}"):
+        to_gguf(tmp_path / "out.gguf", {"a": {"w": q}}, like=like)
+    assert [path.name for path in tmp_path.iterdir()] == ["like.gguf"]
+
+
+def test_other_bad_arguments_are_named(tmp_path):
+    like = write_like(tmp_path / "like.gguf", {"w": (32, 32), "blk.0.w": (32, 32)})
+    q = Uniform(4, channel_axis=None).quantize(W[:32])
+    out = tmp_path / "out.gguf"
+    cases = [
+        ({"x": q}, {}, "leaf 'x': .* no tensor 'x'; the nearest"),
+        ({"x": q, "y": q}, {"names": lambda path: ("w", True)}, "leaves 'x' and 'y' are both tensor 'w'"),
+        ({"w": q}, {}, "leaf 'w' .*nothing tells whether"),
+        ({"w": q}, {"names": {"w": ("w", (0, 0))}}, "names: leaf 'w' has transpose"),
+        ({"w": q}, {"otherwise": "int8"}, "otherwise must be one of float16"),
+        ({"w": jnp.ones(())}, {"names": {"w": "blk.{}.w"}}, "leaf 'w' has no leading axis"),
+        ({"w": QArray(q.qvalue - 8, q.grid)}, {"names": {"w": ("w", True)}}, "leaf 'w': codes from"),
+    ]  # fmt: skip
+    for tree, options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            to_gguf(out, tree, like=like, **options)
+    with pytest.raises(TypeError, match="names: leaf 'w' has 3"):
+        to_gguf(out, {"w": q}, like=like, names=lambda path: 3)
+    with pytest.raises(TypeError, match="leaf 'w' is traced"):
+        jax.jit(lambda q: to_gguf(out, {"w": q}, like=like))(q)
+    with pytest.raises(FileNotFoundError):
+        to_gguf(out, {"w": q}, like=tmp_path / "missing.gguf")
+    assert not out.exists()
+
+
+def test_otherwise_writes_what_no_type_holds_as_floats(tmp_path):
+    affine = Uniform(4, symmetric=False, group_size=32).quantize(W)
+    tree = {"affine": affine, "w": Uniform(4, group_size=32).quantize(W)}
+    like = write_like(tmp_path / "like.gguf", {"affine": (32, 64), "w": (32, 64)})
+    kinds = to_gguf(tmp_path / "out.gguf", tree, like=like, otherwise="float16")
+    assert kinds == {"affine": "F16", "w": "Q4_0"}
+    found = read(tmp_path / "out.gguf")["affine"][1]
+    np.testing.assert_array_equal(found, as_float32(affine.dequantize().T.astype(jnp.float16)))
+    large = {"affine": QArray(affine.qvalue, Grid(affine.scale * 1e6, bits=4, lower=-8, upper=7, group=affine.grid.group))}  # fmt: skip
+    before = (tmp_path / "out.gguf").read_bytes()
+    with pytest.raises(ValueError, match=r"leaf 'affine' has a value of .* beyond float16's"):
+        to_gguf(tmp_path / "out.gguf", large, like=like, otherwise="float16")
+    assert (tmp_path / "out.gguf").read_bytes() == before
+    assert to_gguf(tmp_path / "out.gguf", large, like=like, otherwise="float32")["affine"] == "F32"
+    found = read(tmp_path / "out.gguf")["affine"][1]
+    np.testing.assert_array_equal(found, large["affine"].dequantize().T)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_0", "Q8_0", "TQ2_0", "Q4_1"])
+def test_a_file_that_llama_cpp_quantized_is_read_exactly(tmp_path, kind):
+    number = gguf.GGMLQuantizationType[kind]
+    content = gguf.quantize(weights((4, 512)), number)
+    path = write_like(tmp_path / "a.gguf", {}, w=(content, number))
+    leaf = from_gguf(path)[0]["w"]
+    assert isinstance(leaf, QArray) == (kind != "Q4_1")
+    np.testing.assert_array_equal(leaf, gguf.dequantize(content, number))
+    if isinstance(leaf, QArray):
+        to_gguf(tmp_path / "b.gguf", {"w": leaf}, like=path)
+        assert bytes(gguf.GGUFReader(tmp_path / "b.gguf").tensors[0].data) == content.tobytes()
+
+
+def test_training_from_a_q4_0_file_starts_with_its_codes(tmp_path):
+    content = gguf.quantize(weights((16, 64)), gguf.GGMLQuantizationType.Q4_0)
+    path = write_like(tmp_path / "a.gguf", {}, w=(content, gguf.GGMLQuantizationType.Q4_0))
+    tree, _ = from_gguf(path)
+    params = dequantize_params(tree)
+    tx = optax.chain(optax.sgd(0.0), quantize_weights(Uniform(4, channel_axis=0, group_size=32)))
+    state = tx.init(params)
+    for _ in range(2):
+        grid = state[-1].grid["w"]
+        np.testing.assert_array_equal(grid.encode(params["w"]), tree["w"].qvalue)
+        updates, state = tx.update({"w": jnp.zeros_like(params["w"])}, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(params["w"], tree["w"].dequantize(), rtol=2.0**-8)
+
+
+def test_the_fourth_code_of_tq2_0_is_kept(tmp_path):
+    content = np.full((1, 66), 255, np.uint8)
+    content[0, 64:] = np.frombuffer(np.float16(0.5).tobytes(), np.uint8)
+    path = write_like(tmp_path / "a.gguf", {}, w=(content, gguf.GGMLQuantizationType.TQ2_0))
+    leaf = from_gguf(path)[0]["w"]
+    np.testing.assert_array_equal(leaf.dequantize(), np.ones((1, 256)))
+    assert leaf.grid.upper == 2
+
+
+@hypothesis.given(data=st.data())
+def test_damaged_files_are_refused_or_read(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("gguf")
+    q = random_array(np.random.default_rng(0), "Q4_0", 2, 1)
+    like = write_like(folder / "like.gguf", {"w": q.shape, "n": (3,)})
+    to_gguf(folder / "a.gguf", {"w": q}, like=like)
+    content = bytearray((folder / "a.gguf").read_bytes())
+    for _ in range(data.draw(st.integers(0, 3))):
+        place = data.draw(st.integers(0, len(content) - 1))
+        content[place] = data.draw(st.integers(0, 255))
+    content = content[: data.draw(st.integers(0, len(content)))]
+    (folder / "b.gguf").write_bytes(content)
+    with contextlib.suppress(ValueError):  # and nothing else
+        from_gguf(folder / "b.gguf")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: b"GGUX" + c[4:], "does not begin with 'GGUF'"),
+        (lambda c: c[:4] + struct.pack(">I", 3) + c[8:], "version 50331648"),
+        (lambda c: c[:24] + struct.pack("<Q", 2**60) + c[32:], "ends within the header"),
+        (lambda c: c[:-1], "tensor 'w' has 4095 bytes, but needs 4096"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, change, message):
+    path = write_like(tmp_path / "a.gguf", {"w": (32, 32)})
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError, match=rf"a\.gguf: .*{message}"):
+        from_gguf(path)
+    with pytest.raises(ValueError, match=r"a\.gguf"):
+        to_gguf(tmp_path / "b.gguf", {}, like=path)
+
+
+def test_without_the_package_gguf_only_other_types_are_missed(tmp_path, monkeypatch):
+    number = gguf.GGMLQuantizationType.Q4_1
+    content = gguf.quantize(weights((4, 32)), number)
+    path = write_like(tmp_path / "a.gguf", {"w": (2, 3)}, k=(content, number))
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    to_gguf(tmp_path / "b.gguf", {"w": jnp.ones((2, 3))}, like=path)
+    with pytest.raises(ImportError, match=r"tensor 'k' is Q4_1.*'optax-clipquant\[gguf\]'"):
+        from_gguf(tmp_path / "b.gguf")
