@@ -59,7 +59,7 @@ def platform(request: pytest.FixtureRequest):
         yield request.param
 
 
-@pytest.fixture(params=["jit", "eager"])
+@pytest.fixture(params=["jit", pytest.param("eager", marks=pytest.mark.slow)])
 def variant(request: pytest.FixtureRequest):
     """``jax.jit`` or the identity, as chex.variants does for absl's test classes."""
     return jax.jit if request.param == "jit" else lambda fn: fn

@@ -61,16 +61,31 @@ CORE = [
     *("uniform4-groups", "uniform4-asymmetric", "ternary-absmax", "normalfloat3-groups"),
 ]
 
-# Each quantizer, and one of each kind in half precision.
+# What decodes by another formula: even levels, levels around zero, zero points, z-scores.
+FORMULAS = ["uniform4", "ternary", "uniform4-asymmetric", "zscore7"]
+
+
+def _case(*values, gate: bool, id: str | None = None):
+    return pytest.param(*values, marks=() if gate else pytest.mark.slow, id=id)
+
+
+# Each quantizer; the gate runs one of each kind.
+NAMES = [_case(name, gate=name in CORE, id=name) for name in QUANTIZERS]
+
+# Each quantizer, and one of each kind in half precision, of which the gate runs one of each formula.
 DTYPED = [
-    *((name, jnp.float32) for name in QUANTIZERS),
-    *((name, dtype) for dtype in (jnp.bfloat16, jnp.float16) for name in CORE),
+    *(_case(name, jnp.float32, gate=name in CORE) for name in QUANTIZERS),
+    *(
+        _case(name, dtype, gate=name in FORMULAS)
+        for dtype in (jnp.bfloat16, jnp.float16)
+        for name in CORE
+    ),
 ]
 
 # Compiled for each quantizer, and run op by op for one of each kind.
 VARIANTS = [
-    *(pytest.param(jax.jit, name, id=f"jit-{name}") for name in QUANTIZERS),
-    *(pytest.param(lambda fn: fn, name, id=f"eager-{name}") for name in CORE),
+    *(_case(jax.jit, name, gate=name in CORE, id=f"jit-{name}") for name in QUANTIZERS),
+    *(_case(lambda fn: fn, name, gate=name == "uniform4", id=f"eager-{name}") for name in CORE),
 ]
 
 

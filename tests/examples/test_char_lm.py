@@ -24,6 +24,7 @@ def text(tmp_path: pathlib.Path) -> pathlib.Path:
     return path
 
 
+@pytest.mark.slow
 def test_char_lm(tmp_path: pathlib.Path, text: pathlib.Path):
     process = run_example(
         "char_lm.py",
@@ -45,6 +46,7 @@ def test_char_lm(tmp_path: pathlib.Path, text: pathlib.Path):
     assert (tmp_path / "char-lm-4-bits.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_clipping(tmp_path: pathlib.Path, text: pathlib.Path):
     process = run_python(
         *("-c", SMALL, EXAMPLES, "--text", text, "--part", "clipping", "--steps", "3"),

@@ -7,6 +7,7 @@ import pytest
 from helpers import refusal, run_example
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "rows"),
     [
@@ -31,6 +32,7 @@ def test_digits(tmp_path: pathlib.Path, args: list[str], rows: list[str]):
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_sweep(tmp_path: pathlib.Path):
     args = ("--steps", "60", "--c", "0.1", "0.01", "--R", "1", "7", "--out", str(tmp_path))
     for _ in range(2):  # the second takes the results of the first

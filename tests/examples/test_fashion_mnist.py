@@ -36,6 +36,7 @@ def accuracies(out: str) -> dict[str, float]:
     return {name: float(value) for name, value in rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "widths"),
     [("cnn", {"float": "float", "ternary": "ternary"}), ("mlp", {"1": "1 bit", "4": "4 bits"})],
@@ -54,6 +55,7 @@ def test_digits(tmp_path: pathlib.Path, digits: pathlib.Path, model: str, widths
     assert (tmp_path / f"fashion-{model}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_few_steps(tmp_path: pathlib.Path, digits: pathlib.Path):
     process = run_example(
         "fashion_mnist.py",
@@ -64,6 +66,7 @@ def test_few_steps(tmp_path: pathlib.Path, digits: pathlib.Path):
     assert "ternary" in accuracies(process.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason=f"no Fashion-MNIST in {DEBIAN}")
 def test_fashion(tmp_path: pathlib.Path):
     process = run_example(

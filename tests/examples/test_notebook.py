@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from helpers import EXAMPLES, compiled, run_python
 
 NOTEBOOK = EXAMPLES / "colab_tpu.ipynb"
@@ -28,6 +29,7 @@ def pictures(notebook: dict) -> int:
     return sum("image/png" in output.get("data", {}) for output in outputs)
 
 
+@pytest.mark.slow
 def test_runs(tmp_path):
     out = tmp_path / "run.ipynb"
     process = run_python(

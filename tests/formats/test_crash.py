@@ -10,7 +10,7 @@ import pathlib
 import pytest
 from helpers import run_python
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")]
 
 COMMON = """
 import math, os, pathlib, random, shutil, signal, sys, time, warnings

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
-from helpers import DTYPED, QUANTIZERS, mlp_params, weights
+from helpers import DTYPED, NAMES, QUANTIZERS, mlp_params, weights
 
 from optax_clipquant import (
     Grid,
@@ -333,7 +333,7 @@ def assert_size_is_near_the_ideal(file, tree):
     assert file.stat().st_size <= 1.01 * ideal + 8192 + 300 * len(leaves)
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_size(file, name):
     tree = {
         f"layer_{i}": {"kernel": jnp.asarray(weights((256, 96), seed=i)), "bias": jnp.ones(96)}

@@ -31,7 +31,7 @@ FITTING = {
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [case for case in DTYPED if case[0] in FITTING and case[1] != jnp.float16],
+    [case for case in DTYPED if case.values[0] in FITTING and case.values[1] != jnp.float16],
 )
 def test_the_values_are_the_same(name, dtype):
     w = jnp.asarray(weights((20, 12))).astype(dtype)  # groups of 4 and 5 divide 20

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import QUANTIZERS, weights
+from helpers import NAMES, QUANTIZERS, weights
 
 from optax_clipquant import (
     QArray,
@@ -60,7 +60,7 @@ def test_nbytes_packed(quantizer, nbytes):
     assert quantizer.quantize(jnp.asarray(weights((33, 5)))).nbytes_packed == math.ceil(nbytes)
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_narrow_changes_no_value(name):
     tree = {"w": QUANTIZERS[name].quantize(jnp.asarray(weights((9, 4)))), "b": jnp.ones(3)}
     narrowed = narrow(tree)

@@ -16,7 +16,10 @@ import time
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="kills")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="kills"),
+]
 
 STEPS = 16
 TRAIN = f"""

@@ -7,6 +7,7 @@ import pytest
 from helpers import run_python
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(
         importlib.util.find_spec("libtpu") is None, reason="needs the extra tpu-aot (libtpu)"
     ),
