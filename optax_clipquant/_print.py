@@ -5,6 +5,7 @@ import io
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the command need not wait for it where it shows none
+    import rich.progress
     import rich.table
 
 
@@ -33,4 +34,32 @@ def compact_table(*, show_footer: bool = False) -> "rich.table.Table":
 
     return rich.table.Table(
         show_footer=show_footer, box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
+
+
+def progress_bar(
+    *, count_bytes: bool = False, transient: bool = False, shown: bool = True
+) -> "rich.progress.Progress":
+    """A progress bar on stderr, since stdout is for results.
+
+    Args:
+      count_bytes: whether it counts bytes, and tells the time that remains, not that which has passed.
+      transient: whether it vanishes at the end.
+      shown: whether there is a bar at all; a task may be added and advanced all the same.
+    """
+    import rich.console
+    import rich.progress
+
+    figures = (
+        (rich.progress.DownloadColumn(), rich.progress.TimeRemainingColumn())
+        if count_bytes
+        else (rich.progress.MofNCompleteColumn(), rich.progress.TimeElapsedColumn())
+    )
+    return rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        *figures,
+        console=rich.console.Console(stderr=True),
+        transient=transient,
+        disable=not shown,
     )

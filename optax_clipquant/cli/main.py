@@ -13,6 +13,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from optax_clipquant._print import progress_bar
 from optax_clipquant.cli.arguments import parser
 from optax_clipquant.cli.compress import (
     Coder,
@@ -239,17 +240,7 @@ def _progress(text: str, total: int) -> Iterator[Progress]:
     if not sys.stderr.isatty():
         yield lambda count: None
         return
-    import rich.console
-    import rich.progress
-
-    columns = (
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.DownloadColumn(),
-        rich.progress.TimeRemainingColumn(),
-    )
-    console = rich.console.Console(stderr=True)
-    with rich.progress.Progress(*columns, console=console, transient=True) as progress:
+    with progress_bar(count_bytes=True, transient=True) as progress:
         task = progress.add_task(text, total=total)
         yield lambda count: progress.advance(task, count)
 

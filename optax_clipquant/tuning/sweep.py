@@ -10,12 +10,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.console
-import rich.progress
 import rich.table
 import rich.text
 
-from optax_clipquant._print import Printed, compact_table
+from optax_clipquant._print import Printed, compact_table, progress_bar
 from optax_clipquant.tuning.sweep_file import FAILED, Row, read, write
 
 
@@ -171,15 +169,7 @@ def sweep(
     def run(point: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         return _metrics(evaluate(**point), columns)
 
-    bar = rich.progress.Progress(
-        "{task.description}",
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeElapsedColumn(),
-        console=rich.console.Console(stderr=True),
-        disable=not progress,
-    )
-    with bar:
+    with progress_bar(shown=progress) as bar:
         task = bar.add_task("compiling", total=len(points), completed=len(rows))
         traced = jax.jit(jax.vmap(run)).trace(batch())
         names = {*columns, *traced.out_info, FAILED}

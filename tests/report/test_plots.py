@@ -10,7 +10,7 @@ import matplotlib
 import matplotlib.colors
 import numpy as np
 import pytest
-from helpers import CORE, QUANTIZERS, weights
+from helpers import FORMULAS, QUANTIZERS, weights
 
 from optax_clipquant import QArray, Uniform, plots, quantize_params, summarize
 
@@ -24,7 +24,7 @@ def texts(axes) -> list[str]:
     return [text.get_text() for text in axes.get_legend().get_texts()]
 
 
-@pytest.mark.parametrize("name", CORE)
+@pytest.mark.parametrize("name", [*FORMULAS, "binary", "normalfloat3-groups"])
 def test_weight_histogram_counts_all_weights(name):
     w = weights((40, 12))
     q = QUANTIZERS[name].quantize(jnp.asarray(w))

@@ -36,7 +36,8 @@ from optax_clipquant import (
 from optax_clipquant.lowering.noise import dither
 
 P = jax.P
-KINDS = ["Auto", "Explicit"]
+# The gate runs on axes of one kind; where a case depends on the kind, it names it.
+KINDS = ["Explicit", pytest.param("Auto", marks=pytest.mark.slow)]
 pytestmark = pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 host devices")
 
 
@@ -321,13 +322,20 @@ OPTIMIZERS["everything"] = optax.chain(
 # Both axes of a weight are split, over both of the mesh's, of one kind or the other.
 TRAINED = [
     *(
-        (case, "fsdp-tensor", KINDS[i % 2])
+        (case, "fsdp-tensor", ("Auto", "Explicit")[i % 2])
         for i, case in enumerate(ALLOWED)
         if case != "everything"
     ),
     *((case, "fsdp-rows", "Explicit") for case in ("zscore", "weights-zscore7", "weights-groups")),
     *(("everything", name, "Explicit") for name in LAYOUTS),
     ("everything", "fsdp-tensor", "Auto"),
+]
+# The gate runs each transform once, and all of them together.
+GATE = [
+    *(("quantile", "fsdp-tensor"), ("zscore", "fsdp-rows"), ("weights-zscore7", "fsdp-tensor")),
+    *(("weights-uniform3", "fsdp-tensor"), ("weights-groups", "fsdp-rows")),
+    *(("softness", "fsdp-tensor"), ("round-stochastic", "fsdp-tensor")),
+    *(("everything", "data"), ("everything", "fsdp-tensor")),
 ]
 
 
@@ -347,7 +355,13 @@ def plain(tree: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize(("case", "name", "kind"), TRAINED)
+@pytest.mark.parametrize(
+    ("case", "name", "kind"),
+    [
+        pytest.param(*case, marks=() if case[:2] in GATE else pytest.mark.slow, id="-".join(case))
+        for case in TRAINED
+    ],
+)
 def test_training(case, name, kind):
     """As on one device, with state sharded like the params, and no more collectives than allowed.
 
@@ -465,12 +479,18 @@ def alone(tx: optax.GradientTransformation, params: Any, updates: Any) -> tuple[
 @pytest.mark.parametrize(
     ("transform", "place", "kind"),
     [
-        *(("weights", "rows", kind) for kind in KINDS),
-        ("weights", "columns", "Auto"),
         ("weights", "both", "Explicit"),
         ("residual", "rows", "Explicit"),
-        ("residual", "columns", "Auto"),
-        ("round", "both", "Explicit"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("weights", "rows", "Auto"),
+                ("weights", "rows", "Explicit"),
+                ("weights", "columns", "Auto"),
+                ("residual", "columns", "Auto"),
+                ("round", "both", "Explicit"),
+            )
+        ),
     ],
 )
 def test_each_quantizer(transform, place, kind):
@@ -513,7 +533,7 @@ def assert_scale_sized(text: str, scale: int, weight: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 # Groups of two devices each, and groups that end inside a device, the last one shorter.
-@pytest.mark.parametrize("size", [128, 192, 96])
+@pytest.mark.parametrize("size", [pytest.param(128, marks=pytest.mark.slow), 192, 96])
 def test_groups_across_devices(size, kind):
     """As on one device, and what devices exchange is as large as the scales, where they exchange at all."""
     w = jnp.asarray(weights((512, 64)))
@@ -590,8 +610,6 @@ def test_quantized_state(bits, spec, kind):
     ("bits", "shape", "spec", "block"),
     [
         (8, (64, 256), P(None, ("x", "y")), (-1, 64)),
-        (4, (64, 256), P(None, ("x", "y")), (-1, 64)),
-        (8, (64, 384), P(None, ("x", "y")), (-1, 64)),
         (4, (64, 384), P(None, ("x", "y")), (-1, 64)),
         (8, (512, 14), P(("x", "y"), None), (-2, 128)),
     ],

@@ -57,7 +57,7 @@ def test_traced_numbers_train_as_fixed_ones():
     assert_same_run(jax.jit(functools.partial(train, 0.01, 2))(), expected)
 
 
-@pytest.mark.parametrize("batch_size", [None, 1, 2, 4, 5, 100])
+@pytest.mark.parametrize("batch_size", [None, 1, 4, 100])
 def test_equals_separate_runs_and_traces_once(batch_size):
     traces = []
 

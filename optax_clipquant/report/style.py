@@ -1,0 +1,55 @@
+"""The common style of pictures: axes, colours, lines and markers."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import matplotlib.figure
+from matplotlib.axes import Axes
+
+BLUE, ORANGE, GREEN, PINK, YELLOW, SKY = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
+)
+GREY = "#666666"
+STYLES = (
+    *((BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, "-.", "^"), (PINK, ":", "D")),
+    *((YELLOW, (0, (5, 1)), "v"), (SKY, (0, (3, 1, 1, 1)), "P"), (GREY, (0, (1, 1)), "X")),
+)
+"""Colour, line and marker of the first series, the second, ..."""
+
+Style = tuple[Any, Any, Any]
+Mode = Literal["max", "min"]
+
+
+def subplots(
+    columns: int = 1, rows: int = 1, *, width: float = 5.2, height: float = 4.0
+) -> tuple[matplotlib.figure.Figure, list[Axes]]:
+    """A figure with axes in the common style.
+
+    Args:
+      columns: of axes.
+      rows: of axes.
+      width: of each, in inches.
+      height: of each, in inches.
+
+    Returns:
+      The figure, which ``figure.savefig(path)`` writes with no window or backend, and its axes.
+    """
+    size = (width * columns, height * rows)
+    figure = matplotlib.figure.Figure(figsize=size, layout="constrained", dpi=120)
+    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
+    for each in axes:
+        each.grid(alpha=0.3)
+        each.set_axisbelow(True)
+    return figure, axes
+
+
+def styled(series: Mapping[str, Any]) -> Iterable[tuple[tuple[str, Any], Style]]:
+    """Each name and its values, with its style."""
+    return ((item, STYLES[i % len(STYLES)]) for i, item in enumerate(series.items()))
+
+
+def sign_of(mode: str) -> int:
+    """1 for "max", -1 for "min"."""
+    if mode not in ("max", "min"):
+        raise ValueError(f"mode must be 'max' or 'min', got {mode!r}")
+    return 1 if mode == "max" else -1
