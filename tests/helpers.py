@@ -8,6 +8,8 @@ import subprocess
 import sys
 import types
 import warnings
+from collections.abc import Collection, Iterable
+from typing import Any
 
 import chex
 import jax
@@ -67,6 +69,11 @@ FORMULAS = ["uniform4", "ternary", "uniform4-asymmetric", "zscore7"]
 
 def _case(*values, gate: bool, id: str | None = None):
     return pytest.param(*values, marks=() if gate else pytest.mark.slow, id=id)
+
+
+def cases(values: Iterable[Any], gate: Collection[Any]) -> list[Any]:
+    """A case for each value, of which the gate runs those in ``gate``."""
+    return [_case(value, gate=value in gate) for value in values]
 
 
 # Each quantizer; the gate runs one of each kind.

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
-from helpers import DTYPED, NAMES, QUANTIZERS, mlp_params, weights
+from helpers import DTYPED, NAMES, QUANTIZERS, cases, mlp_params, weights
 
 from optax_clipquant import (
     Grid,
@@ -68,7 +68,7 @@ def test_round_trip_of_every_quantizer(file, name, dtype):
     assert_same(load(file), tree)
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("bits", cases(range(1, 9), [1, 3, 8]))
 @pytest.mark.parametrize(
     "kwargs", [{}, {"group_size": 8}, {"channel_axis": None}, {"symmetric": False}], ids=str
 )

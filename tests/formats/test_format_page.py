@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import QUANTIZERS, weights
+from helpers import QUANTIZERS, cases, weights
 
 from optax_clipquant import Uniform, ZScore, dequantize_params, load, save
 
@@ -76,7 +76,14 @@ def check(path, tree):
 
 @pytest.mark.parametrize(
     ("dtype", "size"),
-    [*((t, 1) for t in (jnp.float32, jnp.bfloat16, jnp.float16)), (jnp.float16, 1e-3), (jnp.float16, 2e-5)],
+    [
+        (jnp.float32, 1),
+        (jnp.float16, 2e-5),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((jnp.bfloat16, 1), (jnp.float16, 1), (jnp.float16, 1e-3))
+        ),
+    ],
 )  # fmt: skip
 def test_every_quantizer(tmp_path, dtype, size):
     w = jnp.asarray(weights((33, 7)) * np.float32(size)).astype(dtype)
@@ -84,7 +91,7 @@ def test_every_quantizer(tmp_path, dtype, size):
     check(tmp_path / "file", tree | {"b": jnp.ones(7, dtype), "scalar": jnp.array(3)})
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("bits", cases(range(1, 9), [1, 3, 4, 7]))
 def test_every_width(tmp_path, bits):
     shapes = [(13, 5), (7,), (2, 3, 9), (0, 4)]
     tree = {str(s): Uniform(bits, group_size=4).quantize(jnp.asarray(weights(s))) for s in shapes}

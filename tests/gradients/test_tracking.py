@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import cases
 
 from optax_clipquant import (
     clip_by_quantile,
@@ -23,7 +24,7 @@ TRACKING = {
 }
 
 
-@pytest.mark.parametrize("dtype", [*FLOATS, jnp.complex64])
+@pytest.mark.parametrize("dtype", cases([*FLOATS, jnp.complex64], [jnp.float32, jnp.bfloat16]))
 @pytest.mark.parametrize("name", TRACKING)
 def test_tracking_keeps_dtypes_and_state_types(platform, variant, name, dtype):
     tx = TRACKING[name]
