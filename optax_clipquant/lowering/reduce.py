@@ -91,7 +91,10 @@ class Span:
 
         if self._part(like[0], most, integers) is None and not integers:
             return one_by_one()
-        return jax.lax.platform_dependent(cpu=lambda: together(compute(0.0)), default=one_by_one)
+        return jax.lax.platform_dependent(
+            cpu=lambda: together(compute(0.0)),
+            default=lambda: [self._whole(k, x) for k, x in zip(kinds, compute(0.0), strict=True)],
+        )
 
     def _whole(self, kind: Kind, x: jax.Array) -> jax.Array:
         each = _WHOLE[kind](x, axis=self.axes, keepdims=True)

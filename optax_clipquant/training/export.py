@@ -12,7 +12,9 @@ from optax_clipquant._tree import path_of
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.params import PyTree, leaves_of
 from optax_clipquant.quant.qarray import QArray
-from optax_clipquant.training.weights import latent_of, weight_states
+from optax_clipquant.training.grids import fits
+from optax_clipquant.training.latent import recall
+from optax_clipquant.training.weights import weight_states
 
 
 def export_params(params: PyTree, opt_state: PyTree) -> PyTree:
@@ -96,7 +98,7 @@ def latent_params(params: PyTree, opt_state: PyTree) -> PyTree:
     latents = dict(_find(opt_state, "latent"))
     grids = {path: grid for path, grid in _find(opt_state, "grid") if path in latents}
     return _map_paths(
-        lambda path, p: latent_of(p, grids[path], latents[path]), params, grids, latents
+        lambda path, p: recall(p, grids[path], latents[path])[1], params, grids, latents
     )
 
 
@@ -124,7 +126,7 @@ def _map_paths(fn: Any, params: PyTree, grids: dict[str, Grid], latents: dict[st
                 f"params have no leaf {path!r}, which opt_state quantizes: they are not of one run"
             )
         kept = latents[path].shape if path in latents else shapes[path]
-        if kept != shapes[path] or not _fits(grid, kept):
+        if kept != shapes[path] or not fits(grid, kept):
             raise ValueError(
                 f"params leaf {path!r} has shape {shapes[path]}, but opt_state quantizes an array "
                 + (f"of shape {kept}" if path in latents else f"with scales of {grid.scale.shape}")
@@ -133,14 +135,3 @@ def _map_paths(fn: Any, params: PyTree, grids: dict[str, Grid], latents: dict[st
     return jax.tree_util.tree_map_with_path(
         lambda path, p: fn(path_of(path), p) if path_of(path) in grids else p, params
     )
-
-
-def _fits(grid: Grid, shape: tuple[int, ...]) -> bool:
-    """Whether ``grid`` can be of an array of this shape, as far as its scales tell."""
-    if grid.scale.ndim != len(shape):
-        return False
-    extents: list[tuple[int, ...]] = [(1, n) for n in shape]
-    if grid.group is not None:
-        axis, size = grid.group
-        extents[axis] = (-(-shape[axis] // size),)
-    return all(n in allowed for n, allowed in zip(grid.scale.shape, extents, strict=True))

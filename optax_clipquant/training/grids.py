@@ -5,8 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from optax_clipquant._tree import PyTree, path_of, unboxed
+from optax_clipquant._tree import PyTree, check_known, check_unchanged, path_of, unboxed
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.params import (
     Rules,
@@ -32,10 +33,38 @@ def init_grids(params: PyTree, quantizer: Rules, where: Where | None) -> PyTree:
     return jax.tree_util.tree_map_with_path(lambda path, p: fit(path_of(path), p), params)
 
 
-def refit(quantizer: Rules, path: str, w: jax.Array, grid: Grid) -> Grid:
+def refit(transform: str, quantizer: Rules, path: str, w: jax.Array, grid: Grid) -> Grid:
+    """The grid of the next step, of which nothing is differentiated."""
     rule = rule_for(path, quantizer)
-    assert rule is not None  # init selected the leaf by this rule
-    return dataclasses.replace(rule.fit(w, start=grid), dtype=grid.dtype)
+    if rule is None:
+        raise ValueError(
+            f"{transform}: leaf {path!r} is on a grid in the state, but no rule of the quantizer is for "
+            "it; give the rules that the state was made with, or call tx.init again"
+        )
+    w = jax.lax.stop_gradient(w)
+    try:
+        found = rule.fit(w, start=grid)
+    except (TypeError, ValueError):  # a start of other shapes fits nothing
+        _check_same_grid(transform, path, jax.eval_shape(rule.fit, w), grid)
+        raise
+    found = dataclasses.replace(found, dtype=grid.dtype)
+    _check_same_grid(transform, path, found, grid)
+    return found
+
+
+def _check_same_grid(transform: str, path: str, found: Grid, grid: Grid) -> None:
+    """Raises where the quantizer is not the one whose grid is in the state."""
+
+    def text(grid: Grid) -> str:
+        kept = dataclasses.replace(grid.levels, dtype=np.dtype(np.float32))
+        return f"{kept} with scales of {grid.scale.shape}"
+
+    if text(found) != text(grid):
+        raise ValueError(
+            f"{transform}: leaf {path!r} is on another grid in the state than the quantizer makes: "
+            f"{text(grid)}, and {text(found)}. Give the quantizer that the state was made with; or to go "
+            "on with another one, call tx.init(latent_params(params, state))"
+        )
 
 
 def level_of(grid: Grid, w: jax.Array, key: jax.Array | None = None) -> jax.Array:
@@ -52,18 +81,35 @@ def difference(target: jax.Array, p: jax.Array) -> jax.Array:
 def map_quantized(
     step: Any, updates: PyTree, params: PyTree | None, grid: PyTree, name: str
 ) -> tuple[PyTree, ...]:
-    """``step(path, update, param, grid)`` at each quantized leaf; a tree for each of its results."""
+    """``step(path, update, param, grid)`` at each quantized leaf; a tree for each of its results.
+
+    Raises:
+      ValueError: no params, or other leaves or shapes than in ``init``.
+      TypeError: another dtype than in ``init``.
+    """
     if params is None:
         raise ValueError(
             f"{name} needs the params: call update(updates, state, params) with the current ones"
         )
     update_of, param_of = dict(leaves_of(updates)), dict(leaves_of(params))
+    known = jax.tree_util.tree_flatten_with_path(
+        grid, is_leaf=lambda x: x is None or is_quantized(x)
+    )[0]
+    check_known(name, param_of, (path_of(path) for path, _ in known))
     outputs = {}
     for path, leaf_grid in leaves_of(grid):
         for what, leaves in (("updates", update_of), ("params", param_of)):
             if path not in leaves:
                 raise ValueError(f"{name}: {what} have no leaf {path!r}, which init quantized")
-        outputs[path] = step(path, update_of[path], param_of[path], leaf_grid)
+        p, u = param_of[path], jnp.asarray(update_of[path])
+        check_unchanged(name, "params", path, p, p.shape, leaf_grid.dtype)
+        check_unchanged(name, "updates", path, u, p.shape)
+        if not fits(leaf_grid, p.shape):
+            raise ValueError(
+                f"{name}: params leaf {path!r} has shape {p.shape}, but its grid in the state has scales "
+                f"of {leaf_grid.scale.shape}; call tx.init again for params of other shapes"
+            )
+        outputs[path] = step(path, u.astype(jnp.float32), p, leaf_grid)
 
     def result(index: int, tree: PyTree) -> PyTree:
         return jax.tree_util.tree_map_with_path(
@@ -74,3 +120,14 @@ def map_quantized(
 
     count = len(next(iter(outputs.values())))
     return result(0, updates), *(result(index, grid) for index in range(1, count))
+
+
+def fits(grid: Grid, shape: tuple[int, ...]) -> bool:
+    """Whether ``grid`` can be of an array of this shape, as far as its scales tell."""
+    if grid.scale.ndim != len(shape):
+        return False
+    extents: list[tuple[int, ...]] = [(1, n) for n in shape]
+    if grid.group is not None:
+        axis, size = grid.group
+        extents[axis] = (-(-shape[axis] // size),)
+    return all(n in allowed for n, allowed in zip(grid.scale.shape, extents, strict=True))

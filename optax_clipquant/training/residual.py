@@ -57,6 +57,15 @@ def latent_of(level: jax.Array, grid: Grid, kept: QArray) -> jax.Array:
     return _square(kept.dequantize()) if _is_binary(grid) else level + kept.dequantize()
 
 
+def resolution(grid: Grid, kept: QArray) -> jax.Array:
+    """How far the latent weights may be from those of which ``kept`` was kept: a unit, and a little."""
+    one = jnp.ones(kept.shape, jnp.int8)
+    unit = 1.01 * kept.grid.decode(one)
+    if _is_binary(grid):
+        return unit * (2 * jnp.abs(kept.dequantize()) + unit)
+    return unit
+
+
 def _is_binary(grid: Grid) -> bool:
     """Whether the levels are two, one on each side of zero."""
     return grid.upper - grid.lower == 1 and grid.zero_point is None

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_clipquant._tree import PyTree
+from optax_clipquant._tree import PyTree, on_shapes
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.params import Rules, Where, check_rules, leaves_of
 from optax_clipquant.training.grids import difference, init_grids, level_of, map_quantized, refit
+from optax_clipquant.training.latent import straight_through
 
 
 class RoundWeightsState(NamedTuple):
@@ -18,7 +19,7 @@ class RoundWeightsState(NamedTuple):
     Attributes:
       count: the number of updates so far.
       grid: a tree with the ``Grid`` that each quantized leaf stands on, None at others.
-      key: the PRNG key of stochastic rounding, or None.
+      key: the PRNG key of stochastic rounding, raw (uint32) so that it can be saved, or None.
     """
 
     count: jax.typing.ArrayLike
@@ -60,9 +61,10 @@ def round_weights(
 
     check_rules(quantizer)
 
+    @on_shapes
     def init(params: PyTree) -> PyTree:
         grid = init_grids(params, quantizer, where)
-        key = jax.random.key(seed) if stochastic else None
+        key = jax.random.PRNGKey(seed) if stochastic else None
         return RoundWeightsState(jnp.zeros((), jnp.int32), grid, key)
 
     def update(
@@ -71,12 +73,12 @@ def round_weights(
         index = {path: i for i, (path, _) in enumerate(leaves_of(state.grid))}
 
         def step(path: str, u: jax.Array, p: jax.Array, grid: Grid) -> tuple[Any, Any]:
-            w = p.astype(jnp.float32) + u.astype(jnp.float32)
-            grid = refit(quantizer, path, w, grid)
+            w = p.astype(jnp.float32) + u
+            grid = refit("round_weights", quantizer, path, w, grid)
             key = None
             if state.key is not None:
                 key = jax.random.fold_in(jax.random.fold_in(state.key, state.count), index[path])
-            return difference(level_of(grid, w, key), p), grid
+            return difference(straight_through(level_of(grid, w, key), w), p), grid
 
         updates, grid = map_quantized(step, updates, params, state.grid, "round_weights")
         return updates, RoundWeightsState(optax.safe_increment(state.count), grid, state.key)

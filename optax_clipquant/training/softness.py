@@ -62,6 +62,19 @@ def check_softness(softness: Any) -> None:
         raise ValueError(f"quantize_weights: softness must be from 0 to 1, got {softness}")
 
 
+def softness_before(
+    softness: float | optax.Schedule | None, count: jax.typing.ArrayLike
+) -> jax.Array:
+    """The softness with which the last of ``count`` updates served the weights.
+
+    It is 1 before the first, when the params are the latent weights.
+    """
+    last = softness(jnp.maximum(count - 1, 0)) if callable(softness) else softness
+    return jnp.where(
+        count == 0, 1.0, jnp.clip(jnp.asarray(0.0 if last is None else last, jnp.float32), 0, 1)
+    )
+
+
 def soften(level: jax.Array, latent: jax.Array, softness: jax.typing.ArrayLike) -> jax.Array:
     """``level + softness * (latent - level)``, and up to 0 and from 1 on exactly one of them."""
     softness = jnp.clip(jnp.asarray(softness, jnp.float32), 0, 1)

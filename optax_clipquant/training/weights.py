@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_clipquant._tree import PyTree, path_of, unboxed
+from optax_clipquant._tree import PyTree, check_unchanged, on_shapes, path_of, unboxed
 from optax_clipquant.gradients.clip import Bound, clip_by_value
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.params import Rules, Where, check_rules, leaves_of
@@ -14,8 +14,9 @@ from optax_clipquant.quant.qarray import QArray
 from optax_clipquant.quant.quantizers import Uniform
 from optax_clipquant.training import residual
 from optax_clipquant.training.grids import difference, init_grids, level_of, map_quantized, refit
+from optax_clipquant.training.latent import adopt, straight_through
 from optax_clipquant.training.rounding import RoundWeightsState
-from optax_clipquant.training.softness import check_softness, soften
+from optax_clipquant.training.softness import check_softness, soften, softness_before
 
 
 class QuantizeWeightsState(NamedTuple):
@@ -115,6 +116,7 @@ def quantize_weights(
             f"quantize_weights: residual_bits must be 8, or None for float32, got {residual_bits!r}"
         )
 
+    @on_shapes
     def init(params: PyTree) -> PyTree:
         grid = init_grids(params, quantizer, where)
         grids = dict(leaves_of(grid))
@@ -139,15 +141,17 @@ def quantize_weights(
         latents = dict(leaves_of(state.latent))
         index = {path: i for i, path in enumerate(latents)}
         soft = softness(state.count) if callable(softness) else softness
+        before = softness_before(softness, state.count)
 
         def step(path: str, u: jax.Array, p: jax.Array, grid: Grid) -> tuple[Any, Any, Any]:
             kept = latents[path]
-            latent = latent_of(p, grid, kept) + u.astype(jnp.float32)
-            grid = refit(quantizer, path, latent, grid)
+            check_unchanged("quantize_weights", "params", path, p, kept.shape)
+            latent = adopt(p, grid, kept, before) + u
+            grid = refit("quantize_weights", quantizer, path, latent, grid)
             level = target = level_of(grid, latent)
             if soft is not None:
                 target = soften(level, latent, soft)
-            u = difference(target, p)
+            u = difference(straight_through(target, latent), p)
             if not isinstance(kept, QArray):
                 return u, grid, latent
             if soft is not None:
@@ -195,10 +199,3 @@ def weight_states(opt_state: PyTree) -> list[Any]:
 
     found = jax.tree.leaves(unboxed(opt_state), is_leaf=is_state)
     return [state for state in found if is_state(state)]
-
-
-def latent_of(p: jax.Array, grid: Grid, kept: jax.Array | QArray) -> jax.Array:
-    """The latent weights, from what the state keeps of them."""
-    if not isinstance(kept, QArray):
-        return kept
-    return residual.latent_of(level_of(grid, p), grid, kept)
