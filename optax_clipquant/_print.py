@@ -1,16 +1,16 @@
-"""How results are shown: as a rich table, and by ``print`` as its text."""
+"""How results are shown: tables, and progress bars. Rich is imported only where something is shown."""
 
 import abc
 import io
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # the command need not wait for it where it shows none
+if TYPE_CHECKING:
     import rich.progress
     import rich.table
 
 
 class Printed(abc.ABC):
-    """A result whose ``__rich__`` gives a table, which ``print`` shows too."""
+    """A result whose ``__rich__`` gives a table, which ``print`` shows as text."""
 
     @abc.abstractmethod
     def __rich__(self) -> "rich.table.Table": ...
@@ -28,7 +28,7 @@ class Printed(abc.ABC):
 
 
 def compact_table(*, show_footer: bool = False) -> "rich.table.Table":
-    """A table without columns that leaves the room to its content."""
+    """An empty table that leaves the room to its content."""
     import rich.box
     import rich.table
 
@@ -43,9 +43,9 @@ def progress_bar(
     """A progress bar on stderr, since stdout is for results.
 
     Args:
-      count_bytes: whether it counts bytes, and tells the time that remains, not that which has passed.
-      transient: whether it vanishes at the end.
-      shown: whether there is a bar at all; a task may be added and advanced all the same.
+      count_bytes: whether it counts bytes, and shows the time that remains rather than the time elapsed.
+      transient: whether it disappears at the end.
+      shown: whether there is a bar at all; tasks can be added and advanced without one.
     """
     import rich.console
     import rich.progress

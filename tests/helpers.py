@@ -1,4 +1,4 @@
-"""Data, float64 references and ways to start Python that several test files use."""
+"""Test data, float64 references and ways to start Python, shared by several test files."""
 
 import functools
 import importlib.util
@@ -174,7 +174,7 @@ def assert_on_grid(params, state):
 def run_python(
     *args: str | pathlib.Path, timeout: float | None = None, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """Python in a process of its own, with ``env`` and without the 8 devices of this one."""
+    """Runs Python in another process, with ``env`` and without the 8 devices of this one."""
     outer = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     return subprocess.run(
         [sys.executable, *args],

@@ -1,9 +1,9 @@
 """Pictures of weights on their grids, of sizes, clipping and sweeps (needs the extra ``plot``).
 
-Each function draws into axes that it is given, so that pictures can be put together, and changes none of
-matplotlib's settings. ``subplots`` makes axes in the common style. The colours are Okabe and Ito's, which
-colour-blind people can tell apart, and cividis; each has a line style and a marker of its own, so that
-pictures can be read in grey too.
+Each function draws into the axes that it is given, so that pictures can be combined, and leaves
+matplotlib's settings alone. ``subplots`` makes axes in the common style. The colours are Okabe and Ito's, which
+colour-blind people can tell apart, and cividis; their line styles and markers differ too, so that
+pictures can be read in grey.
 
 Examples:
   >>> import jax
@@ -58,14 +58,14 @@ def against_bits(
     reference: float | None = None,
     mode: Mode = "max",
 ) -> None:
-    """Accuracy, signal-to-noise ratio or the like against bits a weight, with the Pareto line.
+    """Accuracy, signal-to-noise ratio or the like against bits per weight, with the Pareto line.
 
-    The Pareto line joins the points, of any series, than which no other is both smaller and better.
+    The Pareto line joins the points of all series that no other point beats in both size and value.
 
     Args:
       axes: to draw into.
-      series: for each name, pairs of bits a weight and value.
-      ylabel: what the values are, with their unit.
+      series: for each name, pairs of bits per weight and value.
+      ylabel: the label of the values, with their unit.
       reference: the value in float.
       mode: whether more is better, or less.
     """
@@ -89,7 +89,7 @@ def against_bits(
         axes.plot(at, values, linestyle=line, marker=marker, color=color, linewidth=2, label=name)
     if reference is not None:
         axes.axhline(reference, color=GREY, linestyle=":", linewidth=1.5, label="float")
-    axes.set(xlabel="bits a weight, scales included", ylabel=ylabel)
+    axes.set(xlabel="bits per weight, scales included", ylabel=ylabel)
     axes.legend(fontsize=9)
 
 
@@ -98,12 +98,12 @@ def clipping(
     fractions: Sequence[float] | np.ndarray,
     thresholds: Sequence[float] | np.ndarray | None = None,
 ) -> None:
-    """The share of clamped elements in each step, and the bound.
+    """The fraction of elements that were clamped in each step, and the bound.
 
     Args:
       axes: to draw into.
       fractions: the clip fraction of each step.
-      thresholds: the bound of each step, on an axis of its own to the right.
+      thresholds: the bound of each step, on a second axis to the right.
     """
     color, line, _ = STYLES[0]
     steps = np.arange(1, len(fractions) + 1)
@@ -133,15 +133,15 @@ def heat_map(
     *,
     mode: Mode = "max",
 ) -> None:
-    """A metric over two hyperparameters, as of ``sweep(...).rows``; the best cell has a frame.
+    """A metric over two hyperparameters, such as ``sweep(...).rows``; the best cell is framed.
 
     Cells whose value is missing or not finite are hatched.
 
     Args:
       axes: to draw into.
-      rows: with the keys ``x``, ``y`` and ``value``.
+      rows: dicts with the keys ``x``, ``y`` and ``value``.
       x: the hyperparameter along the horizontal axis.
-      y: along the vertical one.
+      y: the hyperparameter along the vertical axis.
       value: the metric.
       mode: whether more is better, or less.
 
@@ -203,9 +203,9 @@ def curves(
     Args:
       axes: to draw into.
       series: for each name the values, or an array of several runs by values.
-      ylabel: what the values are, with their unit.
-      x: where the values are; from 1 on by default.
-      xlabel: what ``x`` is.
+      ylabel: the label of the values, with their unit.
+      x: the positions of the values; 1, 2, ... by default.
+      xlabel: the label of ``x``.
     """
     for (name, values), (color, line, _) in styled(series):
         for i, run in enumerate(np.atleast_2d(np.asarray(values, float))):

@@ -19,12 +19,12 @@ class Row:
     Attributes:
       path: its path in the tree.
       shape: its shape.
-      bits: bits of a code, or of an element where it is not quantized.
+      bits: bits of a code; of an element if the leaf is not quantized.
       bytes_before: its bytes in ``params``.
       bytes_after: its bytes on disk, scales included.
-      max_error: the largest absolute error; None where there is nothing to compare with.
+      max_error: the largest absolute error; None if there is nothing to compare with.
       snr_db: signal-to-noise ratio, ``10 log10(sum(w**2) / sum((w - w')**2))``; inf without error,
-        None where there is nothing to compare with.
+        None if there is nothing to compare with.
     """
 
     path: str
@@ -38,7 +38,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Summary(Printed):
-    """What ``summarize`` found: ``rows`` is plain data, ``print`` gives a table."""
+    """The result of ``summarize``: ``rows`` is plain data, and ``print`` shows a table."""
 
     rows: tuple[Row, ...]
 
@@ -59,7 +59,7 @@ class Summary(Printed):
         import rich.text
 
         table = compact_table(show_footer=True)
-        # Digits are folded where there is no room, never left out.
+        # Digits are folded for lack of room, never left out.
         table.add_column("leaf", "total", overflow="fold")
         compared = any(row.max_error is not None for row in self.rows)
         for header, footer in (
@@ -74,7 +74,7 @@ class Summary(Printed):
         for row in self.rows:
             errors = (row.max_error, ".2g"), (row.snr_db, ".1f")
             table.add_row(
-                rich.text.Text(row.path),  # and no markup
+                rich.text.Text(row.path),  # not parsed as markup
                 "x".join(map(str, row.shape)),
                 f"{row.bits:.3g}",
                 f"{row.bytes_before:,}",
@@ -92,10 +92,10 @@ def row_of(
     bits: float | None = None,
     size: int | None = None,
 ) -> Row:
-    """The row of one leaf, of its array and what became of it.
+    """Compares one leaf with its original.
 
     Args:
-      bits: of a code; by default of an element of ``after``.
+      bits: bits of a code; by default those of an element of ``after``.
       size: its bytes on disk; by default those of ``after``.
     """
     if before.shape != after.shape:
@@ -117,7 +117,7 @@ def row_of(
 def errors(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
     """Largest absolute error, and signal-to-noise ratio in dB: NaN and -inf where a value is NaN.
 
-    In float64 and, of integers, exactly. A block at a time, which stays in a cache.
+    Computed in float64, and exactly for integers, a block at a time that stays in a cache.
     """
     largest = noise = signal = 0.0
     before, after = before.ravel(), after.ravel()

@@ -1,4 +1,4 @@
-"""Size and error of each leaf of a tree beside another, and bits a weight."""
+"""Size and error of each leaf of a tree beside another, and bits per weight."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def summarize(params: PyTree, qparams: PyTree) -> Summary:
       qparams: the same tree, with ``QArray`` leaves.
 
     Raises:
-      ValueError: the trees have other leaves, or leaves of other shapes.
+      ValueError: the trees have different leaves, or a leaf has another shape.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -52,10 +52,10 @@ def summarize(params: PyTree, qparams: PyTree) -> Summary:
 
 
 def bits_per_param(qparams: PyTree) -> float:
-    """The mean bits of a quantized weight on disk, scales included; of any weight where none is.
+    """The mean bits of a quantized weight on disk, scales included; of all weights if none is quantized.
 
     Args:
-      qparams: a tree with ``QArray`` leaves, which may be abstract, as of ``jax.eval_shape``.
+      qparams: a tree with ``QArray`` leaves, which may be abstract, as from ``jax.eval_shape``.
 
     Examples:
       >>> import jax.numpy as jnp

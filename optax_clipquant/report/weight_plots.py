@@ -18,14 +18,13 @@ from optax_clipquant.report.style import BLUE, GREEN, ORANGE, SKY
 def weight_histogram(axes: Axes, before: jax.typing.ArrayLike, after: QArray) -> None:
     """Weights before and after quantization, counted along their grid.
 
-    Both are in steps of the grid of their own channel or group, and counted for each step, so that all
-    weights share one picture and the heights compare: a stem has the weights that the bars around
-    it have, moved onto one level.
+    Each weight is divided by the step of its channel's or group's grid, so that all weights share one picture.
+    Bars and stems are both densities per step: a stem holds the weights of the bars around it, moved onto one level.
 
     Args:
       axes: to draw into.
       before: the weights, such as those of ``latent_params``.
-      after: what became of them.
+      after: the quantized weights.
 
     Raises:
       ValueError: the shapes differ.
@@ -46,8 +45,8 @@ def weight_histogram(axes: Axes, before: jax.typing.ArrayLike, after: QArray) ->
         return_counts=True,
     )
     if grid.code_book is not None and levels.size > 1:
-        counts = counts / np.gradient(levels)  # its levels are nearer than a step, or farther
-    bars = 4  # a step
+        counts = counts / np.gradient(levels)  # the levels of a code book are not one step apart
+    bars = 4  # per step
     if position.size:
         first, last = math.floor(position.min()) - 0.5, math.ceil(position.max()) + 0.5
         # Some weights may be thousands of steps away.
@@ -61,7 +60,7 @@ def weight_histogram(axes: Axes, before: jax.typing.ArrayLike, after: QArray) ->
         )
     axes.vlines(levels, 0, counts, color=ORANGE, linewidth=1.5)
     axes.plot(levels, counts, "o", color=ORANGE, markersize=5, label="after, on levels")
-    axes.set(xlabel="weight, in steps of its grid", ylabel="weights a step")
+    axes.set(xlabel="weight, in steps of its grid", ylabel="weights per step")
     axes.set_ylim(bottom=0)
     axes.legend()
 
@@ -71,8 +70,8 @@ def leaf_bars(axes: Sequence[Axes], summary: Summary, *, most: int = 40) -> None
 
     Args:
       axes: two, for sizes and for ratios.
-      summary: what ``summarize`` found.
-      most: leaves to be shown, the largest; the others are summed in one bar.
+      summary: the result of ``summarize``.
+      most: how many leaves to show, the largest; the others are summed in one bar.
 
     Raises:
       ValueError: ``axes`` are not two.
@@ -122,5 +121,5 @@ def leaf_bars(axes: Sequence[Axes], summary: Summary, *, most: int = 40) -> None
 
 
 def _shortened(path: str) -> str:
-    """The end tells leaves apart."""
+    """The end of ``path``, which is where leaves differ."""
     return path if len(path) <= 48 else f"\N{HORIZONTAL ELLIPSIS}{path[-47:]}"

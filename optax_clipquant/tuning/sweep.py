@@ -1,4 +1,4 @@
-"""Hyperparameters found by trial: a whole grid trained and validated in one compiled program."""
+"""Grid search over hyperparameters: every point is trained and validated in one compiled program."""
 
 import dataclasses
 import itertools
@@ -19,7 +19,7 @@ from optax_clipquant.tuning.sweep_file import FAILED, Row, read, write
 
 @dataclasses.dataclass(frozen=True)
 class Sweep(Printed):
-    """What ``sweep`` found: ``rows`` is plain data, ``print`` gives a table.
+    """The result of ``sweep``: ``rows`` is plain data, and ``print`` shows a table.
 
     Attributes:
       rows: for each point of the grid, in the order of ``itertools.product``, a dict of Python numbers:
@@ -29,7 +29,7 @@ class Sweep(Printed):
     rows: tuple[Row, ...]
 
     def best(self, metric: str, mode: Literal["max", "min"] = "max") -> Row:
-        """The row with the largest ``metric``, or the smallest; of equals, the first in the grid.
+        """The row with the largest ``metric``, or the smallest; the first in the grid among equals.
 
         Raises:
           ValueError: ``metric`` or ``mode`` is unknown, or all runs failed.
@@ -44,13 +44,13 @@ class Sweep(Printed):
         return max(rows, key=lambda row: sign * row[metric])
 
     def pareto(self, cost: str, metric: str, mode: Literal["max", "min"] = "max") -> list[Row]:
-        """The rows worth their cost, sorted by it.
+        """The rows on the Pareto front of ``cost`` and ``metric``, sorted by cost.
 
-        Those that did not fail, and for which no other is as good in both ``cost`` and ``metric`` and
-        better in one. Of rows with equal cost and metric all are in it, or none.
+        A row is on it if it did not fail, and no other row is as good in both and better in one. Rows with
+        equal cost and metric are on it together, or not at all.
 
         Args:
-          cost: a column or metric of which less is better.
+          cost: a column or metric; less is better.
           metric: a column or metric.
           mode: whether more of ``metric`` is better, or less.
 
@@ -82,7 +82,9 @@ class Sweep(Printed):
         some_failed = len(self._finished()) < len(self.rows)
         for name in self.rows[0]:
             if name != FAILED or some_failed:
-                header = rich.text.Text("" if name == FAILED else name)  # and no markup
+                header = rich.text.Text(
+                    "" if name == FAILED else name
+                )  # text is not parsed as markup
                 table.add_column(header, justify="right", overflow="fold")
         for row in self.rows:
             values = (value for name, value in row.items() if name != FAILED)
@@ -103,36 +105,36 @@ def sweep(
 ) -> Sweep:
     """Trains and validates at every point of a grid, in one vmapped and jitted program.
 
-    It is traced and compiled once. A loop over the points compiles for each, and small models spend
-    most of their time on that. The runs of a batch advance together, and take the memory of that many.
+    The program is traced and compiled once, where a loop over the points would compile for each of them,
+    which is most of the time of a small model. The runs of a batch advance together, and need memory together.
 
     The values are traced, so they cannot decide on shapes or Python's control flow: ``c``, ``R``,
     ``resolution``, learning rates and seeds may be in a grid; for ``bits``, call ``sweep`` with each.
 
-    Sums are computed in another order in a batch than alone, so that a weight halfway between two levels
-    can go either way. A long training on a grid therefore ends slightly differently, as with another seed.
+    A batch computes sums in another order than a single run does, so that a weight halfway between two levels
+    can go either way. A long training on a grid therefore ends slightly differently, as it does with another seed.
 
     Args:
-      evaluate: called as ``evaluate(c=..., R=...)`` with a scalar for each column, int32 where all of
-        the column are integers and else float32; it trains, and returns a dict of scalar metrics.
+      evaluate: called as ``evaluate(c=..., R=...)`` with a scalar for each column, int32 if the whole
+        column consists of integers and float32 otherwise; it trains, and returns a dict of scalar metrics.
         Draw batches and initial values from fixed keys inside it, or close over them.
-      grid: from the name of each column to its values; points are their product.
-      batch_size: how many points run together; all of them by default. On a CPU few may be faster
-        (5 than 25, with 300,000 weights). A last batch that is short is filled up with a point that
-        is run again, so that nothing is compiled for it.
-      path: a JSON file for the grid and its rows, written after each batch. Where it is there
-        already, from the same grid and with the same metrics, only the points that it lacks are run.
-        It does not know what ``evaluate`` does: delete the file where that changes.
+      grid: a mapping from the name of each column to its values; the points are their product.
+      batch_size: how many points run together; all of them by default. On a CPU, small batches may be
+        faster (5 rather than 25, with 300,000 weights). A short last batch is padded by repeating a point,
+        so that it needs no other program.
+      path: a JSON file for the grid and its rows, written after each batch. If the file exists and has the
+        same grid and metrics, only the missing points are run. It knows nothing of what ``evaluate``
+        does: delete it when that changes.
       progress: whether to show a progress bar.
 
     Returns:
       A ``Sweep``.
 
     Raises:
-      ValueError: ``grid`` is empty, a column is empty or has what is not a number, or ``batch_size`` is
-        less than 1; ``evaluate`` returns something other than a dict of scalars, or a metric with the
-        name of a column; the file is one of another grid, of other metrics, or not of ``sweep``.
-      FileNotFoundError: there is no folder for ``path``.
+      ValueError: ``grid`` is empty, a column is empty or holds something other than numbers, or ``batch_size``
+        is less than 1; ``evaluate`` returns something other than a dict of scalars, or a metric with the
+        name of a column; the file belongs to another grid, has other metrics, or was not written by ``sweep``.
+      FileNotFoundError: the folder of ``path`` does not exist.
 
     Examples:
       >>> def evaluate(lr, steps):
@@ -159,7 +161,7 @@ def sweep(
     size = max(1, min(batch_size or len(points), len(points) - len(rows)))
 
     def batch() -> dict[str, np.ndarray]:
-        """The next points; where there are too few, the last one again."""
+        """The next points, padded with the last one."""
         index = np.minimum(np.arange(len(rows), len(rows) + size), len(points) - 1)
         return {
             name: np.array([points[i][name] for i in index], _dtype(values))
@@ -182,12 +184,12 @@ def sweep(
         if len(rows) == len(points):
             return Sweep(tuple(rows))
         if path is not None:
-            write(path, columns, rows)  # a file that cannot be written shows before the work
+            write(path, columns, rows)  # fails before the work if the file cannot be written
         compiled = traced.lower().compile()
         bar.update(task, description="sweep")
         while len(rows) < len(points):
             metrics = {k: v.tolist() for k, v in jax.device_get(compiled(batch())).items()}
-            # The points end before the values where the batch was filled up.
+            # A padded batch has more values than there are points left.
             for point, *found in zip(points[len(rows) :], *metrics.values(), strict=False):
                 failed = not all(map(math.isfinite, found))
                 rows.append({**point, **dict(zip(metrics, found, strict=True)), FAILED: failed})
@@ -198,7 +200,7 @@ def sweep(
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Where the points are, by rising cost, than which no other has less cost and no less value."""
+    """Indices of the points on the Pareto front, by rising cost: no other costs less at no less value."""
     order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
     front: list[int] = []
     for i in order:
@@ -216,7 +218,7 @@ def _columns(grid: Mapping[str, Any]) -> dict[str, list[Any]]:
     columns = {}
     for name, values in grid.items():
         if name == FAILED:
-            raise ValueError(f"sweep: grid has a column {name!r}, which rows need; rename it")
+            raise ValueError(f"sweep: grid has a column {name!r}, which is reserved; rename it")
         try:
             column = np.asarray(values)
         except ValueError:  # sequences of different lengths
@@ -237,7 +239,7 @@ def _columns(grid: Mapping[str, Any]) -> dict[str, list[Any]]:
         for value in columns[name]:
             if not (value == 0 or least <= abs(value) <= largest or abs(value) == math.inf):
                 raise ValueError(
-                    f"sweep: grid[{name!r}] has {value}, which {dtype.__name__} lacks; leave it out"
+                    f"sweep: grid[{name!r}] has {value}, which {dtype.__name__} cannot represent; leave it out"
                 )
     return columns
 

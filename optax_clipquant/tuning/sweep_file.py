@@ -2,7 +2,7 @@
 
     {"grid": {"c": [0.1, 1.0]}, "rows": [{"c": 0.1, "loss": "nan", "failed": true}]}
 
-Numbers that are not finite, which JSON lacks, are text: "nan", "inf" and "-inf".
+Numbers that are not finite have no JSON and are stored as text: "nan", "inf" and "-inf".
 """
 
 import json
@@ -23,15 +23,15 @@ Row = dict[str, Any]
 def read(
     path: str | os.PathLike[str], columns: Mapping[str, Sequence[Any]], points: Sequence[Row]
 ) -> list[Row]:
-    """The rows of a file; none where there is no file.
+    """The rows of a file; none if it does not exist.
 
     Args:
       path: the file.
       columns: the grid.
-      points: its product, of which the file must have the first ones.
+      points: the points of the grid; the rows must be the first of them.
 
     Raises:
-      ValueError: it is of another grid, damaged, or no such file at all.
+      ValueError: the file belongs to another grid, is damaged, or was not written by ``sweep``.
     """
     way_out = "give another path, or delete the file"
     try:
@@ -51,14 +51,16 @@ def read(
     except FileNotFoundError:
         return []
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged, or no sweep's file ({error!r}); {way_out}") from error
-    raise ValueError(f"{path}: of the grid {grid}, but this sweep is of {expected}; {way_out}")
+        raise ValueError(
+            f"{path}: damaged, or not written by sweep ({error!r}); {way_out}"
+        ) from error
+    raise ValueError(f"{path}: its grid is {grid}, but this sweep's is {expected}; {way_out}")
 
 
 def write(
     path: str | os.PathLike[str], columns: Mapping[str, Sequence[Any]], rows: Sequence[Row]
 ) -> None:
-    """Writes the file whole, or leaves it as it was."""
+    """Writes the whole file, or leaves the old one as it was."""
     content = {"grid": _plain(columns), "rows": _plain(rows)}
     with replacing(path) as file:
         file.write(json.dumps(content, indent=1, allow_nan=False).encode())
@@ -69,11 +71,11 @@ def _number(x: Any) -> Any:
         return float(x)
     if isinstance(x, (bool, int, float)):
         return x
-    raise TypeError(f"{x!r} is no number")
+    raise TypeError(f"{x!r} is not a number")
 
 
 def _refuse(text: str) -> None:
-    raise ValueError(f"{text} is no JSON")
+    raise ValueError(f"{text} is not JSON")
 
 
 def _plain(x: Any) -> Any:

@@ -44,7 +44,7 @@ def test_weight_histogram_counts_all_weights(name):
     assert axes.get_xlabel() == "weight, in steps of its grid"
 
 
-def test_weight_histogram_leaves_out_what_is_not_finite():
+def test_weight_histogram_leaves_out_weights_that_are_not_finite():
     w = weights((40, 12))
     q = Uniform(bits=4).quantize(jnp.asarray(w))
     w[3, 4], w[5, 6] = np.nan, np.inf
@@ -54,7 +54,7 @@ def test_weight_histogram_leaves_out_what_is_not_finite():
     np.testing.assert_allclose(bars, w.size - 2, rtol=1e-5)
 
 
-def test_weight_histogram_of_what_has_no_step():
+def test_weight_histogram_of_channels_without_a_step():
     w = np.zeros((4, 3), np.float32)
     w[:, 1] = np.nan
     figure, (axes,) = plots.subplots()
@@ -79,7 +79,7 @@ def test_pareto_front_is_that_of_brute_force(points):
 
 
 @pytest.mark.parametrize("mode", ["max", "min"])
-def test_against_bits(mode):
+def test_against_bits_draws_all_points_and_the_pareto_line(mode):
     sign = 1 if mode == "max" else -1
     series = {
         "ours": [(4, sign * 8.0), (2, sign * 5.0)],
@@ -98,7 +98,7 @@ def test_against_bits(mode):
     assert axes.get_ylabel() == "accuracy (%)"
 
 
-def test_leaf_bars():
+def test_leaf_bars_show_the_rows_of_the_summary():
     params = {f"layer_{i}": {"kernel": jnp.asarray(weights((16, 8 + i)))} for i in range(6)}
     params["bias"] = jnp.zeros(3)
     qparams = quantize_params(params, Uniform(bits=4))
@@ -123,7 +123,7 @@ def test_leaf_bars():
         plots.leaf_bars(axes[:1], summary)
 
 
-def test_leaf_bars_of_names_and_ratios_that_are_none():
+def test_leaf_bars_show_odd_names_and_infinite_ratios():
     long = "model/" + "layer/" * 20 + "kernel"
     w = jnp.asarray(weights((16, 8)))
     params = {"a$b$c$_": w, long: w, "nan": w.at[0, 0].set(jnp.nan), "none": jnp.zeros((0, 4))}
@@ -138,7 +138,7 @@ def test_leaf_bars_of_names_and_ratios_that_are_none():
     assert 0 < axes[0].get_xlim()[0] < min(r.bytes_after for r in summary.rows if r.bytes_after)
 
 
-def test_clipping():
+def test_clipping_draws_fractions_and_bounds():
     figure, (axes,) = plots.subplots()
     plots.clipping(axes, [0.5, 0.1], [1.0, 3.0])
     draw(figure)
@@ -149,7 +149,7 @@ def test_clipping():
 
 
 @pytest.mark.parametrize(("mode", "best"), [("max", (2, 1)), ("min", (0, 0))])
-def test_heat_map(mode, best):
+def test_heat_map_frames_the_best_cell_and_hatches_failures(mode, best):
     rows = [
         {"c": c, "R": R, "accuracy": None if c == 1 and R == 1 else i * 2.0 + j}
         for i, R in enumerate((1, 4, 7))
@@ -178,7 +178,7 @@ def test_heat_map(mode, best):
     draw(figure)
 
 
-def test_curves():
+def test_curves_draws_a_line_for_each_run():
     figure, (axes,) = plots.subplots()
     plots.curves(axes, {"a": [[1, 2, 3], [2, 3, 4]], "b": [5, 6, 7]}, ylabel="loss (nats)")
     draw(figure)
@@ -201,7 +201,7 @@ def test_no_setting_of_matplotlib_is_changed():
     assert dict(matplotlib.rcParams) == before
 
 
-def test_mode_is_one_of_two_words():
+def test_an_unknown_mode_is_refused():
     _, (axes,) = plots.subplots(1)
     with pytest.raises(ValueError, match="mode must be 'max' or 'min', got 'higher'"):
         plots.against_bits(axes, {"a": [(2, 0.5)]}, ylabel="", mode="higher")  # pyright: ignore

@@ -46,14 +46,14 @@ def test_prints_a_table():
     assert console.export_text().strip() == text.strip()
 
 
-def test_huge_and_zero_weights():
+def test_huge_and_zero_weights_have_defined_ratios():
     params = {"w": jnp.full((4, 4), 1e30), "z": jnp.zeros((4, 4))}
     rows = summarize(params, quantize_params(params, Uniform(bits=4))).rows
     assert math.isfinite(rows[0].snr_db)
     assert rows[1].snr_db == math.inf
 
 
-def test_other_leaves_or_shapes():
+def test_other_leaves_or_shapes_are_refused():
     params = {"w": jnp.asarray(weights((4, 4)))}
     with pytest.raises(ValueError, match=r"different leaves: .*'v'"):
         summarize(params, {"v": params["w"]})
@@ -61,7 +61,7 @@ def test_other_leaves_or_shapes():
         summarize(params, {"w": jnp.ones((4, 3))})
 
 
-def test_a_leaf_with_nan_shows_it():
+def test_nan_in_a_leaf_is_reported():
     """In a large array XLA's CPU backend drops NaN from a maximum."""
     w = weights((192, 256))
     w[7, 255] = np.nan
@@ -92,13 +92,13 @@ def test_integers_and_float64_are_compared_exactly():
     assert (rows["tiny"].max_error, rows["tiny"].snr_db) == (1, -math.inf)
 
 
-def test_python_numbers():
+def test_leaves_may_be_python_numbers():
     (row,) = summarize({"x": 3.0}, {"x": 2.5}).rows
     assert (row.shape, row.max_error) == ((), 0.5)
     assert bits_per_param({"x": 3.0}) == 64
 
 
-def test_names_are_no_markup():
+def test_names_are_not_parsed_as_markup():
     tree = {name: jnp.ones((3, 2)) for name in ("x[red]y", "z[/z]", "a:key:b")}
     text = str(summarize(tree, quantize_params(tree)))
     assert all(name in text for name in tree)

@@ -127,14 +127,14 @@ def assert_same(found: list[np.ndarray], expected: list[np.ndarray]) -> None:
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> list[np.ndarray]:
-    """Of two processes that run to the end: the same in both."""
+    """The end state of two processes that are not killed, which is the same in both."""
     (first, second), begun = ends(tmp_path_factory.mktemp("pair"), 2)
     assert_same(first, second)
     assert begun == 0
     return first
 
 
-def test_two_processes_are_as_one(tmp_path, expected):
+def test_two_processes_train_as_one_does(tmp_path, expected):
     """The weights to the bit, and the rest but for the order in which four gradients are summed."""
     (alone,), _ = ends(tmp_path, 1)
     assert_same(alone[:1], expected[:1])

@@ -1,5 +1,5 @@
-"""On eight devices: the numbers of one device, state sharded like its params, and no communication but
-of what a quantizer reduces over devices, which is as large as its scales.
+"""Eight devices compute the numbers of one, with state sharded like its params; the only communication
+is what a quantizer reduces over devices, which is as large as its scales.
 """
 
 import collections
@@ -61,7 +61,7 @@ BYTES = {"pred": 1, "bf16": 2} | {
 
 
 def nbytes(array: str) -> int:
-    """Of an array's type: 512 of ``f32[16,8]``."""
+    """Bytes of an array of this type: 512 for ``f32[16,8]``."""
     dtype, dims = array.rstrip("]").split("[")
     return BYTES[dtype] * int(np.prod([int(n) for n in dims.split(",") if n]))
 
@@ -172,7 +172,7 @@ def loss(params: dict[str, Any], x: jax.Array, y: jax.Array, layout: Layout | No
 
 
 def gradients(step: int) -> dict[str, Any]:
-    """Of a size at which every kind of clipping acts."""
+    """Gradients of a size at which every kind of clipping acts."""
     drawn = iter(range(200 + 10 * step, 300))
     return jax.tree.map(lambda p: jnp.asarray(weights(p.shape, seed=next(drawn))) * 0.005, net())
 
@@ -362,7 +362,7 @@ def plain(tree: Any) -> Any:
         for case in TRAINED
     ],
 )
-def test_training(case, name, kind):
+def test_a_step_is_that_of_one_device_with_no_more_collectives_than_allowed(case, name, kind):
     """As on one device, with state sharded like the params, and no more collectives than allowed.
 
     The step that has it all computes its gradients; the others are given them, and so start from the
@@ -493,7 +493,7 @@ def alone(tx: optax.GradientTransformation, params: Any, updates: Any) -> tuple[
         ),
     ],
 )
-def test_each_quantizer(transform, place, kind):
+def test_each_quantizer_gives_the_bits_of_one_device(transform, place, kind):
     """Bit for bit as on one device, where no sum of floats crosses devices."""
     expected, _ = alone_expected(transform)
     shape, spec = PLACES[place]
@@ -534,8 +534,8 @@ def assert_scale_sized(text: str, scale: int, weight: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 # Groups of two devices each, and groups that end inside a device, the last one shorter.
 @pytest.mark.parametrize("size", [pytest.param(128, marks=pytest.mark.slow), 192, 96])
-def test_groups_across_devices(size, kind):
-    """As on one device, and what devices exchange is as large as the scales, where they exchange at all."""
+def test_groups_may_cross_devices(size, kind):
+    """The bits of one device, and collectives no larger than the scales, if any."""
     w = jnp.asarray(weights((512, 64)))
     sharding = jax.NamedSharding(mesh((4, 2), kind), P(("x", "y"), None))
     quantizer = Uniform(bits=4, group_size=size)
@@ -598,7 +598,7 @@ def quantized_steps(
     [(8, P("x", None)), (8, P(None, "x")), (8, P("y", "x")), (4, P("y", "x"))],
     ids=str,
 )
-def test_quantized_state(bits, spec, kind):
+def test_quantized_state_needs_no_communication(bits, spec, kind):
     """As on one device, sharded like the params, and without communication."""
     sharding = jax.NamedSharding(mesh((4, 2), kind), spec)
     _, text = quantized_steps((64, 256), sharding, bits, 64)
@@ -615,8 +615,8 @@ def test_quantized_state(bits, spec, kind):
     ],
     ids=str,
 )
-def test_blocks_across_devices(bits, shape, spec, block, kind):
-    """As on one device, and devices exchange what is as large as the scales."""
+def test_blocks_of_state_may_cross_devices(bits, shape, spec, block, kind):
+    """The bits of one device, and collectives no larger than the scales."""
     sharding = jax.NamedSharding(mesh((4, 2), kind), spec)
     moment, text = quantized_steps(shape, sharding, bits, block[1])
     assert moment.block == block
@@ -626,7 +626,7 @@ def test_blocks_across_devices(bits, shape, spec, block, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_dither(kind):
+def test_noise_does_not_depend_on_the_number_of_devices(kind):
     expected = dither(jnp.zeros((16, 6)), 2, 7)
     on = mesh((8, 1), kind)
     with jax.set_mesh(on):
@@ -640,7 +640,7 @@ def test_dither(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("place", ["rows", "columns"])
 def test_collectives_grow_with_the_scales_alone(place, kind):
-    """Of a large weight, whose mask of clamped elements is counted in runs."""
+    """They do not grow with the weight, even where the mask of clamped elements is counted in runs."""
     shape, spec = PLACES[place]
     sharding = jax.NamedSharding(mesh(shape, kind), spec)
     rules = {"^a$": Uniform(bits=4), "^b$": Uniform(bits=4, group_size=8), "^c$": Uniform(bits=3)}
@@ -655,7 +655,7 @@ def test_collectives_grow_with_the_scales_alone(place, kind):
     assert found == (rows if place == "rows" else {})
 
 
-def test_no_mesh_is_set():
+def test_explicit_arrays_need_no_mesh_to_be_set():
     """Explicit arrays bring their mesh with them."""
     w = jax.device_put(W, jax.NamedSharding(mesh((8, 1), "Explicit"), P("x", None)))
     for size in (8, 16, 24):

@@ -1,4 +1,4 @@
-"""Compiled for a TPU that is not here: what is in its memory and what is read and written."""
+"""Memory and traffic of programs compiled for a TPU that is not here."""
 
 import importlib.util
 import json
@@ -15,7 +15,7 @@ pytestmark = [
 ]
 
 SIZE = 4096
-# In a process of its own, since libtpu reads its settings when it starts.
+# In another process, since libtpu reads its settings when it starts.
 SCRIPT = """
 import json
 import jax, jax.numpy as jnp, optax

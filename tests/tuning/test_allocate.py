@@ -75,7 +75,7 @@ CHOICES = (2, 3, 4, 6, 8)
     ],
     ids=str,
 )
-def test_is_the_best_under_the_budget(bits, quantizer):
+def test_widths_have_the_least_error_within_the_budget(bits, quantizer):
     params = tree()
     sensitivity = {
         name: {"kernel": jnp.asarray(weights(leaf["kernel"].shape, "skewed", 9)) ** 2 * 10.0**i}
@@ -128,7 +128,7 @@ def test_squared_gradients_are_the_mean_of_squares(platform):
     )
 
 
-def test_paths_with_dots_boxes_and_nnx():
+def test_paths_with_dots_boxes_and_nnx_states_match_their_rules():
     params = {"a.b": {"kernel": jnp.asarray(weights((8, 4)))}, "aXb": {"kernel": jnp.ones((8, 4))}}
     rules = allocate_bits(params, jax.tree.map(jnp.ones_like, params), bits_per_param=14)
     assert set(rules) == {r"^a\.b/kernel$", "^aXb/kernel$"}
@@ -187,7 +187,7 @@ def test_refuses(edit, message):
         allocate_bits(params, arguments.pop("sensitivity"), **arguments)
 
 
-def test_no_batches():
+def test_no_batches_are_refused():
     with pytest.raises(ValueError, match="batches is empty"):
         squared_gradients(lambda p, b: 0.0, {"w": jnp.ones(2)}, [])
 
@@ -205,7 +205,7 @@ def test_errors_beyond_the_range_of_float32(size, sensitivity):
     assert len({rule.bits for rule in found.values()}) > 1
 
 
-def test_never_over_the_budget_where_the_solver_is():
+def test_the_budget_holds_although_the_solver_has_a_tolerance():
     """Its tolerance is relative: of tens of millions of bytes, one too many passes for none."""
     rng = np.random.default_rng(0)
     tried = 0

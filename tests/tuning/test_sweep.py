@@ -52,7 +52,7 @@ def assert_same_run(row: dict, expected: dict) -> None:
 
 
 def test_traced_numbers_train_as_fixed_ones():
-    """Of one point; the runs that sweeps are held against have traced ones, to be one program."""
+    """One point is enough: the runs that sweeps are compared with trace their numbers, to be one program."""
     expected = next(row for row in separate_runs() if (row["c"], row["R"]) == (0.01, 2))
     assert_same_run(jax.jit(functools.partial(train, 0.01, 2))(), expected)
 
@@ -83,7 +83,7 @@ def test_compiles_once(caplog):
     assert len(compiled) == 1, caplog.messages
 
 
-def test_numbers_of_all_kinds():
+def test_columns_take_numbers_of_every_kind():
     seen = {}
 
     def evaluate(**point):
@@ -217,7 +217,7 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["sweep.json"]
 
 
-def test_the_file(tmp_path):
+def test_the_file_is_plain_json(tmp_path):
     path = tmp_path / "sweep.json"
 
     def evaluate(c, R):
@@ -249,16 +249,16 @@ def test_the_file(tmp_path):
     "grid",
     [{"c": [1.0, 3.0]}, {"c": [1, 2]}, {"c": [1.0]}, {"d": [1.0, 2.0]}, {"c": [1.0, 2.0, 3.0]}],
 )
-def test_a_file_of_another_grid(tmp_path, grid):
+def test_a_file_of_another_grid_is_refused(tmp_path, grid):
     path = tmp_path / "sweep.json"
     sweep(lambda c: {"loss": c}, {"c": [1.0, 2.0]}, path=path, progress=False)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"sweep\.json: of the grid .*another path, or delete"):
+    with pytest.raises(ValueError, match=r"sweep\.json: its grid is .*another path, or delete"):
         sweep(lambda **point: {"loss": 0}, grid, path=path, progress=False)
     assert path.read_bytes() == before
 
 
-def test_a_file_of_other_metrics(tmp_path):
+def test_a_file_of_other_metrics_is_refused(tmp_path):
     path, grid = tmp_path / "sweep.json", {"c": [1.0, 2.0]}
     sweep(lambda c: {"loss": c}, grid, path=path, progress=False)
     with pytest.raises(ValueError, match=r"sweep\.json: its rows have .*'loss'.*another path"):
@@ -288,21 +288,23 @@ def test_a_file_of_other_metrics(tmp_path):
         "\udcff",
     ],
 )
-def test_a_damaged_file(tmp_path, text):
+def test_a_damaged_file_is_refused(tmp_path, text):
     path = tmp_path / "sweep.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match=r"sweep\.json: damaged, or no sweep's file .*or delete"):
+    with pytest.raises(
+        ValueError, match=r"sweep\.json: damaged, or not written by sweep .*or delete"
+    ):
         sweep(lambda c: {"loss": c}, {"c": [1.0, 2.0]}, path=path, progress=False)
 
 
-def test_no_folder_shows_before_the_runs(tmp_path):
+def test_a_missing_folder_is_refused_before_the_runs(tmp_path):
     calls = []
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         sweep(flaky(99, calls), {"x": [1], "y": [1.0]}, path=tmp_path / "no/x.json", progress=False)
     assert not calls
 
 
-def test_failed_runs():
+def test_runs_that_are_not_finite_are_marked_failed():
     def diverging(lr):
         w = jax.lax.fori_loop(0, 200, lambda _, w: w - lr * 2 * w, jnp.ones(()))
         return {"loss": w**2, "score": 1 - w, "cost": jnp.where(jnp.isfinite(w), 5.0, 0.0)}
@@ -357,7 +359,7 @@ def test_max_is_the_default():
     assert [row["i"] for row in result.pareto("i", "cost", "min")] == [0]
 
 
-def test_unknown_names():
+def test_unknown_names_are_refused():
     result = Sweep(rows([(1.0, 1.0)]))
     known = r"there is no 'loss'; choose from \['i', 'cost', 'metric'\]"
     with pytest.raises(ValueError, match=f"best: {known}"):
@@ -386,15 +388,15 @@ def test_unknown_names():
         ({"c": [1j]}, r"grid\['c'\] must be a sequence of real numbers"),
         ({"c": [[1.0], [2.0, 3.0]]}, r"grid\['c'\] must be a sequence of real numbers"),
         ({"c": np.ones((2, 2))}, r"grid\['c'\] must be a sequence of real numbers"),
-        ({"c": [1.0, math.nan]}, r"grid\['c'\] has nan, which float32 lacks"),
-        ({"c": [1e300]}, r"grid\['c'\] has 1e\+300, which float32 lacks"),
-        ({"c": [1e-40]}, r"grid\['c'\] has 1e-40, which float32 lacks"),
-        ({"c": [1, 2**31]}, r"grid\['c'\] has 2147483648, which int32 lacks"),
+        ({"c": [1.0, math.nan]}, r"grid\['c'\] has nan, which float32 cannot represent"),
+        ({"c": [1e300]}, r"grid\['c'\] has 1e\+300, which float32 cannot represent"),
+        ({"c": [1e-40]}, r"grid\['c'\] has 1e-40, which float32 cannot represent"),
+        ({"c": [1, 2**31]}, r"grid\['c'\] has 2147483648, which int32 cannot represent"),
         ({"c": [2**70]}, r"grid\['c'\] must be a sequence of real numbers"),
-        ({"failed": [1.0]}, r"grid has a column 'failed', which rows need; rename it"),
+        ({"failed": [1.0]}, r"grid has a column 'failed', which is reserved; rename it"),
     ],
 )
-def test_bad_grids(grid, message):
+def test_bad_grids_are_refused(grid, message):
     with pytest.raises(ValueError, match=f"sweep: {message}"):
         sweep(lambda **point: {"loss": 0.0}, grid, progress=False)
 
@@ -416,13 +418,13 @@ def test_bad_grids(grid, message):
         (lambda c: {3: c}, r"a metric 3, .*not text; rename it"),
     ],
 )
-def test_bad_metrics(found, message):
+def test_bad_metrics_are_refused(found, message):
     with pytest.raises(ValueError, match=f"sweep: .*{message}"):
         sweep(found, {"c": [1.0, 2.0, 3.0]}, progress=False)
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, 2.5])
-def test_bad_batch_size(batch_size):
+def test_a_bad_batch_size_is_refused(batch_size):
     with pytest.raises(ValueError, match=f"must be an integer of at least 1, .*got {batch_size}"):
         sweep(lambda c: {"loss": c}, {"c": [1.0]}, batch_size=batch_size, progress=False)
 
@@ -442,7 +444,7 @@ def test_prints_a_table():
     assert console.export_text().strip() == str(result).strip()
 
 
-def test_progress(capsys):
+def test_progress_is_shown_on_stderr(capsys):
     sweep(lambda c: {"loss": c}, {"c": [1.0, 2.0, 3.0]}, batch_size=2)
     assert "3/3" in capsys.readouterr().err  # stdout is for results
     sweep(lambda c: {"loss": c}, {"c": [1.0, 2.0, 3.0]}, progress=False)
