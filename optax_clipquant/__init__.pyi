@@ -22,6 +22,8 @@ from .formats.files import load, save
 from .formats.qwix import to_qwix
 from .formats.gguf.read import from_gguf
 from .formats.gguf.write import to_gguf
+from .formats.compressed_tensors.read import from_compressed_tensors
+from .formats.compressed_tensors.write import to_compressed_tensors
 from .report.summarize import bits_per_param, summarize
 from .report.rows import Summary
 
@@ -70,6 +72,8 @@ __all__ = [
     "to_qwix",
     "to_gguf",
     "from_gguf",
+    "to_compressed_tensors",
+    "from_compressed_tensors",
     "summarize",
     "bits_per_param",
     "Summary",

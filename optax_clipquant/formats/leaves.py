@@ -1,15 +1,15 @@
 """The leaves of a tree for the files of other libraries: their names there, and their rows.
 
-Those files hold a weight as rows, each along the axis that is contracted, and cut rows into blocks
-with a scale each. A leaf may have its contracted axes elsewhere, several of them, or the layers of a
-model stacked.
+Those files hold a weight as rows along the contracted axis, cut into blocks with a scale each. A leaf
+may have its contracted axes elsewhere, several of them, or the layers of a model stacked.
 """
 
 import dataclasses
+import difflib
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,6 +23,15 @@ from optax_clipquant.quant.qarray import QArray, is_qarray
 Transpose = bool | tuple[int, ...] | None
 Target = str | tuple[str, bool | tuple[int, ...]] | None
 Names = Mapping[str, Target] | Callable[[str], Target]
+
+
+class Written(NamedTuple):
+    """A tensor of a file that came from a leaf, and its type there."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    nbytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +56,6 @@ class Leaf:
         """The array that it stands for."""
         if self.grid is None:
             return self.read()
-        # The codes may be a view; JAX takes one of its own.
         return np.asarray(QArray(jax.numpy.asarray(self.read()), self.grid).dequantize())
 
 
@@ -94,6 +102,21 @@ class Rows:
     axes: tuple[int, ...]
     shape: tuple[int, ...]
     order: np.ndarray | None = None
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def checked(self, codes: np.ndarray) -> np.ndarray:
+        """``codes``, of which the grid has a level for each. Only those made by hand may have others."""
+        grid = self.leaf.grid
+        assert grid is not None
+        if codes.size and not (grid.lower <= codes.min() and codes.max() <= grid.upper):
+            raise ValueError(
+                f"leaf {self.leaf.path!r}: codes from {codes.min()} to {codes.max()} are not all in its "
+                f"grid's {grid.lower} to {grid.upper}"
+            )
+        return codes
 
     def codes(self) -> np.ndarray:
         """The codes, or the elements, in the order of the tensor; a view where that is possible."""
@@ -170,7 +193,48 @@ class Rows:
         return np.ravel_multi_index(np.broadcast_arrays(*parts), tail).ravel()
 
 
-def merges(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+def integer_range(grid: Grid) -> tuple[int, int]:
+    """The least and the largest integer of which levels are multiples.
+
+    Half steps ``(k + 1/2) s`` are ``(2 k + 1) s/2``.
+    """
+    return (2 * grid.lower + 1, 2 * grid.upper + 1) if grid.offset else (grid.lower, grid.upper)
+
+
+def place(
+    leaves: Mapping[str, Leaf],
+    shapes: Mapping[str, tuple[int, ...]],
+    names: Names | None,
+    default: Callable[[str], str],
+    where: str,
+) -> dict[str, Rows]:
+    """The rows of each tensor of the file ``where`` that come from a leaf.
+
+    Of the tensors there are ``shapes``; ``default`` gives the name of a path that ``names`` lacks. Raises
+    ``ValueError`` where there is no such tensor, or two leaves are one.
+    """
+    placed: dict[str, Rows] = {}
+    for path, leaf in leaves.items():
+        if callable(names):
+            target = names(path)
+        else:
+            target = names[path] if names is not None and path in names else default(path)
+        for name, layer, transpose in _targets(leaf, target):
+            if name not in shapes:
+                nearest = difflib.get_close_matches(name, shapes, n=3, cutoff=0)
+                raise ValueError(
+                    f"leaf {path!r}: {where} has no tensor {name!r}; the nearest are {nearest}; give its "
+                    "name by `names`, or None to leave it out"
+                )
+            if name in placed:
+                raise ValueError(
+                    f"leaves {placed[name].leaf.path!r} and {path!r} are both tensor {name!r}"
+                )
+            placed[name] = rows_of(leaf, layer, transpose, shapes[name])
+    return placed
+
+
+def _merges(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
     """Whether ``target`` is ``shape`` with neighbouring axes merged."""
     rest = list(shape)
     for extent in target:
@@ -185,16 +249,11 @@ def merges(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
 def rows_of(leaf: Leaf, layer: int | None, transpose: Transpose, shape: tuple[int, ...]) -> Rows:
     """``leaf`` as rows of a tensor of this ``shape``.
 
-    Args:
-      leaf: the leaf.
-      layer: the index along its leading axis, or None.
-      transpose: whether its last two axes change places, or the order of all; None: as its grid, its
-        shape or its name tell.
-      shape: of the tensor.
-
-    Raises:
-      ValueError: the shapes do not fit, or nothing tells how the axes lie.
+    ``transpose`` tells whether its last two axes change places, or is the order of all, after which
+    neighbours may be merged; None: as its shape, its grid or its name tell. Raises ``ValueError`` where
+    the shapes do not fit, or nothing tells how the axes lie.
     """
+    stacked = "" if layer is None else " without the leading axis"
     own = leaf.shape if layer is None else leaf.shape[1:]
     ndim = len(own)
     plain, swapped = tuple(range(ndim)), (*range(ndim - 2), ndim - 1, ndim - 2)
@@ -202,7 +261,7 @@ def rows_of(leaf: Leaf, layer: int | None, transpose: Transpose, shape: tuple[in
         if sorted(transpose) != [*plain]:
             raise ValueError(
                 f"names: leaf {leaf.path!r} has transpose {transpose}, which is no order of the axes of "
-                f"{own}{_stacked(layer)}"
+                f"{own}{stacked}"
             )
         orders = [transpose]
     elif ndim < 2:
@@ -211,10 +270,11 @@ def rows_of(leaf: Leaf, layer: int | None, transpose: Transpose, shape: tuple[in
         orders = [plain, swapped] if transpose is None else [swapped if transpose else plain]
     laid = {axes: tuple(own[axis] for axis in axes) for axes in orders}
     fitting = [axes for axes in orders if laid[axes] == shape]
-    fitting = fitting or [axes for axes in orders if merges(laid[axes], shape)]
+    if transpose is not None:
+        fitting = fitting or [axes for axes in orders if _merges(laid[axes], shape)]
     if not fitting:
         raise ValueError(
-            f"leaf {leaf.path!r} has shape {own}{_stacked(layer)}, but {shape} in `like`; give `names` "
+            f"leaf {leaf.path!r} has shape {own}{stacked}, but {shape} in `like`; give `names` "
             "(name, transpose) for it, with transpose True or the order of its axes"
         )
     found = [Rows(leaf, layer, axes, shape) for axes in fitting]
@@ -231,7 +291,7 @@ def rows_of(leaf: Leaf, layer: int | None, transpose: Transpose, shape: tuple[in
     return found[0]
 
 
-def targets(leaf: Leaf, target: Target) -> Iterator[tuple[str, int | None, Transpose]]:
+def _targets(leaf: Leaf, target: Target) -> Iterator[tuple[str, int | None, Transpose]]:
     """Name, layer and transposition of each tensor that ``leaf`` becomes."""
     name, transpose = target if isinstance(target, tuple | list) else (target, None)
     if name is None:
@@ -253,13 +313,7 @@ def targets(leaf: Leaf, target: Target) -> Iterator[tuple[str, int | None, Trans
 
 
 def dotted(path: str) -> str:
-    """A path as PyTorch's modules have it: ``"model/layers/0/mlp/up_proj/kernel"`` is
-    ``"model.layers.0.mlp.up_proj.weight"``.
-    """
+    """A path as PyTorch's modules have it: ``mlp/up_proj/kernel`` as ``mlp.up_proj.weight``."""
     name = path.replace("/", ".")
     module, _, last = name.rpartition(".")
     return f"{module}.weight" if module and last in ("kernel", "embedding", "scale") else name
-
-
-def _stacked(layer: int | None) -> str:
-    return "" if layer is None else " without the leading axis"

@@ -2,8 +2,6 @@
 
 import collections
 import dataclasses
-import difflib
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Literal, get_args
@@ -15,7 +13,15 @@ from optax_clipquant._tree import PyTree
 from optax_clipquant.formats.gguf.blocks import BLOCKS, encode
 from optax_clipquant.formats.gguf.container import GGUFFile, Tensor, uint32, writing
 from optax_clipquant.formats.gguf.names import gguf_name, row_order
-from optax_clipquant.formats.leaves import Leaf, Names, Rows, leaves_in, rows_of, targets
+from optax_clipquant.formats.leaves import (
+    Leaf,
+    Names,
+    Rows,
+    Written,
+    integer_range,
+    leaves_in,
+    place,
+)
 from optax_clipquant.quant.grid import Grid
 
 Float = Literal["float16", "bfloat16", "float32"]
@@ -81,7 +87,7 @@ def to_gguf(
       otherwise: the dtype in which to write the decoded values of leaves that no type holds exactly.
 
     Returns:
-      The type of each tensor of the file by its name.
+      The type of each tensor that came from ``qparams``, by its name.
 
     Raises:
       OSError: a file cannot be opened.
@@ -100,8 +106,8 @@ def to_gguf(
         ...
         to_gguf("mine.gguf", export_params(params, opt_state), like="llama-f16.gguf")
     """
-    tensors = write_gguf(path, leaves_in(qparams), like=like, names=names, otherwise=otherwise)
-    return {name: tensor.kind for name, tensor in tensors.items()}
+    written = write_gguf(path, leaves_in(qparams), like=like, names=names, otherwise=otherwise)
+    return {item.name: item.kind for item in written}
 
 
 def write_gguf(
@@ -112,8 +118,8 @@ def write_gguf(
     names: Names | None = None,
     otherwise: Float | None = None,
     progress: Callable[[int], None] = lambda elements: None,
-) -> dict[str, Tensor]:
-    """``to_gguf`` for leaves that need not be in memory; gives what it wrote.
+) -> list[Written]:
+    """``to_gguf`` for leaves that need not be in memory; gives what it wrote of them.
 
     ``progress`` is told the elements of each tensor of a leaf that is written.
     """
@@ -137,37 +143,27 @@ def write_gguf(
         with writing(path, entries, announced, source.alignment) as file:
             for name, rows in placed.items():
                 file.put(name, _content(rows, tensors[name].kind))
-                progress(math.prod(rows.shape))
+                progress(rows.size)
             for name in tensors.keys() - placed.keys():
                 file.put(name, source.pieces(name))
-    return tensors
+    return [Written(name, *tensors[name], nbytes[name]) for name in placed]
 
 
 def _placed(leaves: Mapping[str, Leaf], source: GGUFFile, names: Names | None) -> dict[str, Rows]:
     """What each tensor of the file gets that comes from a leaf."""
-    placed: dict[str, Rows] = {}
-    for path, leaf in leaves.items():
-        target, theirs = None, False
-        if names is not None and (callable(names) or path in names):
-            target = names(path) if callable(names) else names[path]
-        else:
-            target, theirs = gguf_name(path, source)
-        for name, layer, transpose in targets(leaf, target):
-            if name not in source.tensors:
-                nearest = difflib.get_close_matches(name, source.tensors, n=3, cutoff=0)
-                raise ValueError(
-                    f"leaf {path!r}: {source.path} has no tensor {name!r}; the nearest are {nearest}; "
-                    "give its name by `names`, or None to leave it out"
-                )
-            if name in placed:
-                raise ValueError(
-                    f"leaves {placed[name].leaf.path!r} and {path!r} are both tensor {name!r}"
-                )
-            rows = rows_of(leaf, layer, transpose, source.tensors[name].shape)
-            if theirs:
-                order = row_order(name, rows.shape[0], source)
-                rows = dataclasses.replace(rows, order=order)
-            placed[name] = rows
+    theirs: set[str] = set()
+
+    def default(path: str) -> str:
+        name, is_theirs = gguf_name(path, source)
+        theirs.update([path] * is_theirs)
+        return name
+
+    shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
+    placed = place(leaves, shapes, names, default, source.path)
+    for name, rows in placed.items():
+        if rows.leaf.path in theirs:
+            order = row_order(name, rows.shape[0], source)
+            placed[name] = dataclasses.replace(rows, order=order)
     return placed
 
 
@@ -196,7 +192,7 @@ def _kind(rows: Rows, otherwise: Float | None) -> str:
 
 def _block_kind(rows: Rows, grid: Grid) -> tuple[str | None, str]:
     """The smallest type that holds the levels exactly; or None, and why there is none."""
-    lower, upper = _integer_range(grid)
+    lower, upper = integer_range(grid)
     length = rows.shape[-1]
     if grid.code_book is not None:
         problem = "has a code book, and GGUF's levels are evenly spaced"
@@ -228,11 +224,6 @@ def _block_kind(rows: Rows, grid: Grid) -> tuple[str | None, str]:
             fitting = "Ternary(group_size=256)"
         nearest = f"the nearest grid that fits is {fitting}, along the contracted axis"
     return None, f"({grid.bits:.3g} bits) {problem}; {nearest}"
-
-
-def _integer_range(grid: Grid) -> tuple[int, int]:
-    """The least and the largest code of which levels are multiples: ``(k + 1/2) s = (2 k + 1) s/2``."""
-    return (2 * grid.lower + 1, 2 * grid.upper + 1) if grid.offset else (grid.lower, grid.upper)
 
 
 def _scales(rows: Rows, size: int) -> np.ndarray:
@@ -275,12 +266,7 @@ def _encoded(rows: Rows, kind: str) -> Iterator[np.ndarray]:
     codes = rows.codes().reshape(-1, size)
     step = _CHUNK // size
     for first in range(0, len(codes), step):
-        part = codes[first : first + step]
-        if part.min() < grid.lower or part.max() > grid.upper:
-            raise ValueError(
-                f"leaf {rows.leaf.path!r}: codes from {part.min()} to {part.max()} are not all in its grid's "
-                f"{grid.lower} to {grid.upper}"
-            )
+        part = rows.checked(codes[first : first + step])
         if grid.offset:
             part = 2 * part + np.int8(1)
         yield encode(kind, part, scales[first : first + step])

@@ -1,0 +1,69 @@
+"""The folder of a Hugging Face model: its configuration, its files with weights, and a new one."""
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth")
+_WEIGHTS += (".gguf", ".h5", ".msgpack", ".onnx")
+
+
+def read_config(folder: str) -> dict[str, Any]:
+    if not os.path.isdir(folder):
+        raise NotADirectoryError(f"{folder} is not a folder; name that of a Hugging Face model")
+    path = os.path.join(folder, "config.json")
+    with open(path, encoding="utf-8") as file:
+        try:
+            config = json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is no JSON object")
+    return config
+
+
+def shards_of(folder: str) -> dict[str, str]:
+    """The files with weights by name."""
+    index = os.path.join(folder, "model.safetensors.index.json")
+    names = ["model.safetensors"]
+    if os.path.exists(index):
+        with open(index, encoding="utf-8") as file:
+            names = sorted(set(json.load(file)["weight_map"].values()))
+        if any(os.path.basename(name) != name for name in names):
+            raise ValueError(f"{index} names files outside its folder")
+    return {name: os.path.join(folder, name) for name in names}
+
+
+def is_weights(name: str) -> bool:
+    return name.endswith(_WEIGHTS) or name.startswith(".")
+
+
+def write_json(path: str, content: Any) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | os.PathLike[str]) -> Iterator[str]:
+    """A folder that gets its name once it is whole, and is removed where that fails."""
+    folder = os.path.abspath(folder)
+    if os.path.lexists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
+        raise FileExistsError(f"{folder} exists; name a new folder, or remove it")
+    parent, name = os.path.split(folder)
+    if not os.path.isdir(parent):
+        raise FileNotFoundError(f"{folder}: there is no folder {parent}")
+    temporary = os.path.join(parent, f".{name[:32]}.{secrets.token_hex(6)}.tmp")
+    os.mkdir(temporary)
+    try:
+        yield temporary
+        if os.path.isdir(folder):
+            os.rmdir(folder)  # Windows renames onto none
+        os.replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
