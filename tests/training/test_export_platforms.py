@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import CORE, QUANTIZERS, mlp_params
+from helpers import CORE, FORMULAS, QUANTIZERS, cases, mlp_params
 
 from optax_clipquant import (
     Uniform,
@@ -65,7 +65,7 @@ def test_transforms(name):
     check(lambda g, s, p: tx.update(g, s, p), params, tx.init(params), params)
 
 
-@pytest.mark.parametrize("name", CORE)
+@pytest.mark.parametrize("name", cases(CORE, [*FORMULAS, "binary"]))
 def test_quantizers(name):
     check(lambda p: quantize_params(p, QUANTIZERS[name]), mlp_params())
     check(dequantize_params, quantize_params(mlp_params(), QUANTIZERS[name]))

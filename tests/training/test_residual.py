@@ -8,9 +8,11 @@ import pytest
 from flax import nnx
 from helpers import (
     CORE,
+    FORMULAS,
     QUANTIZERS,
     assert_on_grid,
     batch,
+    cases,
     make_step,
     optimizer,
     projected,
@@ -239,7 +241,7 @@ def test_updates_smaller_than_a_unit_count():
     assert moved.std() < 0.08
 
 
-@pytest.mark.parametrize("name", CORE)
+@pytest.mark.parametrize("name", cases(CORE, [*FORMULAS, "binary"]))
 def test_params_are_on_the_grid_after_every_step(name):
     tx = optimizer(quantize_weights(QUANTIZERS[name], residual_bits=8))
     params = projected(QUANTIZERS[name])
@@ -267,7 +269,7 @@ def test_trains_as_the_float_latent_does(quantizer):
     assert losses[8] < 1.1 * losses[None]
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", cases([jnp.bfloat16, jnp.float16], [jnp.bfloat16]))
 def test_half_precision_params(dtype):
     tx = optimizer(quantize_weights(Uniform(bits=4), residual_bits=8))
     params = projected(Uniform(bits=4), dtype=dtype)
@@ -332,7 +334,7 @@ def test_nnx_optimizer_with_softness():
         assert latent["layers"][0]["kernel"].shape == (12, 10)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", cases([jnp.float32, jnp.bfloat16, jnp.float16], [jnp.bfloat16]))
 @pytest.mark.parametrize("name", ["uniform8", "uniform4", "uniform2", "binary", "zscore7"])
 def test_softness_and_half_precision_keep_the_latent(dtype, name):
     """The level is found again from params that are between levels, rounded to their dtype."""

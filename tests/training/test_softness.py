@@ -9,7 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import CORE, QUANTIZERS, assert_on_grid, batch, make_step, optimizer, projected
+from helpers import (
+    CORE,
+    FORMULAS,
+    QUANTIZERS,
+    assert_on_grid,
+    batch,
+    cases,
+    make_step,
+    optimizer,
+    projected,
+)
 
 from optax_clipquant import (
     Ternary,
@@ -109,7 +119,7 @@ def test_softness_0_is_the_hard_grid():
         chex.assert_trees_all_equal(results[0], results[1])
 
 
-@pytest.mark.parametrize("name", CORE)
+@pytest.mark.parametrize("name", cases(CORE, [*FORMULAS, "binary"]))
 def test_on_the_grid_from_the_end_of_the_schedule(name):
     """And off it before: exporting then tells how many weights are."""
     chex.clear_trace_counter()

@@ -10,10 +10,12 @@ from flax import nnx
 from flax.training import train_state
 from helpers import (
     CORE,
+    FORMULAS,
     QUANTIZERS,
     VARIANTS,
     assert_on_grid,
     batch,
+    cases,
     make_step,
     mlp_loss,
     mlp_params,
@@ -107,7 +109,7 @@ def test_is_the_recursion_in_float64():
         assert np.mean(error > 2.0**-7 * np.abs(nearest)) < 0.05
 
 
-@pytest.mark.parametrize("name", [*CORE, "rules"])
+@pytest.mark.parametrize("name", cases([*CORE, "rules"], [*FORMULAS, "rules"]))
 def test_scan_equals_steps_and_types_are_stable(name):
     tx = optimizer(quantize_weights(TRAINED[name]))
     params = projected(TRAINED[name])
@@ -431,7 +433,7 @@ def test_float64_params_are_on_the_grid_after_three_steps(make):
         assert_on_grid(params, state)
 
 
-@pytest.mark.parametrize("name", CORE)
+@pytest.mark.parametrize("name", cases(CORE, [*FORMULAS, "binary"]))
 def test_float16_params_at_the_end_of_the_range_stay_finite(name):
     params = {"w": jnp.array([[65504.0, 1], [-65504, 2], [3, 4]] * 2, jnp.float16)}
     tx = quantize_weights(QUANTIZERS[name])
