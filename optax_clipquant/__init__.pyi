@@ -15,6 +15,7 @@ from .training.rounding import RoundWeightsState, round_weights
 from .training.export import export_params, latent_params
 from .quant.companding import CompandedArray
 from .training.state import QuantizeStateState, quantize_state
+from .analysis.trace import trace_weights
 from .analysis.sensitivity import squared_gradients
 from .tuning.allocate import allocate_bits
 from .tuning.sweep import Sweep, sweep
@@ -63,6 +64,7 @@ __all__ = [
     "CompandedArray",
     "quantize_state",
     "QuantizeStateState",
+    "trace_weights",
     "allocate_bits",
     "squared_gradients",
     "sweep",

@@ -55,7 +55,7 @@ class Use:
 
     def __init__(
         self,
-        kinds: Iterable[Kind] = (),
+        kinds: Iterable[Kind] | Kind = (),
         contracted: Iterable[int] = (),
         batch: Iterable[int] = (),
         stacked: Iterable[int] = (),
@@ -63,7 +63,7 @@ class Use:
         others: Iterable[Iterable[int]] = (),
         adapter: bool = False,
     ) -> None:
-        found = {kinds} if isinstance(kinds, str) else set(kinds)
+        found: set[Any] = {kinds} if isinstance(kinds, str) else set(kinds)
         if not found <= set(KINDS):
             raise ValueError(f"kinds must be among {', '.join(KINDS)}, got {sorted(found)}")
         sets = {"contracted": contracted, "batch": batch, "stacked": stacked, "lookup": lookup}

@@ -7,7 +7,7 @@ def test_axes_that_share_a_scale():
     assert Use({"dot"}, contracted={1, 0}).reduced(3) == (0, 1)
     assert Use({"dot", "lookup"}, contracted={1}, lookup={0}).reduced(2) == (1,)
     assert Use({"lookup"}, lookup={1}, stacked={0}).reduced(3) == (2,)
-    with pytest.raises(ValueError, match=r"traced with the axes .2., but has only 2"):
+    with pytest.raises(ValueError, match=r"traced with the axes \[2\], but has only 2"):
         Use({"dot"}, contracted={2}).reduced(2)
 
 
@@ -44,22 +44,10 @@ def test_table_lists_all_uses_and_keeps_markup():
         {"[bold]/w": (3, 4, 5)},
     )
     lines = str(uses).split("\n")[1:]
-    assert lines[2].split() == [
-        "[bold]/w",
-        "3x4x5",
-        "dot,",
-        "lookup",
-        "1",
-        "|",
-        "0,",
-        "2",
-        "0",
-        "1",
-    ]
-    assert lines[3].split() == ["lora", "dot", "(adapter)", "0"]
-    assert lines[4].split() == ["old", "unused"]
+    rows = [" ".join(line.split()) for line in lines[2:]]
+    assert rows == ["[bold]/w 3x4x5 dot, lookup 1 | 0, 2 0 1", "lora dot (adapter) 0", "old unused"]
 
 
 def test_calibration_has_moments_of_traced_leaves_only():
-    with pytest.raises(ValueError, match=r"no use: .'b'"):
+    with pytest.raises(ValueError, match=r"no use: \['b'\]"):
         Calibration(Uses({"a": Use()}), {"b": 1.0})
