@@ -6,7 +6,9 @@ from .gradients.quantile import ClipByQuantileState, clip_by_quantile
 from .gradients.zscore import ClipByZScoreState, clip_by_zscore
 from .quant.grid import Grid
 from .quant.qarray import QArray, narrow
-from .quant.quantizers import Binary, NormalFloat, Quantizer, Ternary, Uniform, ZScore
+from .quant.quantizers import Binary, ChannelwiseQuantizer, Quantizer, Ternary, Uniform
+from .quant.normal_float import NormalFloat
+from .quant.zscore import ZScore
 from .quant.uses import Calibration, Use, Uses
 from .quant.params import dequantize_params, quantize_params
 from .training.softness import softness_schedule
@@ -43,6 +45,7 @@ __all__ = [
     "QArray",
     "narrow",
     "Quantizer",
+    "ChannelwiseQuantizer",
     "ZScore",
     "Uniform",
     "Binary",

@@ -17,6 +17,7 @@ from optax_clipquant.formats.layout import Leaf
 from optax_clipquant.formats.native import Parts, Tensors
 from optax_clipquant.formats.packing import pack, unpack
 from optax_clipquant.formats.safetensors import Spec
+from optax_clipquant.quant.groups import contracted_axes, cut_groups, scale_shape
 from optax_clipquant.quant.levels import Levels, largest_scale
 
 S = TypeVar("S")
@@ -49,18 +50,13 @@ class Absmax(NamedTuple):
         """For ``Uniform(bits, channel_axis=..., group_size=..., scale_rule="absmax")``."""
         dtype, shape = spec
         ndim = len(shape)
-        axes = tuple(axis for axis in range(ndim) if axis != channel_axis % ndim)
-        scales = [1 if axis in axes else length for axis, length in enumerate(shape)]
-        group = None
-        if group_size is not None and math.prod(shape):
-            axis = max(axes, key=lambda axis: shape[axis])
-            group = axis - ndim, min(group_size, shape[axis])
-            scales[axis] = -(-shape[axis] // group[1])
+        axes, group = cut_groups(shape, contracted_axes(ndim, channel_axis), group_size)
+        scales = scale_shape(shape, axes, group)
         half = 2 ** (bits - 1)
         levels = Levels(bits=bits, lower=-half, upper=half - 1, group=group, dtype=dtype)
         specs = {
             "": (np.dtype(np.uint8), (levels.packed_size(math.prod(shape)),)),
-            "s": (_BFLOAT16, tuple(scales)),
+            "s": (_BFLOAT16, scales),
         }
         return cls(Leaf(specs, levels, shape), levels, axes)
 
@@ -69,7 +65,7 @@ class Absmax(NamedTuple):
         blocks = _blocks(self.leaf.shape, self.levels)
         scales: list[np.ndarray] = []
         shape = self.leaf.specs["s"][1]
-        shared = 0 in self.axes and _group(self.levels, len(shape))[0] != 0
+        shared = 0 in self.axes
         # All blocks are read for such scales before any is read for its codes.
         if shared:
             high = low = np.zeros(shape, np.float32)
@@ -108,7 +104,7 @@ class Absmax(NamedTuple):
         for (run,) in _runs(self.levels, [w]):
             axes = self.axes
             if axis is not None:
-                axes = (*(a + (a > axis) for a in axes if a != axis), axis + 1)
+                axes = (*(a + (a > axis) for a in axes), axis + 1)
             pair = run.max(axes, keepdims=True), run.min(axes, keepdims=True)
             found.append(pair if axis is None else [x.squeeze(axis + 1) for x in pair])
         high, low = (np.concatenate(parts, axis or 0) for parts in zip(*found, strict=True))
@@ -153,7 +149,7 @@ def decode(leaf: Leaf, tensors: Tensors, threads: Threads) -> Iterator[np.ndarra
         if kind in ("s", "z")
     }
     size = math.prod(shape[1:])
-    book = None if levels.code_book is None else np.array(levels.code_book, np.float32)
+    book = None if levels.codebook is None else np.array(levels.codebook, np.float32)
     largest = (
         np.float32(ml_dtypes.finfo(levels.dtype).max) if levels.dtype.itemsize <= 4 else np.inf
     )

@@ -26,7 +26,7 @@ from optax_clipquant.quant.levels import Levels
 def listed(levels: Levels) -> list[Any]:
     """``levels`` as the JSON has them."""
     bits = 0 if levels.bits == math.log2(3) else levels.bits
-    group, book = list(levels.group or ()), list(levels.code_book or ())
+    group, book = list(levels.group or ()), list(levels.codebook or ())
     return [
         *(bits, levels.lower, levels.upper, levels.offset),
         *(group or 0, levels.dtype.name, book or 0),
@@ -43,7 +43,7 @@ def levels_of(items: list[Any]) -> Levels:
         offset=offset,
         group=tuple(group) if group else None,
         dtype=np.dtype(dtype),
-        code_book=tuple(book) if book else None,
+        codebook=tuple(book) if book else None,
     )
 
 

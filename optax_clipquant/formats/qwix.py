@@ -79,7 +79,7 @@ def _parts_of(q: QArray, path: str) -> tuple[jax.Array, jax.Array, jax.Array | N
     """Codes, scale and zero point, of which qwix makes ``(code - zero point) * scale``."""
     grid, codes, scale = q.grid, q.qvalue, q.grid.scale.astype(jnp.float32)
     lower, upper = grid.lower, grid.upper
-    if grid.code_book is not None:
+    if grid.codebook is not None:
         raise ValueError(
             f"leaf {path!r} has a code book, which qwix lacks; quantize with Uniform, or give the "
             "model floats by dequantize_params"

@@ -4,16 +4,23 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_clipquant.lowering.sharding import reduce_runs, split_axis
+from optax_clipquant.lowering.sharding import (
+    for_groups,
+    for_pieces,
+    piece_of,
+    reduce_runs,
+    split_axis,
+)
 
 Kind = Literal["max", "sum"]
 Zero = jax.Array | float
+T = TypeVar("T")  # a tree of arrays, with one entry for each span
 SMALL = 4096  # elements: with fewer, what counts is how many loops there are, not how fast each is
 _VECTOR = 4  # numbers next to each other that are worth an instruction
 _FEW = 64  # that may be summed one after the other: of more, parts are rounded less often
@@ -205,6 +212,55 @@ def _largest_and_sums(
     found = span.reduce(kinds, lambda zero: [*bits, *sums(zero)], zero, most)
     numbers = [jax.lax.bitcast_convert_type(x, jnp.float32) for x in found[: len(bits)]]
     return [*numbers, *found[len(bits) :]]
+
+
+def in_groups(
+    fit: Callable[..., T],
+    w: jax.Array,
+    shared: tuple[int, ...],
+    group: tuple[int, int] | None,
+    *others: Any,
+) -> T:
+    """What ``fit(part, span, *others)`` finds for each span of ``w``, in arrays of the rank of ``w``.
+
+    Args:
+      fit: it gets ``w``, of which runs along the group's axis are an axis by themselves, what is
+        reduced together, and the ``others`` to broadcast against it.
+      w: an array.
+      shared: the axes that are reduced whole.
+      group: the negative axis of which runs are reduced, and how long they are. The last may be
+        shorter.
+      others: trees of arrays with an entry for each span.
+    """
+    if group is None:
+        return fit(w, Span(shared), *others)
+    axis, size = group[0] + w.ndim, group[1]
+    length = w.shape[axis]
+    size = min(size, max(length, 1))
+    reduced = (*(a + (a > axis) for a in shared), axis + 1)
+
+    def fit_part(first: int, last: int, run: int, piece: int) -> T:
+        """For ``w[first:last]`` in groups of ``run`` pieces, of which each is reduced over an axis."""
+        part = split_axis(w, axis, first, last, piece)
+
+        def each_piece(x: jax.Array) -> jax.Array:
+            x = jax.lax.slice_in_dim(x, first // size, -(-last // size), axis=axis)
+            return for_pieces(x, axis, run, part.shape[axis])
+
+        found = fit(part, Span(reduced, axis, run), *jax.tree.map(each_piece, others))
+        return jax.tree.map(lambda x: for_groups(x, axis, run), found)
+
+    piece = piece_of(w, axis, size)
+    if 4 <= piece < size:
+        return fit_part(0, length, size // piece, piece)
+    # Of smaller pieces, all that is reduced is more than the weight.
+    whole = length // size * size
+    found = fit_part(0, whole, 1, size)
+    if whole == length:
+        return found
+    # The last, shorter group by itself: padding it would count in its sums.
+    rest = fit_part(whole, length, 1, length - whole)
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis), found, rest)
 
 
 def count(*masks: jax.Array) -> jax.Array:

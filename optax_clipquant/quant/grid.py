@@ -19,7 +19,7 @@ from optax_clipquant.lowering.sharding import (
     spec_of,
     split_axis,
 )
-from optax_clipquant.quant.levels import Levels
+from optax_clipquant.quant.levels import Levels, accepting_code_book
 
 _Fn = Callable[[jax.Array], jax.Array]
 
@@ -29,12 +29,13 @@ _Fn = Callable[[jax.Array], jax.Array]
     data_fields=("scale", "zero_point", "max_code"),
     meta_fields=tuple(field.name for field in dataclasses.fields(Levels)),
 )
+@accepting_code_book
 @dataclasses.dataclass(frozen=True, eq=False)
 class Grid(Levels):
     """Where the levels of a quantized array lie.
 
-    The level of code ``k`` is ``(k + offset - zero_point) * scale``; or with a code book,
-    ``code_book[k - lower] * scale``.
+    The level of code ``k`` is ``(k + offset - zero_point) * scale``; or with a codebook,
+    ``codebook[k - lower] * scale``.
 
     Invariants:
       * ``scale`` and ``zero_point`` have the array's rank, with extent 1 along a reduced axis and
@@ -98,11 +99,11 @@ class Grid(Levels):
             draws = split(draws)
         # By the reciprocal, as XLA would divide by what is broadcast, but not by what is not.
         position = w.astype(jnp.float32) * expand(1 / jnp.where(scale == 0, 1, scale))
-        if self.code_book is not None and self.max_code is None and draws is None:
-            codes = self.lower + _nearest_in(self.code_book, position)
+        if self.codebook is not None and self.max_code is None and draws is None:
+            codes = self.lower + _nearest_in(self.codebook, position)
             return merge(jnp.where(jnp.isnan(position), 0, codes).astype(jnp.int8))
-        if self.code_book is not None:
-            position = self.lower + _index_in(self.code_book, position)
+        if self.codebook is not None:
+            position = self.lower + _index_in(self.codebook, position)
         if self.zero_point is not None:
             position += expand(self._zero_point())
         if self.offset:
@@ -128,10 +129,10 @@ class Grid(Levels):
         split, expand, merge = self._view(codes)
         codes = split(codes)
         scale = expand(self.scale.astype(jnp.float32))
-        if self.code_book is None:
+        if self.codebook is None:
             levels = codes.astype(jnp.float32)
         else:
-            levels = _entry_of(self.code_book, codes.astype(jnp.int32) - self.lower)
+            levels = _entry_of(self.codebook, codes.astype(jnp.int32) - self.lower)
         if self.offset:
             levels += self.offset
         if self.zero_point is None:

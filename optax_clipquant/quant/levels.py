@@ -1,14 +1,32 @@
 """The static half of a grid: which levels there are, in units of the scale. No JAX here."""
 
 import dataclasses
+import functools
 import math
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
 
+T = TypeVar("T", bound=type)
 _BFLOAT16, _FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
 
 
+def accepting_code_book(cls: T) -> T:
+    """``cls``, of which the field ``codebook`` may be given by its old name, ``code_book``."""
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        if "code_book" in kwargs:
+            kwargs["codebook"] = kwargs.pop("code_book")
+        init(self, *args, **kwargs)
+
+    cls.__init__ = __init__
+    return cls
+
+
+@accepting_code_book
 @dataclasses.dataclass(frozen=True, eq=True, kw_only=True)
 class Levels:
     """Which levels a grid has, and how their codes are stored.
@@ -21,7 +39,7 @@ class Levels:
       group: ``(axis, size)`` where runs of ``size`` neighbours along ``axis`` share a scale; the
         axis is negative, so that ``jax.vmap`` does not shift it. The last run may be shorter.
       dtype: the dtype of the decoded array.
-      code_book: None; or the levels for a scale of 1, one for each code from ``lower`` to ``upper``,
+      codebook: None; or the levels for a scale of 1, one for each code from ``lower`` to ``upper``,
         rising, each a multiple of 2**-10, so that a level is exact in float32.
     """
 
@@ -31,7 +49,12 @@ class Levels:
     offset: float = 0.0
     group: tuple[int, int] | None = None
     dtype: np.dtype = _FLOAT32
-    code_book: tuple[float, ...] | None = None
+    codebook: tuple[float, ...] | None = None
+
+    @property
+    def code_book(self) -> tuple[float, ...] | None:
+        """The old name of ``codebook``."""
+        return self.codebook
 
     @property
     def levels(self) -> "Levels":

@@ -1,6 +1,7 @@
 """Statistics of weights, and the scales that follow from them."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -35,18 +36,19 @@ def round_scale(scale: jax.Array, largest: float, dtype: np.dtype) -> jax.Array:
     return jnp.where(jnp.isinf(scale), scale, rounded)
 
 
-@jax.jit
-def moments(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+@partial(jax.jit, static_argnames="axes")
+def moments(w: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Mean, standard deviation, and whether all elements are equal (then the mean is that value).
 
     Moments of each column first, in units of the column's range, then those of the columns: nothing
     cancels or overflows, and the weights are read twice.
     """
-    w = w.reshape(-1, 1) if w.ndim < 2 else w
-    span = Span(tuple(range(w.ndim - 1)))
-    rows = w.size // w.shape[-1]
+    last = w.ndim - 1
+    columns = (last,) if last in axes and len(axes) > 1 else ()
+    rows = tuple(axis for axis in axes if axis not in columns)
+    span, count = Span(rows), math.prod(w.shape[axis] for axis in rows)
     # Halves, for a sum can round up.
-    high, low, halves = extremes(w, span, lambda _: [w * (0.5 / rows)])
+    high, low, halves = extremes(w, span, lambda _: [w * (0.5 / count)])
     means = 2 * halves
     reach = jnp.maximum(high, -low)
     unit = jnp.where(reach == 0, 1, reach)
@@ -58,13 +60,22 @@ def moments(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
             (w != any_element).astype(jnp.int32),
         ),
     )
-    mean = 2 * jnp.sum(means * (0.5 / means.size))
-    largest = jnp.max(unit)
+
+    def over_columns(fn: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+        return fn(x, axis=columns, keepdims=True)
+
+    number = math.prod(w.shape[axis] for axis in columns)
+    mean = 2 * over_columns(jnp.sum, means * (0.5 / number))
+    largest = over_columns(jnp.max, unit)
     between = jnp.square(means / largest - mean / largest)
-    spread = jnp.sqrt(jnp.mean(squares / rows * jnp.square(unit / largest) + between))
+    within = squares / count * jnp.square(unit / largest)
+    spread = jnp.sqrt(over_columns(jnp.mean, within + between))
     std = jnp.minimum(largest * jnp.minimum(spread, 1), _LARGEST)
-    highest = jnp.max(any_element)
-    constant = (jnp.max(differ) == 0) & (highest == jnp.min(any_element)) & ~jnp.isnan(mean)
+    highest = over_columns(jnp.max, any_element)
+    constant = (over_columns(jnp.max, differ) == 0) & (
+        highest == over_columns(jnp.min, any_element)
+    )
+    constant &= ~jnp.isnan(mean)
     return jnp.where(constant, highest, mean), std, constant
 
 

@@ -44,7 +44,7 @@ def weight_histogram(axes: Axes, before: jax.typing.ArrayLike, after: QArray) ->
         np.round(np.asarray(after.dequantize(), np.float32)[shown] / step[shown], 3),
         return_counts=True,
     )
-    if grid.code_book is not None and levels.size > 1:
+    if grid.codebook is not None and levels.size > 1:
         counts = counts / np.gradient(levels)  # the levels of a code book are not one step apart
     bars = 4  # per step
     if position.size:

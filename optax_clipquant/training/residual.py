@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_clipquant.lowering.noise import dither
-from optax_clipquant.lowering.reduce import Span, extremes
+from optax_clipquant.lowering.reduce import Span, extremes, in_groups
 from optax_clipquant.quant.grid import Grid
+from optax_clipquant.quant.groups import groups_of
 from optax_clipquant.quant.qarray import QArray
-from optax_clipquant.quant.quantizers import Granular
 from optax_clipquant.quant.scales import round_scale
 
 
@@ -46,7 +46,7 @@ def _keep(
     latent: jax.Array, level: jax.Array, grid: Grid, before: Grid | None, draws: jax.Array | None
 ) -> QArray:
     kept = _root(latent) if _is_binary(grid) else latent - level
-    units = _units(grid, latent.shape).fit(kept, start=before)
+    units = _units(kept, grid, before)
     if _is_binary(grid):
         kept = _between(latent, units)
     return QArray(units.encode(kept, draws=draws), units)
@@ -91,30 +91,23 @@ def _between(latent: jax.Array, units: Grid) -> jax.Array:
     return low + share * (high - low)
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Units(Granular):
-    """The largest magnitude over 127, rounded up; or the unit before, where that is at most twice it."""
-
-    def _fit_axes(self, w: jax.Array, span: Span, start: Grid | None) -> Grid:
-        w = w.astype(jnp.float32)
-        high, low = extremes(w, span)
-        exact = jnp.maximum(high, -low) / 127
-        unit = round_scale(exact * (1 + 2.0**-7), 127, np.dtype(np.float32))
-        if start is not None:
-            before = start.scale.astype(jnp.float32)
-            # A code may be rounded up to 127 from a little below the edge, so the edge itself fits.
-            fits = (exact <= before * (1 + 2.0**-16)) & (before <= 2 * unit)
-            unit = jnp.where(fits, before, unit)
-        return Grid(unit.astype(jnp.bfloat16), bits=8, lower=-127, upper=127)
+def _units(w: jax.Array, grid: Grid, before: Grid | None) -> Grid:
+    """A unit for each scale of ``grid``: the largest magnitude over 127, rounded up; or the unit before,
+    where that is at most twice it.
+    """
+    shared, group = groups_of(w.shape, grid.scale.shape, grid.group)
+    units = in_groups(_unit, w, shared, group, before)
+    return dataclasses.replace(units, group=group)
 
 
-def _units(grid: Grid, shape: tuple[int, ...]) -> _Units:
-    """The rule with a unit for each scale of ``grid``."""
-    grouped = None if grid.group is None else grid.group[0] + len(shape)
-    channels = tuple(
-        axis
-        for axis, (n, scales) in enumerate(zip(shape, grid.scale.shape, strict=True))
-        if n == scales and axis != grouped
-    )
-    return _Units(channel_axis=channels, group_size=None if grid.group is None else grid.group[1])
+def _unit(w: jax.Array, span: Span, before: Grid | None) -> Grid:
+    w = w.astype(jnp.float32)
+    high, low = extremes(w, span)
+    exact = jnp.maximum(high, -low) / 127
+    unit = round_scale(exact * (1 + 2.0**-7), 127, np.dtype(np.float32))
+    if before is not None:
+        scale = before.scale.astype(jnp.float32)
+        # A code may be rounded up to 127 from a little below the edge, so the edge itself fits.
+        fits = (exact <= scale * (1 + 2.0**-16)) & (scale <= 2 * unit)
+        unit = jnp.where(fits, scale, unit)
+    return Grid(unit.astype(jnp.bfloat16), bits=8, lower=-127, upper=127)

@@ -37,8 +37,8 @@ def levels(grid: Grid, shape) -> np.ndarray:
     """All levels at each element, in float64, the last axis over codes."""
     zero = 0 if grid.zero_point is None else expanded(grid, grid.zero_point, shape)[..., None]
     codes = np.arange(grid.lower, grid.upper + 1)
-    if grid.code_book is not None:
-        return np.array(grid.code_book) * expanded(grid, grid.scale, shape)[..., None]
+    if grid.codebook is not None:
+        return np.array(grid.codebook) * expanded(grid, grid.scale, shape)[..., None]
     return (codes + grid.offset - zero) * expanded(grid, grid.scale, shape)[..., None]
 
 
@@ -179,8 +179,8 @@ def test_float16_keeps_its_smallest_numbers(variant, quantizer, size):
     q = quantizer.quantize(w)
     grid, codes = q.grid, np.asarray(q.qvalue, np.float32)
     level = codes + np.float32(grid.offset)
-    if grid.code_book is not None:
-        level = np.asarray(grid.code_book, np.float32)[np.asarray(q.qvalue, int) - grid.lower]
+    if grid.codebook is not None:
+        level = np.asarray(grid.codebook, np.float32)[np.asarray(q.qvalue, int) - grid.lower]
     if grid.zero_point is not None:
         level = level - expanded(grid, grid.zero_point, w.shape).astype(np.float32)
     expected = (level * expanded(grid, grid.scale, w.shape).astype(np.float32)).astype(np.float16)

@@ -37,7 +37,7 @@ def test_weight_histogram_counts_all_weights(name):
     levels, counts = stems.get_data()
     # Channels are mirrored, or have their zero points at other codes.
     assert 1 < len(levels) <= 2 * (q.grid.upper - q.grid.lower) + 1
-    if q.grid.code_book is None:
+    if q.grid.codebook is None:
         assert counts.sum() == w.size
         # One step apart: that is the unit.
         np.testing.assert_allclose(np.mod(np.diff(levels) + 0.5, 1), 0.5, atol=2e-3)

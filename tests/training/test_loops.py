@@ -212,7 +212,7 @@ def run(loop, tx, dtype):
         found.append(np.asarray(w, np.float32))
         is_grid = lambda x: isinstance(x, Grid)  # noqa: E731
         for grid in filter(is_grid, jax.tree.leaves(nnx.as_pure(state), is_leaf=is_grid)):
-            gap = 1 if grid.code_book is None else np.diff(grid.code_book).max()
+            gap = 1 if grid.codebook is None else np.diff(grid.codebook).max()
             step = max(step, gap * float(jnp.abs(grid.scale).max()))
     return np.stack(found), step
 

@@ -159,7 +159,7 @@ def _scheme(rows: Rows, grid: Grid) -> Scheme:
     """How a layer's weight is written. Raises where that would not be exact."""
     lower, upper = integer_range(grid)
     length = rows.shape[-1]
-    if grid.code_book is not None:
+    if grid.codebook is not None:
         problem = "has a code book, and these levels are evenly spaced"
     elif grid.zero_point is not None and not jnp.issubdtype(grid.zero_point.dtype, jnp.integer):
         problem = "has zero points that are no integers"

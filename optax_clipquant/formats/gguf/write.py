@@ -194,7 +194,7 @@ def _block_kind(rows: Rows, grid: Grid) -> tuple[str | None, str]:
     """The smallest type that holds the levels exactly; or None, and why there is none."""
     lower, upper = integer_range(grid)
     length = rows.shape[-1]
-    if grid.code_book is not None:
+    if grid.codebook is not None:
         problem = "has a code book, and GGUF's levels are evenly spaced"
     elif grid.zero_point is not None:
         problem = "has zero points, which no type of GGUF holds exactly"

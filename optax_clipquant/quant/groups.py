@@ -1,0 +1,105 @@
+"""Which weights share a scale: channels, groups, stacked layers. No JAX here."""
+
+import math
+from typing import Literal
+
+from optax_clipquant.quant.uses import Use
+
+ChannelAxis = int | tuple[int, ...] | Literal["auto"] | None
+Group = tuple[int, int] | None  # (negative axis, size): runs of `size` neighbours share a scale
+
+
+def contracted_axes(
+    ndim: int, channel_axis: ChannelAxis = "auto", use: Use | None = None
+) -> tuple[int, ...]:
+    """The axes of an array along which its weights may share a scale.
+
+    They are all but the channel axes: those given, or for ``"auto"`` those that ``use`` does not
+    contract, or without a use the last. For None they are all axes; with a use, all but those of
+    stacked layers, each of which is a tensor.
+
+    Raises:
+      ValueError: a channel axis, or an axis of ``use``, that the array does not have.
+    """
+    if channel_axis == "auto" and use is not None:
+        return use.reduced(ndim)
+    if channel_axis is None:
+        stacked = frozenset() if use is None else use.stacked
+        return tuple(axis for axis in range(ndim) if axis not in stacked)
+    if channel_axis == "auto":
+        channel_axis = -1 if ndim else ()
+    channels = channel_axis if isinstance(channel_axis, tuple) else (channel_axis,)
+    if ndim == 0:
+        return ()
+    for axis in channels:
+        if not -ndim <= axis < ndim:
+            raise ValueError(
+                f"channel_axis {axis} is out of range for an array with {ndim} axes; name an axis in "
+                f"[{-ndim}, {ndim - 1}], or None for one scale a tensor"
+            )
+    kept = {axis % ndim for axis in channels}
+    return tuple(axis for axis in range(ndim) if axis not in kept)
+
+
+def cut_groups(
+    shape: tuple[int, ...], contracted: tuple[int, ...], size: int | None
+) -> tuple[tuple[int, ...], Group]:
+    """The axes along which a scale is shared where it serves at most ``size`` weights, and the cut.
+
+    From the last contracted axis outward, an axis is shared whole as long as the product of extents
+    stays within ``size``. The first that does not fit is cut into runs, and is not among the axes
+    returned; those further out have a scale for each index.
+
+    Examples:
+      >>> cut_groups((3, 3, 64, 8), (0, 1, 2), 32)  # a convolution: [3, 3, 2, 8] scales
+      ((), (-2, 32))
+      >>> cut_groups((5, 5, 3, 16), (0, 1, 2), 32)  # [3, 1, 1, 16]
+      ((1, 2), (-4, 2))
+      >>> cut_groups((3, 3, 16, 8), (0, 1, 2), 64)  # [3, 1, 1, 8]
+      ((1, 2), None)
+    """
+    if size is None:
+        return contracted, None
+    shared: list[int] = []
+    product = 1
+    for axis in reversed(contracted):
+        if product * shape[axis] > size:
+            run = size // product
+            return tuple(reversed(shared)), (axis - len(shape), run) if run > 1 else None
+        product *= shape[axis]
+        shared.append(axis)
+    return tuple(reversed(shared)), None
+
+
+def groups_of(
+    shape: tuple[int, ...], scale_shape: tuple[int, ...], group: Group
+) -> tuple[tuple[int, ...], Group]:
+    """What ``cut_groups`` gave for an array of ``shape`` whose scales have ``scale_shape``.
+
+    Raises:
+      ValueError: scales that do not fit an array of that shape.
+    """
+    cut = None if group is None else group[0] + len(shape)
+    shared = []
+    fits = len(shape) == len(scale_shape)
+    for axis, (n, scales) in enumerate(zip(shape, scale_shape, strict=False)):
+        if axis == cut:
+            fits &= group is not None and scales == math.ceil(n / group[1])
+        elif scales == 1:
+            shared.append(axis)
+        else:
+            fits &= scales == n
+    if not fits:
+        raise ValueError(
+            f"scales of shape {scale_shape} in groups {group} do not fit an array of shape {shape}"
+        )
+    return tuple(shared), group
+
+
+def scale_shape(shape: tuple[int, ...], shared: tuple[int, ...], group: Group) -> tuple[int, ...]:
+    """The shape of the scales of an array of ``shape``: what ``groups_of`` reads."""
+    extents = [1 if axis in shared else n for axis, n in enumerate(shape)]
+    if group is not None:
+        axis, size = group
+        extents[axis] = math.ceil(shape[axis] / size)
+    return tuple(extents)
