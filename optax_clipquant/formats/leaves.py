@@ -11,27 +11,18 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
 from optax_clipquant._tree import PyTree
 from optax_clipquant.quant.grid import Grid
-from optax_clipquant.quant.params import leaves_of
+from optax_clipquant.quant.params import dequantize_params, leaves_of
 from optax_clipquant.quant.qarray import QArray, is_qarray
 
 Transpose = bool | tuple[int, ...] | None
 Target = str | tuple[str, bool | tuple[int, ...]] | None
 Names = Mapping[str, Target] | Callable[[str], Target]
-
-
-class Written(NamedTuple):
-    """A tensor of a file that came from a leaf, and its type there."""
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    nbytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +43,23 @@ class Leaf:
     grid: Grid | None
     read: Callable[[], np.ndarray]
 
+    def whole(self) -> Any:
+        """The leaf as it stands in a tree."""
+        return self.read() if self.grid is None else QArray(jnp.asarray(self.read()), self.grid)
+
     def values(self) -> np.ndarray:
         """The array that it stands for."""
-        if self.grid is None:
-            return self.read()
-        return np.asarray(QArray(jax.numpy.asarray(self.read()), self.grid).dequantize())
+        return np.asarray(dequantize_params(self.whole()))
+
+
+class Written(NamedTuple):
+    """A tensor of a file, the leaf it came from, and its type there."""
+
+    leaf: Leaf
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    nbytes: int
 
 
 def leaves_in(tree: PyTree) -> dict[str, Leaf]:
@@ -210,8 +213,7 @@ def place(
 ) -> dict[str, Rows]:
     """The rows of each tensor of the file ``where`` that come from a leaf.
 
-    Of the tensors there are ``shapes``; ``default`` gives the name of a path that ``names`` lacks. Raises
-    ``ValueError`` where there is no such tensor, or two leaves are one.
+    Its tensors have ``shapes``; ``default`` gives the name of a path that ``names`` lacks.
     """
     placed: dict[str, Rows] = {}
     for path, leaf in leaves.items():
@@ -250,8 +252,7 @@ def rows_of(leaf: Leaf, layer: int | None, transpose: Transpose, shape: tuple[in
     """``leaf`` as rows of a tensor of this ``shape``.
 
     ``transpose`` tells whether its last two axes change places, or is the order of all, after which
-    neighbours may be merged; None: as its shape, its grid or its name tell. Raises ``ValueError`` where
-    the shapes do not fit, or nothing tells how the axes lie.
+    neighbours may be merged; None: as its shape, its grid or its name tell.
     """
     stacked = "" if layer is None else " without the leading axis"
     own = leaf.shape if layer is None else leaf.shape[1:]

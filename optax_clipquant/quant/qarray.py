@@ -9,6 +9,7 @@ import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from optax_clipquant.quant.grid import Grid
 
@@ -183,7 +184,9 @@ def narrow(qparams: Any) -> Any:
 
     For accelerators, whose compilers keep such codes packed in memory: a 4-bit weight is then read
     as half a byte. XLA's CPU backend gives each a byte all the same and is slow at writing them, so
-    int8 is the default. No value changes.
+    int8 is the default. No value changes: scales that bfloat16 does not hold, as those of a file of
+    llama.cpp, stay as they are. Inside ``jax.jit``, where nothing can be compared, they become
+    bfloat16 all the same.
 
     Args:
       qparams: a tree with ``QArray`` leaves; other leaves are left alone.
@@ -204,7 +207,12 @@ def narrow(qparams: Any) -> Any:
         )  # fmt: skip
         # Fractional zero points mark a z-score grid, whose one scale may have all of float32's bits.
         if grid.zero_point is None or jnp.issubdtype(grid.zero_point.dtype, jnp.integer):
-            grid = dataclasses.replace(grid, scale=grid.scale.astype(jnp.bfloat16))
+            short = grid.scale.astype(jnp.bfloat16)
+            same = jnp.array_equal(
+                short.astype(jnp.float32), grid.scale.astype(jnp.float32), equal_nan=True
+            )
+            if isinstance(same, Tracer) or same:
+                grid = dataclasses.replace(grid, scale=short)
         return QArray(leaf.qvalue.astype(dtype), grid)
 
     return jax.tree.map(narrow_leaf, qparams, is_leaf=is_qarray)

@@ -21,6 +21,7 @@ from optax_clipquant import (
     ZScore,
     dequantize_params,
     from_gguf,
+    narrow,
     quantize_params,
     quantize_weights,
     to_gguf,
@@ -374,6 +375,7 @@ def test_a_file_that_llama_cpp_quantized_is_read_exactly(tmp_path, kind):
     assert isinstance(leaf, QArray) == (kind != "Q4_1")
     np.testing.assert_array_equal(leaf, gguf.dequantize(content, number))
     if isinstance(leaf, QArray):
+        np.testing.assert_array_equal(narrow([leaf])[0].dequantize(), leaf.dequantize())
         to_gguf(tmp_path / "b.gguf", {"w": leaf}, like=path)
         assert bytes(gguf.GGUFReader(tmp_path / "b.gguf").tensors[0].data) == content.tobytes()
 
@@ -444,3 +446,87 @@ def test_without_the_package_gguf_only_other_types_are_missed(tmp_path, monkeypa
     to_gguf(tmp_path / "b.gguf", {"w": jnp.ones((2, 3))}, like=path)
     with pytest.raises(ImportError, match=r"tensor 'k' is Q4_1.*'optax-clipquant\[gguf\]'"):
         from_gguf(tmp_path / "b.gguf")
+
+
+@pytest.mark.slow
+def test_llama_cpp_runs_a_quantized_llama(tmp_path):
+    """A llama of two layers: its next tokens, and their probabilities, are those of a pass in NumPy."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    heads, size, width, words = 4, 16, 64, 96
+    shapes = {"token_embd.weight": (words, width), "output_norm.weight": (width,)}
+    for layer in range(2):
+        block = {"attn_norm": (width,), "ffn_norm": (width,), "attn_q": (width, width)}
+        block |= {"attn_k": (32, width), "attn_v": (32, width), "attn_output": (width, width)}
+        block |= {"ffn_gate": (96, width), "ffn_up": (96, width), "ffn_down": (width, 96)}
+        shapes |= {f"blk.{layer}.{name}.weight": shape for name, shape in block.items()}
+    writer = gguf.GGUFWriter(tmp_path / "like.gguf", "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(width)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(size)
+    writer.add_rope_freq_base(1e4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(words)
+    writer.add_tokenizer_model("llama")
+    pieces = ["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(words - 3)]
+    writer.add_token_list(pieces)
+    writer.add_token_scores([0.0] * words)
+    writer.add_token_types([2, 3, 3] + [6] * (words - 3))
+    for name, shape in shapes.items():
+        writer.add_tensor(name, np.zeros(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    params = {
+        name: jnp.asarray(weights(shape, seed=i) / (1 if len(shape) == 1 else 8))
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+    q = quantize_params(params, Uniform(8, channel_axis=0, group_size=32))
+    assert (
+        to_gguf(tmp_path / "q.gguf", q, like=tmp_path / "like.gguf")["token_embd.weight"] == "Q8_0"
+    )
+    settings = xllamacpp.CommonParams()
+    settings.model.path = str(tmp_path / "q.gguf")
+    settings.n_ctx, settings.n_parallel, settings.warmup = 128, 1, False
+    prompt = [1, 10, 20, 30, 40, 50]
+    answer = xllamacpp.Server(settings).handle_completions(
+        {"prompt": prompt, "max_tokens": 1, "temperature": 0, "n_probs": words, "logprobs": words}
+    )
+    (item,) = answer["choices"][0]["logprobs"]["content"]
+    found = {top["id"]: top["logprob"] for top in item["top_logprobs"]}
+
+    w = {name: np.asarray(leaf) for name, leaf in dequantize_params(q).items()}
+    angles = np.arange(len(prompt))[:, None] * 1e4 ** (-np.arange(0, size, 2) / size)
+    turn = np.exp(1j * angles)[:, None]
+
+    def norm(x, scale):
+        return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-5) * scale
+
+    def rotate(x):
+        z = (x[..., ::2] + 1j * x[..., 1::2]) * turn
+        return np.stack([z.real, z.imag], -1).reshape(x.shape)
+
+    x = w["token_embd.weight"][prompt]
+    for layer in range(2):
+        b = {name.split(".")[2]: v for name, v in w.items() if name.startswith(f"blk.{layer}.")}
+        y = norm(x, b["attn_norm"])
+        query, key, value = ((y @ b[f"attn_{n}"].T).reshape(len(prompt), -1, size) for n in "qkv")
+        key, value = (np.repeat(part, 2, 1) for part in (rotate(key), value))
+        scores = np.einsum("ths,uhs->htu", rotate(query), key) / 4
+        scores = np.where(np.tri(len(prompt), dtype=bool), scores, -np.inf)
+        p = np.exp(scores - scores.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        x = x + np.einsum("htu,uhs->ths", p, value).reshape(len(prompt), -1) @ b["attn_output"].T
+        y = norm(x, b["ffn_norm"])
+        gate = y @ b["ffn_gate"].T
+        x = x + (gate / (1 + np.exp(-gate)) * (y @ b["ffn_up"].T)) @ b["ffn_down"].T
+    logits = (norm(x, w["output_norm.weight"]) @ w["token_embd.weight"].T)[-1]
+    wanted = logits - np.log(np.sum(np.exp(logits - logits.max()))) - logits.max()
+    off = [abs(found[token] - wanted[token]) for token in found]
+    # llama.cpp rounds activations to 8 bits.
+    assert max(off) < 0.1 * np.std(logits)
+    assert item["id"] == np.argmax(wanted)

@@ -143,7 +143,7 @@ def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
 def _written(name: str, rows: Rows, scheme: Scheme | None, sizes: Mapping[str, int]) -> Written:
     kind = rows.leaf.dtype.name if scheme is None else f"int{scheme.bits}"
     names = [name] if scheme is None else [f"{name}_{part}" for part in PARTS]
-    return Written(name, kind, rows.shape, sum(sizes.get(part, 0) for part in names))
+    return Written(rows.leaf, name, kind, rows.shape, sum(sizes.get(part, 0) for part in names))
 
 
 def _default(path: str, specs: Mapping[str, Spec]) -> str:

@@ -146,7 +146,7 @@ def write_gguf(
                 progress(rows.size)
             for name in tensors.keys() - placed.keys():
                 file.put(name, source.pieces(name))
-    return [Written(name, *tensors[name], nbytes[name]) for name in placed]
+    return [Written(rows.leaf, name, *tensors[name], nbytes[name]) for name, rows in placed.items()]
 
 
 def _placed(leaves: Mapping[str, Leaf], source: GGUFFile, names: Names | None) -> dict[str, Rows]:
