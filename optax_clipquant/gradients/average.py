@@ -13,7 +13,7 @@ from optax_clipquant.quant.companding import CompandedArray, compand
 AxisName = str | tuple[str, ...]
 
 _BLOCK = 256
-_MIN_SIZE = 4096  # elements; what is smaller costs more in latency than in bytes
+_MIN_SIZE = 4096  # elements; smaller arrays cost more in latency than in bytes
 
 
 class AverageGradientsState(NamedTuple):
@@ -40,10 +40,10 @@ def average_gradients(
     it, and send it to all (all-gather). So every device gets the same bits. Leaves of fewer than
     4,096 elements go through ``jax.lax.pmean``.
 
-    With error feedback, what rounding took away is added to the next gradients: a device keeps the
-    error ``e`` of what it sent, and of the mean ``m`` of its own part ``n`` times that::
+    With error feedback, the rounding error is added to the next gradients. A device keeps the error ``e`` of
+    what it sent and, for the part of the mean ``m`` that it computes for all ``n`` devices, ``n`` times that error::
 
-        x = g + e;   e <- x - decode(encode(x)),   in its own part + n * (m - decode(encode(m)))
+        x = g + e;   e <- x - decode(encode(x)),   in that part + n * (m - decode(encode(m)))
 
     so the sum of all updates stays within a rounding of the sum of all means, however long the run.
     Without it, rounding is stochastic.
@@ -200,7 +200,7 @@ def _mean(
     def encode(x: jax.Array, stage: int) -> CompandedArray:
         if error is not None:
             return compand(x, (-1, _BLOCK), bits)
-        # Numbers of its own for each leaf, stage and device.
+        # Each leaf, stage and device draws other numbers.
         number = (2 * stream + stage) * devices + device
         return compand(x, (-1, _BLOCK), bits, dither(x, number, count))
 

@@ -189,7 +189,7 @@ def clamped_fraction(number: jax.Array, masks: Iterable[Masks]) -> jax.Array:
 
 
 def count_clamped(masks: Iterable[Masks]) -> jax.Array:
-    """How many elements are true, a float32: what is counted at once is exact, the sum cannot overflow.
+    """The number of true elements, in float32: partial counts are exact integers, and their sum cannot overflow.
 
     Masks of small leaves of one shape are added up first, 8 leaves at a time: most of the time that a
     compiler takes for a small one goes into a kernel to count it.

@@ -56,7 +56,7 @@ def clip_by_quantile(
       q: the quantile of the magnitudes, in (0, 1).
       learning_rate: the largest change of ``log(c)`` in a step.
       initial: the first bound.
-      per_leaf: whether each leaf has a bound of its own.
+      per_leaf: whether each leaf has a separate bound.
 
     Returns:
       A ``GradientTransformation`` with a ``ClipByQuantileState``. Dtypes, NaN, infinities, complex

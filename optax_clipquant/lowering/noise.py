@@ -25,7 +25,7 @@ def dither(like: jax.Array, stream: jax.typing.ArrayLike, step: jax.typing.Array
 
     Args:
       like: the array to be rounded.
-      stream: a number of its own for each array, so that two of them do not get the same numbers.
+      stream: a number that differs from array to array, so that no two get the same noise.
       step: the number of the step, an integer.
     """
     index = _mix(jnp.asarray(stream).astype(jnp.uint32))

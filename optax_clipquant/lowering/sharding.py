@@ -1,6 +1,6 @@
 """Splitting an axis in two on any mesh, and runs of neighbours that lie across devices.
 
-On a mesh with Explicit axes, the sharding of what is reshaped must be named. It is None on other
+On a mesh with Explicit axes, the sharding of a reshaped array must be named. It is None on other
 meshes, where the compiler finds it. It holds its mesh: arrays may be on one that no ``jax.set_mesh``
 has named.
 
@@ -55,7 +55,7 @@ def piece_of(x: jax.Array, axis: int, size: int) -> int:
 
 
 def repeat_axis(x: jax.Array, axis: int, times: int, length: int) -> jax.Array:
-    """Each entry along ``axis`` so many times, cut to ``length``."""
+    """Each entry along ``axis`` repeated, cut to ``length``."""
     if times == 1:
         return x
     cut = length % times > 0

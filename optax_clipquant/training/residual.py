@@ -2,8 +2,8 @@
 
 The distance is kept as codes times a unit, one for each scale of the weights' grid, so that codes reach
 from -127 to 127 whatever lies outside the levels: saturated weights may be many steps away, and
-cutting them would shrink the grid a little in each step. Rounding is stochastic, so that what is
-smaller than a unit counts on the average; and a unit stays as long as it fits, so that a residual that
+cutting them would shrink the grid a little in each step. Rounding is stochastic, so that changes
+smaller than a unit count on the average; and a unit stays as long as it fits, so that a residual that
 does not change is kept to the bit.
 
 On a grid of two levels only the sign counts, and the distance is of one size where a weight changes

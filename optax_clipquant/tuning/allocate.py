@@ -26,12 +26,12 @@ def allocate_bits(
 ) -> dict[str, Quantizer]:
     """The bit width of each leaf that minimises the weighted error of the tree under a size.
 
-    Of all assignments of one of ``choices`` to each leaf ``l``, the one with the least::
+    Each leaf ``l`` gets one of ``choices``. Among the assignments whose packed codes, scales and zero points
+    take at most ``bits_per_param`` bits for each quantized weight, this finds the one that minimises::
 
         sum over l of sum(sensitivity_l * (w_l - dequantized_l)**2)
 
-    whose packed codes, scales and zero points take at most ``bits_per_param`` bits for each weight
-    that is quantized. It is exact: the knapsack is solved as an integer program (HiGHS).
+    The solution is exact: the knapsack is solved as an integer program (HiGHS).
 
     Args:
       params: a tree of arrays.
