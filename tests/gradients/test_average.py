@@ -164,7 +164,9 @@ def sent(text: str) -> float:
     return total
 
 
-@pytest.mark.parametrize(("bits", "bound"), [(8, 0.27), (4, 0.15)])
+@pytest.mark.parametrize(
+    ("bits", "bound"), [(8, 0.27), pytest.param(4, 0.15, marks=pytest.mark.slow)]
+)
 def test_bytes_on_the_wire(bits, bound):
     """Of those of a float32 mean, in a net of large and small leaves. (The target is .3 at 8 bits.)"""
     grads = {"a": gradients((256, 512)), "b": gradients((512, 300)), "bias": gradients((512,))}

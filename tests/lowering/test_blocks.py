@@ -96,6 +96,7 @@ def test_no_blocks_where_devices_may_share_an_array():
     assert jax.device_count() == 1 or loops(Uniform(3), jnp.zeros((2048, 2048)), "cpu") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("quantizer", "dtype"),
     [

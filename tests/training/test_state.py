@@ -312,7 +312,7 @@ def test_nnx_optimizer():
     chex.assert_type(kernel.codes, jnp.uint8)
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", cases(BITS, [4]))
 def test_checkpoints_continue_identically(tmp_path, bits):
     tx = optax.chain(
         clip_by_quantile(),

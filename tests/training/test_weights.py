@@ -71,7 +71,7 @@ def test_a_float_start_is_on_the_grid_after_three_steps():
     ("dtype", "name"),
     [
         *((jnp.bfloat16, name) for name in ("uniform2-groups", "zscore7")),
-        (jnp.float16, "uniform8"),
+        pytest.param(jnp.float16, "uniform8", marks=pytest.mark.slow),
     ],
 )
 def test_half_precision_params_equal_the_rounded_levels(dtype, name):

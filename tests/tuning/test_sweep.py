@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 import rich.console
-from helpers import batch, make_step, mlp_loss, mlp_params, run_python
+from helpers import batch, cases, make_step, mlp_loss, mlp_params, run_python
 
 from optax_clipquant import Sweep, ZScore, clip_by_value, quantize_weights, sweep
 
@@ -57,7 +57,7 @@ def test_traced_numbers_train_as_fixed_ones():
     assert_same_run(jax.jit(functools.partial(train, 0.01, 2))(), expected)
 
 
-@pytest.mark.parametrize("batch_size", [None, 1, 4, 100])
+@pytest.mark.parametrize("batch_size", cases([None, 1, 4, 100], [None, 4]))
 def test_equals_separate_runs_and_traces_once(batch_size):
     traces = []
 
