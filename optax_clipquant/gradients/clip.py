@@ -11,9 +11,8 @@ import optax
 from jax.core import Tracer
 
 from optax_clipquant._tree import PyTree, is_float0
-from optax_clipquant.lowering.reduce import SMALL, count
+from optax_clipquant.lowering.count import Mask, counts
 
-Masks = tuple[jax.Array, ...]  # that exclude each other: where elements of a leaf were clamped
 Bound = Any  # a number, a 0-d array, an optax.Schedule, or a tree prefix with these at its leaves
 
 
@@ -22,7 +21,7 @@ class ClipByValueState(NamedTuple):
 
     Attributes:
       count: the number of updates so far, or None where nothing depends on it.
-      clip_fraction: the share of all elements that the last update clamped, a float32 scalar, or
+      clip_fraction: the fraction of all elements that the last update clamped, a float32 scalar, or
         None without telemetry.
     """
 
@@ -40,7 +39,7 @@ def clip_by_value(c: Bound, *, telemetry: bool = True) -> optax.GradientTransfor
     Args:
       c: the bound: a positive number or 0-d array, or an ``optax.Schedule`` of the step; or a tree
         with one of these at each leaf, which is a prefix of the params.
-      telemetry: whether the state reports the share of clamped elements, which costs one pass over
+      telemetry: whether the state reports the fraction of clamped elements, which costs one pass over
         the gradients unless the compiler fuses it with another. Read it with
         ``optax.tree.get(opt_state, "clip_fraction")``, or from several transforms with
         ``clip_fractions(opt_state)``.
@@ -91,8 +90,8 @@ def clip_by_value(c: Bound, *, telemetry: bool = True) -> optax.GradientTransfor
         def clip(bound: Bound, g: Any) -> Any:
             if is_float0(g):
                 return g
-            clipped, masks = clamp("clip_by_value", g, bound)
-            outside.append(masks)
+            clipped, mask = clamp("clip_by_value", g, bound)
+            outside.append((mask,))
             return clipped
 
         def clip_subtree(bound: Bound, subtree: PyTree) -> PyTree:
@@ -106,7 +105,7 @@ def clip_by_value(c: Bound, *, telemetry: bool = True) -> optax.GradientTransfor
         clipped = jax.tree.map(clip_subtree, c, updates)
         return clipped, ClipByValueState(
             count=None if state.count is None else optax.safe_increment(state.count),
-            clip_fraction=clamped_fraction(count_clamped(outside), outside) if telemetry else None,
+            clip_fraction=_fraction(outside) if telemetry else None,
         )
 
     return optax.GradientTransformation(init, update)
@@ -166,7 +165,7 @@ def check_gradient(transform: str, g: jax.Array) -> None:
 
 # Leaves of one shape are traced once.
 @functools.partial(jax.jit, static_argnames="transform")
-def clamp(transform: str, g: jax.Array, c: Any) -> tuple[jax.Array, Masks]:
+def clamp(transform: str, g: jax.Array, c: Any) -> tuple[jax.Array, Mask]:
     """``g`` clamped to ``[-c, c]``, and where elements were outside."""
     check_gradient(transform, g)
     if jnp.issubdtype(g.dtype, jnp.complexfloating):
@@ -183,29 +182,15 @@ def clamp(transform: str, g: jax.Array, c: Any) -> tuple[jax.Array, Masks]:
     return jnp.minimum(jnp.maximum(g, -bound), bound), (g > bound, g < -bound)
 
 
-def clamped_fraction(number: jax.Array, masks: Iterable[Masks]) -> jax.Array:
+def fraction_of(number: jax.Array, sizes: Iterable[int]) -> jax.Array:
     # A float, for an integer beyond 32 bits would overflow.
-    return number / float(max(sum(leaf[0].size for leaf in masks), 1))
+    return number / float(max(sum(sizes), 1))
 
 
-def count_clamped(masks: Iterable[Masks]) -> jax.Array:
-    """The number of true elements, in float32: partial counts are exact integers, and their sum cannot overflow.
-
-    Masks of small leaves of one shape are added up first, 8 leaves at a time: most of the time that a
-    compiler takes for a small one goes into a kernel to count it.
-    """
-    counts = []
-    small: dict[tuple[int, ...], list[jax.Array]] = {}
-    for leaf in masks:
-        if leaf[0].size > SMALL or jax.device_count() > 1:
-            counts.append(count(*leaf))
-        else:
-            small.setdefault(leaf[0].shape, []).extend(leaf)
-    for found in small.values():
-        for i in range(0, len(found), 16):
-            ones = sum(mask.astype(jnp.int32) for mask in found[i : i + 16])
-            counts.append(jnp.sum(ones, dtype=jnp.int32).astype(jnp.float32))
-    return sum(counts, jnp.zeros((), jnp.float32))
+def _fraction(outside: list[tuple[Mask]]) -> jax.Array:
+    if not outside:
+        return jnp.zeros((), jnp.float32)
+    return fraction_of(counts(outside)[0], (mask[0].size for (mask,) in outside))
 
 
 def parts(g: jax.Array) -> tuple[jax.Array, ...]:

@@ -8,17 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from optax_clipquant._tree import PyTree, is_float0, path_of
-from optax_clipquant.gradients.clip import (
-    Masks,
-    check_positive,
-    clamp,
-    clamped_fraction,
-    count_clamped,
-    parts,
-    weak,
-)
-from optax_clipquant.lowering.reduce import extremes
+from optax_clipquant._tree import PyTree, is_float0, on_shapes, path_of
+from optax_clipquant.gradients.clip import check_positive, clamp, fraction_of, weak
+from optax_clipquant.lowering.count import Mask, counts
 
 
 class ClipByQuantileState(NamedTuple):
@@ -27,7 +19,7 @@ class ClipByQuantileState(NamedTuple):
     Attributes:
       threshold: the bound of the next update, a float32 scalar; with ``per_leaf`` a dict with one for
         each leaf, by its path.
-      clip_fraction: the share of all elements that the last update clamped, a float32 scalar.
+      clip_fraction: the fraction of all elements that the last update clamped, a float32 scalar.
     """
 
     threshold: jax.Array | dict[str, jax.Array]
@@ -39,12 +31,13 @@ def clip_by_quantile(
 ) -> optax.GradientTransformation:
     """Clamps each element of the gradients to a bound that is adapted automatically.
 
-    The bound ``c`` follows the quantile ``q`` of the magnitudes, so that a share ``1 - q`` of the
-    elements is clamped. After each update it takes a geometric step, where ``f`` is the share that
-    was clamped::
+    The bound ``c`` follows the quantile ``q`` of the magnitudes of those elements that are not zero: a
+    fraction ``1 - q`` of these is clamped. (The gradient of an embedding is zero at all rows but a few:
+    a quantile of all its elements would be zero.) After each update the bound takes a geometric step,
+    where ``n`` elements are not zero and ``m`` of them were clamped::
 
         g -> min(max(g, -c), c)
-        c <- c * exp(learning_rate * clip(k * (f - (1 - q)) / min(q, 1 - q), -1, 1))
+        c <- c * exp(learning_rate * clip(k * (m - n * (1 - q)) / max(n * min(q, 1 - q), 1), -1, 1))
 
     It needs one look at the gradients and no sort, and arrives from 1000 times too small or too
     large within about 100 steps at any ``q``. ``k`` is 1, except for a ``learning_rate`` with which
@@ -52,8 +45,12 @@ def clip_by_quantile(
     it is smaller there. The bound stays where the gradients are all zero or some are not finite, and
     is always a positive, finite float32.
 
+    This leaves the paper in three points: zeros are not counted; the step is in units of the rarer
+    side, so that bounds at any ``q`` arrive as fast, and cut to ``learning_rate``, so that one update
+    moves the bound by no more; and no noise is added, for there is no privacy to keep.
+
     Args:
-      q: the quantile of the magnitudes, in (0, 1).
+      q: the quantile of the magnitudes that are not zero, in (0, 1).
       learning_rate: the largest change of ``log(c)`` in a step.
       initial: the first bound.
       per_leaf: whether each leaf has a separate bound.
@@ -105,11 +102,10 @@ def clip_by_quantile(
         updates: PyTree, state: PyTree, params: PyTree | None = None
     ) -> tuple[PyTree, PyTree]:
         del params
-        share = 1 - q
-        rarer = jnp.minimum(q, share)
-        gain = _quantile_gain(share, learning_rate) / rarer
+        rarer = jnp.minimum(q, 1 - q)
+        gain = _quantile_gain(1 - q, learning_rate)
         thresholds = state.threshold if per_leaf else {"": state.threshold}
-        seen: dict[str, list[tuple[Masks, jax.Array]]] = {}
+        seen: dict[str, list[tuple[Mask, Mask, Mask]]] = {}
 
         def clip(path: jax.tree_util.KeyPath, g: Any) -> Any:
             if is_float0(g):
@@ -119,49 +115,40 @@ def clip_by_quantile(
                 raise ValueError(
                     f"clip_by_quantile: updates have a leaf {name!r}, which the params of init had not"
                 )
-            clipped, masks = clamp("clip_by_quantile", g, thresholds[name])
-            seen.setdefault(name, []).append((masks, _peak(g)))
+            g = jnp.asarray(g)
+            clipped, outside = clamp("clip_by_quantile", g, thresholds[name])
+            seen.setdefault(name, []).append((outside, (g != 0,), (~jnp.isfinite(g),)))
             return clipped
 
         clipped = jax.tree_util.tree_map_with_path(clip, updates)
         tracked = dict(thresholds)
-        number = jnp.zeros((), jnp.float32)
-        for name, found in seen.items():
-            masks, peaks = zip(*found, strict=True)
-            here = count_clamped(masks)
-            number += here
-            off = clamped_fraction(here, masks) - share
-            step = learning_rate * jnp.clip(off * gain, -1, 1)
-            moved = jnp.clip(thresholds[name] * jnp.exp(step), _TINY, _HUGE)
-            peak = sum(peaks, jnp.zeros((), jnp.float32))
-            tracked[name] = jnp.where((peak > 0) & (peak < jnp.inf), moved, thresholds[name])
+        number, sizes = jnp.zeros((), jnp.float32), []
+        for name, masks in seen.items():
+            clamped, nonzero, bad = counts(masks)
+            number += clamped
+            sizes += [outside[0].size for outside, _, _ in masks]
+            off = (clamped - nonzero * (1 - q)) / jnp.maximum(nonzero * rarer, 1)
+            step = jnp.where(bad > 0, 0, learning_rate * jnp.clip(gain * off, -1, 1))
+            tracked[name] = jnp.clip(thresholds[name] * jnp.exp(step), _TINY, _HUGE)
         return clipped, ClipByQuantileState(
             threshold=tracked if per_leaf else tracked[""],
-            clip_fraction=clamped_fraction(
-                number, [masks for found in seen.values() for masks, _ in found]
-            ),
+            clip_fraction=fraction_of(number, sizes),
         )
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(on_shapes(init) if per_leaf else init, update)
 
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 _HUGE = float(jnp.finfo(jnp.float32).max)
 
 
-def _peak(g: jax.Array) -> jax.Array:
-    """A float32: 0 where all elements are, not finite where one is not."""
-    ends = [jnp.maximum(high, -low) for high, low in map(extremes, parts(g))]
-    return sum((jnp.squeeze(end).astype(jnp.float32) for end in ends), jnp.zeros((), jnp.float32))
-
-
-def _quantile_gain(share: Any, learning_rate: Any) -> jax.Array:
+def _quantile_gain(fraction: Any, learning_rate: Any) -> jax.Array:
     """1, or less where the tracking of a bound would swing about the quantile of normal gradients.
 
     The tracking is a fixed-point iteration: near the quantile, a step takes ``learning_rate * slope``
     of the distance away, which must be below 2.
     """
-    z = -jax.scipy.special.ndtri(jnp.asarray(share, jnp.float32) / 2)
+    z = -jax.scipy.special.ndtri(jnp.asarray(fraction, jnp.float32) / 2)
     density = jnp.exp(-jnp.square(z) / 2) * (2 / math.pi) ** 0.5
-    slope = density * z / jnp.minimum(share, 1 - share)
+    slope = density * z / jnp.minimum(fraction, 1 - fraction)
     return jnp.minimum(1.0, 1.6 / (learning_rate * slope))

@@ -24,7 +24,6 @@ T = TypeVar("T")  # a tree of arrays, with one entry for each span
 SMALL = 4096  # elements: with fewer, what counts is how many loops there are, not how fast each is
 _VECTOR = 4  # numbers next to each other that are worth an instruction
 _FEW = 64  # that may be summed one after the other: of more, parts are rounded less often
-_COUNTABLE = 2**31  # elements that an int32 cannot count
 _WHOLE = {"max": functools.partial(jnp.max, initial=0), "sum": jnp.sum}
 _PAIR = {"max": jax.lax.max, "sum": jax.lax.add}
 
@@ -261,18 +260,3 @@ def in_groups(
     # The last, shorter group by itself: padding it would count in its sums.
     rest = fit_part(whole, length, 1, length - whole)
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis), found, rest)
-
-
-def count(*masks: jax.Array) -> jax.Array:
-    """How many elements are true in one of ``masks``, which exclude each other: a float32.
-
-    The count is exact, then rounded; of 2**31 elements and more, which an int32 cannot count, it is
-    rounded for each index of the first axis. XLA's CPU backend is slow at counting a single mask (as seen
-    with jaxlib 0.10.2). On several devices each would be a message of its own.
-    """
-    if jax.device_count() > 1:
-        masks = (functools.reduce(jnp.logical_or, masks),)
-    kinds: list[Kind] = ["sum" for _ in masks]
-    axes = None if masks[0].size < _COUNTABLE else tuple(range(1, masks[0].ndim))
-    counts = Span(axes).reduce(kinds, lambda _: [mask.astype(jnp.int32) for mask in masks])
-    return jnp.sum(functools.reduce(jnp.add, counts).astype(jnp.float32))

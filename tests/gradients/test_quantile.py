@@ -152,3 +152,45 @@ def test_quantile_per_leaf_in_an_nnx_optimizer():
     grads = nnx.grad(lambda m: jnp.mean(jnp.square(m(jnp.ones((4, 64))))))(model)
     optimizer.update(model, grads)
     assert len(clip_fractions(nnx.as_pure(optimizer.opt_state))) == 1
+
+
+@pytest.mark.parametrize("per_leaf", [False, True])
+def test_zeros_are_not_counted(per_leaf):
+    """Of an embedding of which a step touches few rows, the bound follows those."""
+    tx = clip_by_quantile(0.99, per_leaf=per_leaf)
+
+    def step(state, key):
+        touched, draw = jax.random.split(key)
+        rows = jax.random.randint(touched, (32,), 0, 20_000)
+        values = jax.random.normal(draw, (32, 16))
+        grads = {"embedding": jnp.zeros((20_000, 16)).at[rows].set(values)}
+        _, state = tx.update(grads, state)
+        return state, jax.tree.leaves(state.threshold)[0]
+
+    keys = jax.random.split(jax.random.key(0), 300)
+    _, thresholds = jax.jit(
+        lambda: jax.lax.scan(step, tx.init({"embedding": jnp.zeros((20_000, 16))}), keys)
+    )()
+    assert 1.8 < thresholds[-1] < 3.6
+    assert np.all((thresholds[100:] > 1.5) & (thresholds[100:] < 4.5))
+
+
+def test_few_elements_bias_the_bound_little():
+    """Where no element or one is clamped, the step is in proportion to how many were to be."""
+    tx = clip_by_quantile(0.99)
+
+    def step(state, key):
+        g = jnp.zeros(1000).at[:8].set(jax.random.normal(key, (8,)))
+        _, state = tx.update(g, state)
+        return state, state.threshold
+
+    keys = jax.random.split(jax.random.key(0), 6000)
+    _, thresholds = jax.jit(lambda: jax.lax.scan(step, tx.init(None), keys))()
+    true = scipy.stats.norm.ppf(0.995)
+    assert abs(np.mean(np.log(thresholds[1000:] / true))) < 0.15
+
+
+def test_python_floats_are_gradients():
+    for tx in (clip_by_quantile(), clip_by_quantile(per_leaf=True)):
+        clipped, _ = tx.update({"a": 3.0, "b": 0.5}, tx.init({"a": 1.0, "b": 1.0}))
+        assert (clipped["a"], clipped["b"]) == (1.0, 0.5)

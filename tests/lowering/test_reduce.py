@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import QUANTIZERS, cases, weights
 
-from optax_clipquant.lowering.reduce import Span, count, extremes
+from optax_clipquant.lowering.reduce import Span, extremes
 
 
 @pytest.fixture(params=[1, 8])
@@ -68,26 +68,6 @@ def test_extremes_and_sums_in_one_loop(devices, dtype, axes):
     np.testing.assert_allclose(found[2], np.square(wide).sum(**whole), rtol=1e-5)
     error = np.abs(found[3] - wide.sum(**whole)) / np.abs(wide).sum(**whole)
     assert error.max() < 1e-6
-
-
-@pytest.mark.parametrize("shape", [(), (0, 3), (7,), (192, 256), (8192,), (3, 5, 1024), (9000, 1)])
-def test_counts(devices, shape):
-    x = np.random.default_rng(0).normal(size=shape)
-    masks = [jnp.asarray(x > 1), jnp.asarray(x < -1)]
-    for these, expected in ((masks, np.abs(x) > 1), (masks[:1], x > 1)):
-        found = jax.jit(lambda *masks: count(*masks))(*these)
-        assert found.dtype == jnp.float32
-        assert found.shape == ()
-        assert int(found) == expected.sum()
-
-
-def test_counts_of_more_than_an_int32_counts(devices, monkeypatch):
-    monkeypatch.setattr("optax_clipquant.lowering.reduce._COUNTABLE", 100)
-    x = np.random.default_rng(0).normal(size=(5, 7, 64))
-    found = jax.jit(lambda *masks: count(*masks))(jnp.asarray(x > 1), jnp.asarray(x < -1))
-    assert int(found) == np.sum(np.abs(x) > 1)
-    many = jax.ShapeDtypeStruct((3, 2**15, 2**15), bool)
-    assert "s32[3,1,1]" in jax.jit(lambda *m: count(*m)).lower(many, many).as_text("hlo")
 
 
 def results(x: jax.Array, span: Span) -> list[jax.Array]:
