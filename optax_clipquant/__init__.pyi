@@ -21,7 +21,7 @@ from .analysis.trace import trace_weights
 from .analysis.sensitivity import squared_gradients
 from .tuning.allocate import allocate_bits
 from .tuning.sweep import Sweep, sweep
-from .formats.files import load, save
+from .formats.native.trees import load, save
 from .formats.qwix import to_qwix
 from .formats.gguf.read import from_gguf
 from .formats.gguf.write import to_gguf

@@ -1,4 +1,4 @@
-"""The arguments of the command ``optax-clipquant``, and its help."""
+"""The arguments that the commands share, and their help."""
 
 import argparse
 import math
@@ -6,142 +6,140 @@ import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from optax_clipquant.cli.compress import WIDTHS
-
 T = TypeVar("T")
 Run = Callable[[argparse.Namespace], None]
+Commands = Callable[[str, Run, str, str], argparse.ArgumentParser]
+"""Adds a command: its name, what runs it, its text and its examples."""
 
 
-def parser(inspect: Run, compress: Run, decompress: Run) -> argparse.ArgumentParser:
-    """The parser of the command, whose ``run`` is what runs it."""
+def parser_of(*adds: Callable[[Commands], None]) -> argparse.ArgumentParser:
+    """The parser of the command line, with the commands that these add."""
     command_line = argparse.ArgumentParser(
         prog="optax-clipquant",
         description="Look into safetensors files, compress their weights to 1 to 8 bits, and back.",
         epilog="Exit codes: 0; 1 after an error; 2 for wrong arguments; 130 after Ctrl-C, 143 after SIGTERM.",
     )
-    commands = command_line.add_subparsers(required=True, metavar="COMMAND")
+    subparsers = command_line.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Run, text: str, examples: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
+        parser = subparsers.add_parser(
             name,
             help=text.partition("\n")[0],
             description=text,
             epilog=f"examples:\n{examples}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        sub.set_defaults(run=run)
-        return sub
+        parser.set_defaults(run=run)
+        return parser
 
-    look = command("inspect", inspect, _INSPECT, _INSPECT_EXAMPLES)
-    look.add_argument("file", metavar="FILE", help="any safetensors file")
-    look.add_argument(
-        "--against", metavar="FLOATFILE", help="show the error beside the same tensors of this file"
-    )
-    look.add_argument(
-        "--plot", metavar="OUT.png", help="draw sizes, and with --against the ratios, of the leaves"
-    )
-    look.add_argument("--force", action="store_true", help="overwrite the picture")
-    small = command("compress", compress, _COMPRESS, _COMPRESS_EXAMPLES)
-    plain = command("decompress", decompress, _DECOMPRESS, _DECOMPRESS_EXAMPLES)
-    for sub, text in ((small, "any safetensors file"), (plain, "a compressed file")):
-        sub.add_argument("input", metavar="IN", help=text)
-        sub.add_argument("output", metavar="OUT", help="the file to write")
-        sub.add_argument("--force", action="store_true", help="overwrite OUT")
-    width = small.add_mutually_exclusive_group()
-    width.add_argument(
-        "--bits", type=_bits, default=8, metavar="N", help="bits of a code, 1 to 8 (default: 8)"
-    )
-    width.add_argument(
-        "--budget",
-        type=_positive(float),
-        metavar="BITS_PER_PARAM",
-        help="mean bits of a quantized weight, scales included, never exceeded: each tensor gets "
-        f"one of {', '.join(map(str, WIDTHS))} bits, so that the sum of squared errors over all "
-        "weights, each counted alike, is least",
-    )
-    small.add_argument(
-        "--group-size",
-        type=_positive(int),
-        metavar="N",
-        help="runs of N weights share a scale (default: all of a channel)",
-    )
-    small.add_argument(
-        "--channel-axis",
-        type=int,
-        default=0,
-        metavar="AXIS",
-        help="the axis with a scale for each index. Default: 0, the outputs of PyTorch's weights and "
-        "the tokens of an embedding; -1 for JAX's kernels, which have the outputs last",
-    )
-    small.add_argument(
-        "--scale",
-        choices=("mse", "absmax"),
-        help="least squared error, or up to the largest weight (default: mse up to 3 bits)",
-    )
-    small.add_argument(
-        "--rule",
-        type=_rule,
-        action="append",
-        default=[],
-        metavar="REGEX=BITS|keep",
-        help="bits for the tensors in whose name REGEX is found, or keep them as they are; may be "
-        "repeated, the first that is found decides",
-    )
-    for sub in (look, small, plain):
-        sub.add_argument("--json", action="store_true", help="print JSON for programs")
+    for add in adds:
+        add(command)
     return command_line
 
 
-_INSPECT = """Show each tensor of a safetensors file: shape, bits, bytes.
-
-With --against, also the largest error and the signal-to-noise ratio in dB beside a float file."""
-_INSPECT_EXAMPLES = """  optax-clipquant inspect model.safetensors
-  optax-clipquant inspect small.safetensors --against model.safetensors --plot small.png
-  optax-clipquant inspect small.safetensors --json"""
-_COMPRESS = """Quantize the weights of a safetensors file.
-
-Tensors of float16, bfloat16 or float32 with at least 2 axes are quantized, unless the last part of
-the name (after a '.' or '/') is 'bias' or 'scale'; all others are kept. OUT is for `decompress`, or for
-optax_clipquant.load, which gives a flat dict with the names of IN."""
-_COMPRESS_EXAMPLES = """  optax-clipquant compress model.safetensors small.safetensors
-  optax-clipquant compress model.safetensors small.safetensors --bits 4 --group-size 32
-  optax-clipquant compress model.safetensors small.safetensors --bits 4 --rule 'embed=8' --rule 'head=keep'
-  optax-clipquant compress model.safetensors small.safetensors --budget 4.5 --group-size 64
-  optax-clipquant compress flax.safetensors small.safetensors --channel-axis -1"""
-_DECOMPRESS = """Write a compressed file as a plain safetensors file, which any program reads.
-
-Names, shapes, dtypes and metadata are those of the file that was compressed."""
-_DECOMPRESS_EXAMPLES = """  optax-clipquant decompress small.safetensors model.safetensors
-  optax-clipquant decompress small.safetensors model.safetensors --force --json"""
+def add_files(parser: argparse.ArgumentParser, source: str) -> None:
+    """IN and OUT."""
+    parser.add_argument(
+        "input", metavar="IN", help=f"{source}, the *.index.json of its shards, or their folder"
+    )
+    parser.add_argument("output", metavar="OUT", help="the file to write")
+    parser.add_argument("--force", action="store_true", help="overwrite OUT")
+    parser.add_argument(
+        "--max-shard-size",
+        type=size,
+        metavar="SIZE",
+        help="write shards of at most this size, such as 5GB, and their index; OUT is a folder or an index",
+    )
 
 
-def _bits(text: str) -> int:
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+
+
+def bits(text: str) -> int:
     if text not in {str(bits) for bits in range(1, 9)}:
         raise argparse.ArgumentTypeError(f"must be 1 to 8, got {text!r}")
     return int(text)
 
 
-def _positive(kind: Callable[[str], T]) -> Callable[[str], T]:
+def positive(kind: Callable[[str], T], limit: float) -> Callable[[str], T]:
+    """A number above 0 and at most ``limit``."""
+
     def parse(text: str) -> T:
         try:
             value: Any = kind(text)
         except ValueError:
             value = 0
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
+        if not 0 < value <= limit:
+            raise argparse.ArgumentTypeError(
+                f"must be a positive number, at most {limit:.15g}, got {text!r}"
+            )
         return value
 
     return parse
 
 
-def _rule(text: str) -> tuple[str, int | None]:
-    pattern, equals, bits = text.rpartition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"must be REGEX=BITS or REGEX=keep, got {text!r}")
+def axis(text: str) -> int | None:
+    if text == "none":
+        return None
+    if not re.fullmatch(r"-?\d{1,2}", text):
+        raise argparse.ArgumentTypeError(f"must be the number of an axis, or none, got {text!r}")
+    return int(text)
+
+
+def size(text: str) -> int:
+    """Bytes, such as ``5GB``."""
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?i?B?)", text, re.I)
+    unit = found[2].upper() if found else ""
+    base = 1024 if "I" in unit else 1000
+    value = int(float(found[1]) * base ** "BKMGT".index(unit[:1] or "B")) if found else 0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a size such as 5GB or 200MiB, got {text!r}")
+    return value
+
+
+group_size = positive(int, 2**31 - 1)
+budget = positive(float, 64)
+_CHANGES = {
+    "axis": ("channel_axis", axis),
+    "group": ("group_size", lambda text: None if text == "none" else group_size(text)),
+    "scale": ("scale_rule", None),
+    "quantizer": ("quantizer", None),
+}
+_ITEM = r"(?:axis|group|scale|quantizer)=[^,=]*"
+_RULE = re.compile(rf"(.*?)=(keep|ternary|[1-8])((?:,{_ITEM})*)", re.S)
+CHOICES = {
+    "scale": ("mse", "absmax"),
+    "quantizer": ("uniform", "affine", "ternary", "normal-float"),
+}
+
+
+def rule(text: str) -> tuple[str, dict[str, Any] | None]:
+    """``REGEX=4,axis=1,group=32``: the expression, and the changes; None to keep what it finds."""
+    found = _RULE.fullmatch(text)
+    if not found or (found[2] == "keep" and found[3]):
+        raise argparse.ArgumentTypeError(
+            f"must be REGEX=BITS, REGEX=ternary or REGEX=keep, with BITS from 1 to 8, and but for keep "
+            f"with options such as ,axis=1,group=32,scale=mse,quantizer=affine, got {text!r}"
+        )
+    pattern, value, items = found.groups()
     try:
         re.compile(pattern)
     except re.error as error:
         raise argparse.ArgumentTypeError(
             f"{pattern!r} is not a regular expression: {error}"
         ) from error
-    return pattern, None if bits == "keep" else _bits(bits)
+    if value == "keep":
+        return pattern, None
+    changes: dict[str, Any] = {"quantizer": "ternary"} if value == "ternary" else {"bits": int(value)}  # fmt: skip
+    for item in items.split(",")[1:]:
+        key, _, content = item.partition("=")
+        field, parse = _CHANGES[key]
+        if parse is None and content not in CHOICES[key]:
+            raise argparse.ArgumentTypeError(
+                f"{key} must be one of {', '.join(CHOICES[key])}, got {content!r} in {text!r}"
+            )
+        if field in changes:
+            raise argparse.ArgumentTypeError(f"{text!r} says twice what {field} is")
+        changes[field] = content if parse is None else parse(content)
+    return pattern, changes

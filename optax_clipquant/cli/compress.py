@@ -1,47 +1,40 @@
-"""Safetensors files made small, and plain again, a tensor at a time and without JAX.
+"""``optax-clipquant compress``: the weights of a checkpoint in few bits, a tensor at a time."""
 
-What quantizes a tensor is given: ``host.Absmax``, or where scales are searched for by JAX, one of
-``searching.py``.
-"""
-
+import argparse
+import contextlib
 import functools
-import os
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple, Protocol
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Protocol
 
-import ml_dtypes
 import numpy as np
 
-from optax_clipquant.cli.host import Read, Threads, decode
-from optax_clipquant.formats.layout import Entry, Leaf, plain
-from optax_clipquant.formats.names import name_of
-from optax_clipquant.formats.native import Parts, SavedFile, is_saved, write
-from optax_clipquant.formats.safetensors import Reader, Spec, bytes_of, nbytes, writing
-from optax_clipquant.quant.selection import names_a_weight
+from optax_clipquant.cli import arguments
+from optax_clipquant.cli.arguments import Commands, add_files, add_json
+from optax_clipquant.cli.numpy_grid import Absmax, Read, Threads, threads
+from optax_clipquant.cli.rules import WIDTHS, Rule, choose, drop_what_grows
+from optax_clipquant.cli.terminal import Progress, check_output, printable, progress, report
+from optax_clipquant.formats.checkpoint import Checkpoint, writing_checkpoint
+from optax_clipquant.formats.dtypes import nbytes
+from optax_clipquant.formats.native.description import Leaf, plain
+from optax_clipquant.formats.native.file import Parts, SavedWriter, writing_saved
+from optax_clipquant.formats.native.names import name_of
 from optax_clipquant.report.rows import Row
 
-WIDTHS = (2, 3, 4, 6, 8)  # that a budget is spent on
-# Others are left alone: jax would cut 64 bits, and 8 bits are small.
-_QUANTIZED = {np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32)}
+_TEXT = """Quantize the weights of a safetensors file, or of a checkpoint in shards.
 
-Progress = Callable[[int], None]
-"""Is told of bytes done."""
-
-
-class Rule(NamedTuple):
-    """A ``Uniform`` by its arguments. ``bits`` of None is for a budget to choose, and 8 without one."""
-
-    bits: int | None
-    channel_axis: int
-    group_size: int | None
-    scale_rule: Literal["absmax", "mse"] | None
-
-    @property
-    def is_absmax(self) -> bool:
-        """Whether ``Absmax`` can do it."""
-        bits = self.bits or 8
-        return bits >= 3 and (self.scale_rule or ("absmax" if bits > 3 else "mse")) == "absmax"
+Tensors of float16, bfloat16, float32 or float8 with at least 2 axes are quantized, unless the last part of
+the name (after a '.' or '/') is 'bias' or 'scale', or the name is that of a norm, a rotary table, a running
+statistic, or of a module that another program has quantized; all others are kept. OUT is for `decompress`,
+or for optax_clipquant.load, which gives a flat dict with the names of IN."""
+_EXAMPLES = """  optax-clipquant compress model.safetensors small.safetensors
+  optax-clipquant compress model.safetensors small.safetensors --bits 4 --group-size 32
+  optax-clipquant compress model.safetensors small.safetensors --bits 4 --rule 'embed=8' --rule 'head=keep'
+  optax-clipquant compress model.safetensors small.safetensors --rule 'experts=3,axis=1,group=32,scale=mse'
+  optax-clipquant compress model.safetensors small.safetensors --budget 4.5 --group-size 64
+  optax-clipquant compress flax.safetensors small.safetensors --channel-axis -1
+  optax-clipquant compress checkpoint/ small/ --quantizer normal-float --group-size 64 --max-shard-size 2GB"""
 
 
 class Coder(Protocol):
@@ -52,162 +45,201 @@ class Coder(Protocol):
     def encode(self, read: Read, threads: Threads) -> Parts: ...
 
 
-class Contents:
-    """The tensors of any file, by name; of one of ``save``, by path.
+def add(commands: Commands) -> None:
+    """Adds the command."""
+    parser = commands("compress", run, _TEXT, _EXAMPLES)
+    add_files(parser, "any safetensors file")
+    width = parser.add_mutually_exclusive_group()
+    width.add_argument(
+        "--bits",
+        type=arguments.bits,
+        metavar="N",
+        help="bits of a code, 1 to 8 (default: 8; normal-float: 2 to 4, default 4)",
+    )
+    width.add_argument(
+        "--budget",
+        type=arguments.budget,
+        metavar="BITS_PER_PARAM",
+        help="mean bits of a quantized weight, scales included, never exceeded: each tensor gets "
+        f"one of {', '.join(map(str, WIDTHS))} bits, so that the sum of squared errors over all "
+        "weights, each counted alike, is least",
+    )
+    parser.add_argument(
+        "--quantizer",
+        choices=arguments.CHOICES["quantizer"],
+        default="uniform",
+        help="even levels around 0 (default), even levels with zero points, three levels, or levels that "
+        "are dense near 0",
+    )
+    parser.add_argument(
+        "--group-size",
+        type=arguments.group_size,
+        metavar="N",
+        help="runs of N weights share a scale (default: all of a channel)",
+    )
+    parser.add_argument(
+        "--channel-axis",
+        type=arguments.axis,
+        default=0,
+        metavar="AXIS",
+        help="the axis with a scale for each index, or none. Default: 0, the outputs of PyTorch's weights "
+        "and the tokens of an embedding; -1 for JAX's kernels, which have the outputs last",
+    )
+    parser.add_argument(
+        "--scale",
+        choices=arguments.CHOICES["scale"],
+        help="least squared error, or up to the largest weight (default: mse up to 3 bits)",
+    )
+    parser.add_argument(
+        "--rule",
+        type=arguments.rule,
+        action="append",
+        default=[],
+        metavar="REGEX=BITS[,axis=A][,group=N][,scale=S][,quantizer=Q]|ternary|keep",
+        help="how to quantize the tensors in whose name REGEX is found, or keep them as they are; may be "
+        "repeated, the first that is found decides",
+    )
+    parser.add_argument(
+        "--allow-non-finite",
+        action="store_true",
+        help="write OUT although weights are infinite or NaN, which spoils all that share a scale with them",
+    )
+    add_json(parser)
 
-    Attributes:
-      path: the file.
-      leaves: what the file holds of each.
-      metadata: its text, without what ``save`` adds.
-    """
 
-    def __init__(self, reader: Reader) -> None:
-        self._reader, self.path = reader, reader.path
-        self._entries: dict[str, Entry] = {}
-        if not is_saved(reader):
-            self.leaves = {name: plain(spec) for name, spec in reader.specs.items()}
-            self.metadata = reader.texts
-            return
-        self._file = SavedFile(reader)
-        self.metadata = self._file.metadata
-        for entry in self._file.entries:
-            if entry.path in self._entries:
-                raise ValueError(f"{reader.path}: two tensors would have the name {entry.path!r}")
-            self._entries[entry.path] = entry
-        self.leaves = {path: entry.leaf for path, entry in self._entries.items()}
-
-    @property
-    def rows(self) -> list[Row]:
-        return [_row(path, leaf) for path, leaf in self.leaves.items()]
-
-    def pieces(self, path: str, threads: Threads) -> Iterator[np.ndarray]:
-        """What a tensor stands for, in pieces."""
-        if path not in self._entries:
-            yield from self._reader.pieces(path)
-            return
-        entry = self._entries[path]
-        tensors = self._file.read(entry)
-        if entry.leaf.levels is None:
-            yield tensors[""]
-            return
-        with self._file.describing():
-            yield from decode(entry.leaf, tensors, threads)
-
-    def read(self, path: str, threads: Threads) -> np.ndarray:
-        """What a tensor stands for."""
-        dtype, shape = self.leaves[path].spec
-        whole = np.empty(nbytes(dtype, shape), np.uint8)
-        done = 0
-        for piece in self.pieces(path, threads):
-            whole[done : done + piece.nbytes] = bytes_of(piece)
-            done += piece.nbytes
-        return whole.view(dtype).reshape(shape)
+def run(args: argparse.Namespace) -> None:
+    check_output(args)
+    with Checkpoint(args.input) as source:
+        if source.is_saved:
+            raise ValueError(f"{args.input} is compressed already; decompress it first")
+        try:
+            rules, kept = _choose(args, source)
+        except ValueError as error:
+            raise ValueError(f"{source.path}: {error}") from error
+        total = sum(nbytes(*spec) for spec in source.specs.values())
+        with _coders(source, rules) as coders, progress("compressing", total) as advance:
+            rows = compress(
+                source,
+                args.output,
+                coders,
+                advance,
+                max_shard_size=args.max_shard_size,
+                allow_non_finite=args.allow_non_finite,
+            )
+        dtypes = [dtype.name for dtype, _ in source.specs.values()]
+    weights = sum(math.prod(row.shape) for row in rows if row.path in rules)
+    packed = sum(row.bytes_after for row in rows if row.path in rules)
+    mean = 8 * packed / max(weights, 1)
+    report(args, rows, dtypes, kept, quantized=len(rules), bits_per_param=mean)
 
 
-def threads() -> Threads:
-    return Threads(min(os.cpu_count() or 1, 8))
+def _choose(args: argparse.Namespace, source: Checkpoint) -> tuple[dict[str, Rule], dict[str, str]]:
+    """The rule of each tensor that is to be quantized, and the reason why each other is not."""
+    default = Rule(args.bits, args.quantizer, args.channel_axis, args.group_size, args.scale)
+    _check_bits("--bits", default)
+    for pattern, change in args.rule:
+        if change is not None:
+            _check_bits(f"rule {pattern!r}", default._replace(**change))
+    rules, kept = choose(source.specs, default, args.rule)
+    if args.budget is not None:
+        from optax_clipquant.cli.search import allocate_rules
+
+        total = sum(nbytes(*source.specs[name]) for name in rules)
+        with progress("choosing bits", total) as advance:
+            rules = allocate_rules(source, rules, args.budget, advance)
+    else:
+        drop_what_grows(source.specs, rules, kept)
+        if not rules:
+            raise ValueError(
+                "no tensor would be smaller when quantized; let more weights share a scale"
+            )
+    return rules, kept
 
 
-def widths_of(
-    specs: Mapping[str, Spec], rules: Sequence[tuple[str, int | None]]
-) -> dict[str, int | None]:
-    """The bits of each tensor that is to be quantized: those with at least 2 axes, not bias or scale.
+def _check_bits(what: str, rule: Rule) -> None:
+    if rule.quantizer == "normal-float" and not 2 <= rule.width <= 4:
+        raise ValueError(f"{what}: normal-float takes 2 to 4 bits, got {rule.width}")
+    if rule.quantizer == "ternary" and rule.bits is not None:
+        raise ValueError(f"{what}: ternary has three levels and takes no bits, got {rule.bits}")
 
-    Args:
-      specs: dtypes and shapes by name.
-      rules: an expression and bits, or None for a tensor to be kept; the first that is found decides.
 
-    Returns:
-      The bits by name, None where no rule is found.
-
-    Raises:
-      ValueError: an expression is found nowhere, or in no tensor that could be quantized; or no tensor
-        is to be quantized.
-    """
-    chosen: dict[str, int | None] = {
-        name: None for name, spec in specs.items() if _is_weight(name, spec)
+@contextlib.contextmanager
+def _coders(source: Checkpoint, rules: Mapping[str, Rule]) -> Iterator[dict[str, Coder]]:
+    """What quantizes each tensor in ``rules``."""
+    coders: dict[str, Coder] = {
+        name: Absmax.of(source.specs[name], rule) for name, rule in rules.items() if rule.is_absmax
     }
-    kept: set[str] = set()
-    decided: set[str] = set()
-    for pattern, bits in rules:
-        found = [name for name in specs if re.search(pattern, name)]
-        if not found:
-            raise ValueError(f"rule {pattern!r} is found in the name of no tensor: see `inspect`")
-        if bits is not None and not chosen.keys() & set(found):
-            raise ValueError(
-                f"rule {pattern!r} is found only in tensors that are never quantized: {found[:5]}"
-            )
-        for name in (chosen.keys() & set(found)) - decided:
-            decided.add(name)
-            if bits is None:
-                kept.add(name)
-            else:
-                chosen[name] = bits
-    chosen = {name: bits for name, bits in chosen.items() if name not in kept}
-    if not chosen:
-        raise ValueError(
-            "no tensor is left to quantize: these are float16, bfloat16 or float32 with at least 2 "
-            "axes, not named bias or scale, and not kept by a rule"
-        )
-    return chosen
+    searched = {name: rule for name, rule in rules.items() if name not in coders}
+    if not searched:
+        yield coders
+        return
+    from optax_clipquant.cli.search import searching
 
-
-def check_axes(specs: Mapping[str, Spec], rules: Mapping[str, Rule]) -> None:
-    """Raises where a tensor lacks the axis that its rule names."""
-    for name, rule in rules.items():
-        ndim = len(specs[name][1])
-        if not -ndim <= rule.channel_axis < ndim:
-            raise ValueError(
-                f"tensor {name!r}: channel_axis {rule.channel_axis} is out of range for an array with "
-                f"{ndim} axes; name an axis in [{-ndim}, {ndim - 1}], or keep the tensor by a rule"
-            )
+    with searching(source, searched) as found:
+        yield coders | found
 
 
 def compress(
-    source: Reader,
-    output: str | os.PathLike[str],
+    source: Checkpoint,
+    output: str,
     coders: Mapping[str, Coder],
-    progress: Progress,
+    advance: Progress,
+    *,
+    max_shard_size: int | None = None,
+    allow_non_finite: bool = False,
 ) -> list[Row]:
     """Writes what ``save`` would write for the dict of all tensors, those in ``coders`` quantized."""
-    leaves = {name: plain(spec) for name, spec in source.specs.items()}
+    specs = source.specs
+    leaves = {name: plain(spec) for name, spec in specs.items()}
     leaves |= {name: coder.leaf for name, coder in coders.items()}
+    sizes = {name: leaf.nbytes for name, leaf in leaves.items()}
 
-    def contents(pool: Threads) -> Iterator[tuple[str, Parts]]:
-        for name, spec in source.specs.items():
+    @contextlib.contextmanager
+    def open_file(path: str, names: list[str]) -> Iterator[SavedWriter]:
+        named = {name_of((name,)): leaves[name] for name in names}
+        with writing_saved(path, named, nodes={}, metadata=source.metadata) as file:
+            yield file
+
+    spoiled: list[str] = []
+    with threads() as pool, writing_checkpoint(output, sizes, max_shard_size, open_file) as file_of:
+        for name, spec in specs.items():
             if name in coders:
                 parts = coders[name].encode(functools.partial(source.read_at, name), pool)
+                parts = _noting_spoiled(parts, name, spoiled)
             else:
                 parts = [("", source.pieces(name))]
-            yield name_of((name,)), parts
-            progress(nbytes(*spec))
-
-    named = {name_of((name,)): leaf for name, leaf in leaves.items()}
-    with threads() as pool:
-        write(output, named, contents(pool), nodes={}, metadata=source.texts)
-    return [_row(name, leaves[name]) for name in source.specs]
-
-
-def decompress(contents: Contents, output: str | os.PathLike[str], progress: Progress) -> list[Row]:
-    """Writes the tensors of a file of ``save`` as a plain file, with the metadata given to ``save``."""
-    if "__metadata__" in contents.leaves:
-        raise ValueError(f"{contents.path}: a plain file cannot have a tensor named '__metadata__'")
-    specs = {path: leaf.spec for path, leaf in contents.leaves.items()}
-    with threads() as pool, writing(output, specs, contents.metadata) as file:
-        for path, spec in specs.items():
-            for _ in file.putting(path, contents.pieces(path, pool)):
-                pass
-            progress(nbytes(*spec))
+            file_of(name).put(name_of((name,)), parts)
+            advance(nbytes(*spec))
+        if spoiled:
+            _tell_non_finite(source, spoiled, allow_non_finite)
     return [
-        Row(path, leaf.shape, leaf.bits, leaf.nbytes, nbytes(*leaf.spec))
-        for path, leaf in contents.leaves.items()
+        Row(name, leaf.shape, leaf.bits, nbytes(*specs[name]), leaf.nbytes)
+        for name, leaf in leaves.items()
     ]
 
 
-def _row(path: str, leaf: Leaf) -> Row:
-    return Row(path, leaf.shape, leaf.bits, nbytes(*leaf.spec), leaf.nbytes)
+def _noting_spoiled(parts: Parts, name: str, spoiled: list[str]) -> Parts:
+    """``parts``, whose name is added to ``spoiled`` where a scale is not finite, as no weight under it was."""
+    for kind, pieces in parts:
+        if kind == "s":
+            pieces = list(pieces)
+            if not all(np.isfinite(piece.astype(np.float32)).all() for piece in pieces):
+                spoiled.append(name)
+        yield kind, pieces
 
 
-def _is_weight(name: str, spec: Spec) -> bool:
-    dtype, shape = spec
-    return dtype in _QUANTIZED and len(shape) >= 2 and names_a_weight(name.replace(".", "/"))
+def _tell_non_finite(source: Checkpoint, names: list[str], allow: bool) -> None:
+    counts = {}
+    for name in names:
+        dtype, _ = source.specs[name]
+        assert isinstance(dtype, np.dtype)
+        counts[name] = sum(
+            int(np.count_nonzero(~np.isfinite(piece.view(dtype).astype(np.float32))))
+            for piece in source.pieces(name)
+        )
+    told = ", ".join(f"{count} in {name!r}" for name, count in list(counts.items())[:8])
+    more = "" if len(counts) <= 8 else f", and more in {len(counts) - 8} other tensors"
+    text = f"{source.path}: {sum(counts.values())} weights are infinite or NaN: {told}{more}"
+    if not allow:
+        raise ValueError(f"{text}; mend them, keep the tensors by --rule, or --allow-non-finite")
+    print(printable(f"optax-clipquant: {text}"), file=sys.stderr)

@@ -13,14 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_clipquant.cli.compress import WIDTHS, Coder, Progress, Rule
-from optax_clipquant.cli.host import Read, Threads
-from optax_clipquant.formats.files import leaf_of, parts_of
-from optax_clipquant.formats.layout import Leaf
-from optax_clipquant.formats.native import Parts
-from optax_clipquant.formats.safetensors import Reader, nbytes
+from optax_clipquant.cli.compress import Coder
+from optax_clipquant.cli.numpy_grid import Read, Threads
+from optax_clipquant.cli.rules import FLOAT8, WIDTHS, Rule
+from optax_clipquant.cli.terminal import Progress
+from optax_clipquant.formats.checkpoint import Checkpoint
+from optax_clipquant.formats.dtypes import nbytes
+from optax_clipquant.formats.native.description import Leaf
+from optax_clipquant.formats.native.file import Parts
+from optax_clipquant.formats.native.trees import leaf_of, parts_of
 from optax_clipquant.quant.qarray import QArray
-from optax_clipquant.quant.quantizers import Uniform
+from optax_clipquant.quant.quantizers import NormalFloat, Quantizer, Ternary, Uniform
 from optax_clipquant.tuning.allocate import allocate
 
 _quantize = jax.jit(lambda quantizer, w: quantizer.quantize(w))
@@ -38,14 +41,14 @@ class _Searched(NamedTuple):
 
 
 @contextlib.contextmanager
-def searching(source: Reader, rules: Mapping[str, Rule]) -> Iterator[dict[str, Coder]]:
+def searching(source: Checkpoint, rules: Mapping[str, Rule]) -> Iterator[dict[str, Coder]]:
     """What quantizes the tensors of a file by rules whose scales are searched for, by name.
 
     They must be used in the order of the file: a tensor is quantized in a thread while the one before is
     packed and written, so that memory holds two of them. Other threads compile meanwhile.
     """
     _check_platform()
-    quantizers = {name: _uniform(rule, rule.bits or 8) for name, rule in rules.items()}
+    quantizers = {name: _quantizer(rule, rule.width) for name, rule in rules.items()}
     keys = {name: (quantizers[name], source.specs[name]) for name in source.specs if name in rules}
     programs: dict[Any, jax.stages.Lowered] = {}
     for name, key in keys.items():
@@ -84,13 +87,14 @@ def searching(source: Reader, rules: Mapping[str, Rule]) -> Iterator[dict[str, C
 
 
 def allocate_rules(
-    source: Reader, rules: Mapping[str, Rule], budget: float, progress: Progress
+    source: Checkpoint, rules: Mapping[str, Rule], budget: float, progress: Progress
 ) -> dict[str, Rule]:
     """``rules`` with the bits of the least squared error within a budget, where they leave them open."""
     _check_platform()
     buffer = _buffer(source, rules)
     choices = {
-        name: [_uniform(rule, rule.bits or bits) for bits in WIDTHS] for name, rule in rules.items()
+        name: _padded([_quantizer(rule, bits) for bits in rule.widths])
+        for name, rule in rules.items()
     }
 
     def read(name: str) -> tuple[jax.Array, jax.Array]:
@@ -100,7 +104,17 @@ def allocate_rules(
 
     specs = {name: _abstract(source, name) for name in rules}
     chosen = allocate(specs, choices, read, budget)
-    return {name: rule._replace(bits=chosen[name].bits) for name, rule in rules.items()}
+    return {
+        name: rule._replace(bits=rule.widths[choices[name].index(chosen[name])])
+        if rule.quantizer != "ternary"
+        else rule
+        for name, rule in rules.items()
+    }
+
+
+def _padded(quantizers: list[Quantizer]) -> list[Quantizer]:
+    """As many for each tensor, as ``allocate`` has it."""
+    return quantizers + quantizers[-1:] * (len(WIDTHS) - len(quantizers))
 
 
 def _check_platform() -> None:
@@ -113,21 +127,21 @@ def _check_platform() -> None:
         ) from error
 
 
-def _uniform(rule: Rule, bits: int) -> Uniform:
-    return Uniform(
-        bits,
-        channel_axis=rule.channel_axis,
-        group_size=rule.group_size,
-        scale_rule=rule.scale_rule,
-    )
+def _quantizer(rule: Rule, bits: int) -> Quantizer:
+    where = {"channel_axis": rule.channel_axis, "group_size": rule.group_size}
+    if rule.quantizer == "ternary":
+        return Ternary(**where, scale_rule=rule.scale_rule or "mse")
+    if rule.quantizer == "normal-float":
+        return NormalFloat(bits, **where)
+    return Uniform(bits, **where, symmetric=rule.quantizer == "uniform", scale_rule=rule.scale_rule)
 
 
-def _abstract(source: Reader, name: str) -> jax.ShapeDtypeStruct:
+def _abstract(source: Checkpoint, name: str) -> jax.ShapeDtypeStruct:
     dtype, shape = source.specs[name]
-    return jax.ShapeDtypeStruct(shape, dtype)
+    return jax.ShapeDtypeStruct(shape, np.float32 if dtype in FLOAT8 else dtype)
 
 
-def _buffer(source: Reader, names: Iterable[str]) -> np.ndarray:
+def _buffer(source: Checkpoint, names: Iterable[str]) -> np.ndarray:
     """Room for the largest of these tensors, at an address from which jax need not copy."""
     size = max(nbytes(*source.specs[name]) for name in names)
     room = np.empty(size + 64, np.uint8)
@@ -136,4 +150,6 @@ def _buffer(source: Reader, names: Iterable[str]) -> np.ndarray:
 
 
 def _on_device(array: np.ndarray) -> jax.Array:
+    if array.dtype in FLOAT8:
+        array = array.astype(np.float32)
     return jax.device_put(array, may_alias=True)

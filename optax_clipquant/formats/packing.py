@@ -33,6 +33,8 @@ def unpack(packed: np.ndarray, size: int, grid: Levels) -> np.ndarray:
     if grid.bits == 8:
         digits = packed
     elif grid.bits == math.log2(3):
+        if np.any(packed >= 3**5):
+            raise ValueError("a byte of five digits is above 242")
         digits = (packed[:, None] // np.array([1, 3, 9, 27, 81], np.uint8) % 3).ravel()[:size]
     else:
         bits = int(grid.bits)

@@ -6,35 +6,40 @@ the tensors' bytes. Nothing is mapped into memory: a tensor takes room from ``re
 
 import contextlib
 import json
-import math
 import os
-import secrets
 import stat
 import threading
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, Self
 
-import ml_dtypes
 import numpy as np
-import safetensors
 
-DTYPES: dict[str, np.dtype] = {
-    tag: np.dtype(dtype)
-    for tag, dtype in {
-        **{"BOOL": np.bool_, "F16": np.float16, "F32": np.float32, "F64": np.float64},
-        **{"I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64},
-        **{"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "U64": np.uint64},
-        **{"BF16": ml_dtypes.bfloat16, "C64": np.complex64},
-        **{"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2},
-    }.items()
-}
-_TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
+from optax_clipquant._atomic import replacing
+from optax_clipquant.formats.dtypes import (
+    TAGS,
+    Opaque,
+    Spec,
+    bits_of,
+    nbytes,
+    spec_of,
+)
 
 _HEADER_LIMIT = 100_000_000  # of the safetensors format
 
-Spec = tuple[np.dtype, tuple[int, ...]]
-"""Dtype and shape of a tensor."""
+# Other files in which models come, by their first bytes.
+_FOREIGN = {
+    b"GGUF": "a GGUF file: use `optax-clipquant convert`, or optax_clipquant.from_gguf",
+    b"\x93NUMPY": "an array of NumPy, .npy: load it with numpy.load",
+    b"\x89HDF": "an HDF5 file, such as Keras' .h5: load it with the library that wrote it",
+    b"\x1f\x8b": "compressed by gzip: decompress it first",
+    b"version https://git-lfs": "the pointer of Git LFS to a file: run `git lfs pull`",
+    b"<": "a page of HTML or XML, as of a failed download",
+    **{
+        b"\x80%c" % n: "a pickle, such as PyTorch's .pt and .bin: torch.load it"
+        for n in range(2, 6)
+    },
+}
 
 
 class Reader:
@@ -47,8 +52,7 @@ class Reader:
 
     Raises:
       OSError: the file cannot be opened.
-      ValueError: it is truncated or no safetensors file, or has a dtype that NumPy lacks; or it is no
-        regular file.
+      ValueError: it is truncated or no safetensors file; or it is no regular file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -69,35 +73,65 @@ class Reader:
             stack.pop_all()
 
     def _read_header(self) -> None:
+        first = self._file.read(8)
+        size = os.fstat(self._file.fileno()).st_size
+        length = int.from_bytes(first, "little")
         try:
-            # It checks that the tensors fill the file without gap or overlap.
-            with safetensors.safe_open(self.path, "numpy"):
-                pass
-            length = int.from_bytes(self._file.read(8), "little")
-            header: dict[str, Any] = json.loads(self._file.read(length))
-        except MemoryError:
-            raise
-        except Exception as error:
+            if len(first) < 8 or length > min(size - 8, _HEADER_LIMIT):
+                raise ValueError(f"its header would take {length:,} of {size:,} bytes")
+            header = json.loads(
+                self._file.read(length), object_pairs_hook=_unique, parse_constant=_refuse
+            )
+            self._parse(header, 8 + length, size)
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+            if length > _HEADER_LIMIT and (kind := self._foreign_kind()):
+                raise ValueError(f"{self.path} is no safetensors file, but {kind}") from None
             raise ValueError(
                 f"{self.path}: truncated, altered, or not a safetensors file ({error})"
             ) from error
-        self.texts = header.pop("__metadata__", None) or {}
+
+    def _foreign_kind(self) -> str | None:
+        self._file.seek(0)
+        head = self._file.read(256)
+        if head.startswith(b"PK\x03\x04"):
+            name = head[30 : 30 + int.from_bytes(head[26:28], "little")]
+            if name.endswith(b".npy"):
+                return "arrays of NumPy, .npz: load them with numpy.load"
+            if name.endswith((b".pkl", b".format_version", b".storage_alignment")):
+                return "a PyTorch file, .pt or .bin: torch.load it"
+            return "a zip archive: unpack it first"
+        return next((kind for magic, kind in _FOREIGN.items() if head.startswith(magic)), None)
+
+    def _parse(self, header: dict[str, Any], start: int, size: int) -> None:
+        """Takes over what the header says, whose tensors must fill the file without gap or overlap."""
+        texts = header.pop("__metadata__", None) or {}
+        for key, text in texts.items():
+            if not isinstance(text, str):
+                raise ValueError(f"the metadata {key!r} is no text")
+            (key + text).encode()  # a half of a surrogate pair is no text either
+        self.texts = texts
+        end = 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            if entry["dtype"] not in DTYPES:
-                raise ValueError(
-                    f"{self.path}: tensor {name!r} has dtype {entry['dtype']}, which is not one of "
-                    f"{', '.join(DTYPES)}; convert it first"
-                )
-            self.specs[name] = DTYPES[entry["dtype"]], tuple(entry["shape"])
-            self._offsets[name] = 8 + length + entry["data_offsets"][0]
+            name.encode()
+            first, last = entry["data_offsets"]
+            try:
+                self.specs[name] = spec_of(entry["dtype"], entry["shape"], last - first)
+            except ValueError as error:
+                raise ValueError(f"tensor {name!r}: {error}") from None
+            if not (type(first) is type(last) is int and first == end):
+                raise ValueError(f"tensor {name!r} begins at {first!r}, but should at {end}")
+            self._offsets[name] = start + first
+            end = last
+        if start + end != size:
+            raise ValueError(f"its tensors end at byte {start + end:,} of {size:,}")
 
     def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
-        """The tensor ``name``, in the first bytes of ``out`` where that is given."""
+        """The tensor ``name``, in the first bytes of ``out`` where that is given; of an ``Opaque`` dtype its bytes."""
         dtype, shape = self.specs[name]
         size = nbytes(dtype, shape)
         out = np.empty(size, np.uint8) if out is None else out[:size]
         self.read_at(name, 0, out)
-        return out.view(dtype).reshape(shape)
+        return out if isinstance(dtype, Opaque) else out.view(dtype).reshape(shape)
 
     def read_at(self, name: str, first: int, out: np.ndarray) -> None:
         """Fills ``out`` with the bytes of a tensor, from its ``first`` on. Threads may call it."""
@@ -147,7 +181,7 @@ class Writer:
         self._offsets: dict[str, int] = {}
         end = 0
         # Larger elements first, as safetensors has it: then each tensor is aligned.
-        for name in sorted(specs, key=lambda name: (-specs[name][0].itemsize, name)):
+        for name in sorted(specs, key=lambda name: (-bits_of(specs[name][0]), name)):
             self._offsets[name] = end
             end += nbytes(*specs[name])
         self._room = -(-len(self._header()) // 8) * 8
@@ -197,7 +231,7 @@ class Writer:
         for name, offset in self._offsets.items():
             dtype, shape = self._specs[name]
             header[name] = {
-                "dtype": _TAGS[dtype],
+                "dtype": dtype.name if isinstance(dtype, Opaque) else TAGS[dtype],
                 "shape": list(shape),
                 "data_offsets": [offset, offset + nbytes(dtype, shape)],
             }
@@ -222,62 +256,17 @@ def writing(
         writer.finish()
 
 
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A new file, which takes the place of ``path`` once whole.
-
-    It is written beside ``path``, synced and renamed: an exception or a crash leaves ``path`` as it
-    was.
-
-    Raises:
-      FileNotFoundError: there is no such folder.
-      IsADirectoryError: ``path`` is a folder.
-      ValueError: it is a device, a pipe or a socket, which a file would take the place of.
-    """
-    path = os.fspath(path)
-    check_replaceable(path)
-    folder, name = os.path.split(os.path.abspath(path))
-    temporary = os.path.join(folder, f".{name[:32]}.{secrets.token_hex(6)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync(folder)
-    except BaseException as error:
-        if isinstance(error, OSError) and error.errno and error.filename is None:
-            error.filename = path  # as of a full disk
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
-        raise
-
-
-def check_replaceable(path: str) -> None:
-    """Raises as ``replacing`` does at once."""
-    if os.path.isdir(path):
-        raise IsADirectoryError(f"{path} is a folder; name a file")
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"{path} is not a regular file; name another")
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"{path}: there is no folder {folder}")
-
-
 def bytes_of(array: np.ndarray) -> np.ndarray:
     """The bytes of ``array`` in C order, flat."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
-def nbytes(dtype: np.dtype, shape: tuple[int, ...]) -> int:
-    return math.prod(shape) * dtype.itemsize
+def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(items)
+    if len(found) < len(items):
+        raise ValueError("a name appears twice")
+    return found
 
 
-def _sync(folder: str) -> None:
-    if os.name != "posix":
-        return  # only there a folder can be opened
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _refuse(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from optax_clipquant.formats.safetensors import replacing
+from optax_clipquant._atomic import replacing
 
 FAILED = "failed"
 _TEXTS = ("nan", "inf", "-inf")

@@ -28,8 +28,7 @@ from optax_clipquant import (
     quantize_params,
     save,
 )
-from optax_clipquant.cli import arguments, host
-from optax_clipquant.cli import compress as conversion
+from optax_clipquant.cli import arguments, compress, decompress, inspect, numpy_grid, rules
 from optax_clipquant.cli import main as cli
 from optax_clipquant.cli import search as searching
 from optax_clipquant.formats import native as saved
@@ -205,7 +204,7 @@ def test_budget_is_kept_and_spent(tmp_path, capsys, budget):
     widths = [loaded[f"w{i}"].bits for i in (0, 1, 3)]
     assert widths == sorted(widths, reverse=True)  # each squared error counts alike
     assert widths[0] > 2
-    least = 2 * sorted(conversion.WIDTHS).index(8) * 64 * 32
+    least = 2 * sorted(rules.WIDTHS).index(8) * 64 * 32
     assert budget * count - packed < least  # no tensor could have been given much more
 
 
@@ -344,7 +343,7 @@ def test_decompress_of_a_header_that_fits_no_code(source, tmp_path, capsys):
             file.put(name, array)
     capsys.readouterr()
     assert run("decompress", small, tmp_path / "out") == 1
-    message = "small: the header does not describe its tensors (a code is above -6); write it again"
+    message = "small: the header does not describe its tensors (tensor 'a': a code is above -6); write it again"
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -382,7 +381,10 @@ def test_help_has_examples(capsys):
             words = [word.strip("'") for word in example.split()]
             assert words[:2] == ["optax-clipquant", command]
             assert isinstance(
-                arguments.parser(print, print, print).parse_args(words[1:]), argparse.Namespace
+                arguments.parser_of(inspect.add, compress.add, decompress.add).parse_args(
+                    words[1:]
+                ),
+                argparse.Namespace,
             )
         assert examples
 
@@ -606,7 +608,7 @@ def test_too_little_memory_is_no_damage(source, tmp_path, capsys, monkeypatch, c
     def unpack(*args):
         raise MemoryError("Unable to allocate 122 MiB")
 
-    monkeypatch.setattr(host, "unpack", unpack)
+    monkeypatch.setattr(numpy_grid, "unpack", unpack)
     capsys.readouterr()
     args = (tmp_path / "out",) if command == "decompress" else ("--against", source)
     assert run(command, small, *args) == 1

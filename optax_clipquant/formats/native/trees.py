@@ -1,4 +1,4 @@
-"""save, load: a tree of arrays and ``QArray`` leaves in a small file (``saved.py``)."""
+"""save, load: trees of arrays and ``QArray`` leaves in small files (``native.py``)."""
 
 import dataclasses
 import math
@@ -12,15 +12,15 @@ import ml_dtypes
 import numpy as np
 from jax.core import Tracer
 
-from optax_clipquant._tree import path_of
-from optax_clipquant.formats.layout import Leaf, plain
-from optax_clipquant.formats.names import path_of_name
-from optax_clipquant.formats.native import Parts, SavedFile, Tensors, write
+from optax_clipquant._tree import PyTree
+from optax_clipquant.formats.checkpoint import Checkpoint, files_of
+from optax_clipquant.formats.dtypes import DTYPES, Opaque, Spec
+from optax_clipquant.formats.native.description import Leaf, check_leaf, plain
+from optax_clipquant.formats.native.file import Parts, Tensors, writing_saved
+from optax_clipquant.formats.native.names import assemble, name_of, path_of_name
+from optax_clipquant.formats.native.placement import fill, place
 from optax_clipquant.formats.packing import pack, unpack
-from optax_clipquant.formats.safetensors import DTYPES, Reader, Spec
-from optax_clipquant.formats.trees import assemble, flatten
 from optax_clipquant.quant.grid import Grid
-from optax_clipquant.quant.params import PyTree
 from optax_clipquant.quant.qarray import QArray, is_qarray
 from optax_clipquant.quant.qarray import narrow as narrow_codes
 
@@ -59,20 +59,26 @@ def save(
       ...     os.path.getsize(folder + "/model.safetensors")
       2040
     """
-    leaves, nodes = flatten(tree)
+    leaves: dict[str, Any] = {}
+    nodes: dict[str, str] = {}
+    _flatten(tree, (), leaves, nodes)
     announced = {name: leaf_of(leaf, path_of_name(name)) for name, leaf in leaves.items()}
-    contents = ((name, parts_of(leaf, path_of_name(name))) for name, leaf in leaves.items())
-    write(path, announced, contents, nodes=nodes, metadata=metadata)
+    with writing_saved(path, announced, nodes=nodes, metadata=metadata) as file:
+        for name, leaf in leaves.items():
+            file.put(name, parts_of(leaf, path_of_name(name)))
 
 
 def load(path: str | os.PathLike[str], *, like: PyTree = None, narrow: bool = False) -> PyTree:
     """Reads a tree that ``save`` wrote, exactly.
 
     Args:
-      path: the file.
+      path: the file. Or of a sharded checkpoint the index, ``*.safetensors.index.json``, or the folder:
+        if another program wrote it, it gives a dict from the names of its tensors to these. (A dtype
+        that NumPy lacks, such as F6_E2M3, comes as its bytes, uint8.)
       like: a tree of the structure to restore (an ``nnx.State``, a ``FrozenDict``, a dataclass), whose
         leaves have the shapes expected: arrays, ``jax.ShapeDtypeStruct`` or ``QArray``. Leaves are
-        matched by their paths. Without it, what ``save`` stored as dicts stays dicts.
+        matched by their paths, and land with the sharding that they have in ``like``, of which scales
+        take what fits them. Without it, what ``save`` stored as dicts stays dicts.
       narrow: whether codes come as int4 or int2 where they fit: see ``narrow``.
 
     Returns:
@@ -94,18 +100,62 @@ def load(path: str | os.PathLike[str], *, like: PyTree = None, narrow: bool = Fa
       ...     load(folder + "/model.safetensors")["kernel"].dequantize().sum()
       Array(16., dtype=float32)
     """
-    with Reader(path) as reader:
-        file = SavedFile(reader)
+    with Checkpoint(path) as checkpoint:
+        if not checkpoint.is_saved and files_of(path) == [os.fspath(path)]:
+            raise ValueError(
+                f"{checkpoint.path}: not written by optax_clipquant.save; read it with "
+                "safetensors.numpy.load_file"
+            )
         leaves = {}
-        for entry in file.entries:
-            tensors = file.read(entry)
-            with file.describing():
-                leaves[entry.name] = _restored(entry.leaf, tensors)
-        with file.describing():
-            tree = assemble(leaves, file.nodes)
-    if like is not None:
-        tree = _fill(like, tree, os.fspath(path))
+        for name, leaf in checkpoint.leaves.items():
+            tensors = checkpoint.tensors(name)
+            with checkpoint.describing(name):
+                leaves[name] = _restored(leaf, tensors)
+        tree = assemble(leaves, checkpoint.nodes) if checkpoint.is_saved else leaves
+    if like is None:
+        tree = jax.tree.map(place, tree, is_leaf=is_qarray)
+    else:
+        tree = fill(like, tree, os.fspath(path))
     return narrow_codes(tree) if narrow else tree
+
+
+def _flatten(
+    tree: PyTree, keys: tuple[Any, ...], leaves: dict[str, Any], nodes: dict[str, str]
+) -> None:
+    """Puts the leaves under ``tree`` in ``leaves``, and the kinds of nodes in ``nodes``."""
+    name = name_of(keys)
+    if tree is None:
+        nodes[name] = "none"
+        return
+    children = None if is_qarray(tree) else _children(tree)
+    if children is None:
+        leaves[name] = tree
+        return
+    for key, _ in children:
+        if type(key) not in (str, int):
+            path = "/".join(map(str, keys))
+            raise TypeError(f"{path or 'the tree'}: keys must be text or integers, got {key!r}")
+    if type(tree) in (list, tuple):
+        nodes[name] = type(tree).__name__
+    elif not children:
+        nodes[name] = "dict"
+    elif all(type(key) is int for key, _ in children):
+        nodes[name] = "int"
+    for key, child in children:
+        _flatten(child, (*keys, key), leaves, nodes)
+
+
+def _children(tree: PyTree) -> list[tuple[Any, PyTree]] | None:
+    """Key and value of each child of a node, None for a leaf."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
+    if len(flat) == 1 and not flat[0][0]:
+        return None
+    # A node without children has no key to show; None among children is one.
+    names = ("key", "idx", "name")
+    return [
+        (next((getattr(path[0], n) for n in names if hasattr(path[0], n)), str(path[0])), child)
+        for path, child in flat
+    ]
 
 
 def leaf_of(leaf: Any, path: str) -> Leaf:
@@ -121,17 +171,19 @@ def leaf_of(leaf: Any, path: str) -> Leaf:
     if grid.bits != math.log2(3) and grid.bits not in range(1, 9):
         raise ValueError(f"{where}: bits must be 1 to 8 or log2(3), got {grid.bits}")
     _, shape = _spec(leaf.qvalue, path, _CODES)
-    scale = _spec(grid.scale, path)
-    concrete = not isinstance(grid.scale, jax.ShapeDtypeStruct)
-    specs = {
-        "": (np.dtype(np.uint8), (grid.packed_size(math.prod(shape)),)),
-        "s": (_scale(grid).dtype if concrete else _BFLOAT16, scale[1]),
-    }
-    if grid.zero_point is not None:
-        specs["z"] = _spec(grid.zero_point, path)
-    if grid.max_code is not None:
-        specs["m"] = _spec(grid.max_code, path)
-    return Leaf(specs, grid.levels, shape)
+    specs: dict[str, Spec] = {"": (np.dtype(np.uint8), (grid.packed_size(math.prod(shape)),))}
+    if isinstance(grid.scale, jax.ShapeDtypeStruct):
+        specs["s"] = _BFLOAT16, grid.scale.shape
+        if grid.zero_point is not None:
+            specs["z"] = grid.zero_point.dtype, grid.zero_point.shape
+    else:
+        specs |= {kind: (x.dtype, x.shape) for kind, x in _grid_arrays(leaf, path).items()}
+    stored = Leaf(specs, grid.levels, shape)
+    try:
+        check_leaf(stored)
+    except ValueError as error:
+        raise ValueError(f"{where}: its grid cannot be stored: {error}") from None
+    return stored
 
 
 def parts_of(leaf: Any, path: str) -> Parts:
@@ -139,37 +191,50 @@ def parts_of(leaf: Any, path: str) -> Parts:
     if not is_qarray(leaf):
         yield "", [_host(leaf)]
         return
-    grid = leaf.grid
     codes = np.asarray(leaf.qvalue).astype(np.int8, copy=False)
-    _check_codes(codes, grid, path)
-    yield "", [pack(codes, grid)]
-    yield "s", [_scale(grid)]
-    if grid.zero_point is not None:
-        yield "z", [_host(grid.zero_point)]
-    if grid.max_code is not None:
-        yield "m", [_host(grid.max_code)]
+    _check_codes(codes, leaf.grid, path)
+    yield "", [pack(codes, leaf.grid)]
+    for kind, array in _grid_arrays(leaf, path).items():
+        yield kind, [array]
+
+
+def _grid_arrays(q: QArray, path: str) -> dict[str, np.ndarray]:
+    """The arrays of a grid by kind, of one shape and of the dtypes that a file has for them."""
+    arrays = {"s": q.grid.scale, "z": q.grid.zero_point, "m": q.grid.max_code}
+    for array in arrays.values():
+        if array is not None:
+            _spec(array, path)
+    found = {kind: np.asarray(x) for kind, x in arrays.items() if x is not None}
+    shape = np.broadcast_shapes((1,) * q.ndim, *(x.shape for x in found.values()))
+    found = {kind: np.broadcast_to(x, shape) for kind, x in found.items()}
+    scale = found["s"].astype(np.float32)
+    short = scale.astype(ml_dtypes.bfloat16)
+    exact = np.array_equal(short.astype(np.float32), scale, equal_nan=True)
+    found["s"] = short if exact else scale
+    if "z" in found:
+        whole = found["z"].dtype.kind == "i" and np.all(np.abs(found["z"]) <= 127)
+        found["z"] = found["z"].astype(np.int8 if whole or found["z"].dtype == np.int8 else np.float32)  # fmt: skip
+    if "m" in found:
+        found["m"] = found["m"].astype(np.int32)
+    return found
 
 
 def _restored(leaf: Leaf, tensors: Tensors) -> Any:
-    """The leaf whose tensors these are."""
+    """The leaf whose tensors these are, of NumPy arrays."""
+    if isinstance(leaf.dtype, Opaque):
+        # As uint8, whose last axis has the bytes of a row where a row takes whole ones.
+        rows = leaf.shape[:-1] if leaf.shape and leaf.shape[-1] * leaf.dtype.bits % 8 == 0 else ()
+        return tensors[""].reshape(*rows, -1) if math.prod(rows) else tensors[""]
     if leaf.levels is None:
-        return _device(tensors[""])
+        return tensors[""]
     grid = Grid(
-        scale=_device(tensors["s"].astype(np.float32)),
-        zero_point=_device(tensors["z"]) if "z" in tensors else None,
-        max_code=_device(tensors["m"]) if "m" in tensors else None,
+        scale=tensors["s"].astype(np.float32),  # pyright: ignore[reportArgumentType]
+        zero_point=tensors.get("z"),  # pyright: ignore[reportArgumentType]
+        max_code=tensors.get("m"),  # pyright: ignore[reportArgumentType]
         **dataclasses.asdict(leaf.levels),
     )
     codes = unpack(tensors[""], math.prod(leaf.shape), leaf.levels)
-    return QArray(jnp.asarray(codes.reshape(leaf.shape)), grid)
-
-
-def _scale(grid: Grid) -> np.ndarray:
-    """As bfloat16 where that loses nothing."""
-    scale = np.asarray(grid.scale).astype(np.float32)
-    short = scale.astype(ml_dtypes.bfloat16)
-    exact = np.array_equal(short.astype(np.float32), scale, equal_nan=True)
-    return short if exact else scale
+    return QArray(codes.reshape(leaf.shape), grid)  # pyright: ignore[reportArgumentType]
 
 
 def _check_codes(codes: np.ndarray, grid: Grid, path: str) -> None:
@@ -207,48 +272,3 @@ def _spec(leaf: Any, path: str, stored: set[np.dtype] = _STORED) -> Spec:
 def _host(leaf: Any) -> np.ndarray:
     array = np.asarray(leaf)
     return array.astype(array.dtype.newbyteorder("="), copy=False)
-
-
-def _device(array: np.ndarray) -> Any:
-    """As a jax array, but where jax would cut it."""
-    return (
-        array if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype else jnp.asarray(array)
-    )
-
-
-def _fill(like: PyTree, tree: PyTree, file: str) -> PyTree:
-    """``like`` with the leaves of ``tree``, matched by path."""
-    expected, treedef = jax.tree_util.tree_flatten_with_path(like, is_leaf=is_qarray)
-    found = {
-        _parts(key): leaf
-        for key, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_qarray)[0]
-    }
-    leaves = []
-    for key, leaf in expected:
-        path, parts = path_of(key), _parts(key)
-        if parts not in found:
-            raise ValueError(
-                f"{file}: no leaf {path!r}, which `like` has; left to match are {_some(found)}"
-            )
-        shape = np.shape(found[parts])
-        if shape != np.shape(leaf):
-            raise ValueError(
-                f"{file}: leaf {path!r} has shape {shape}, but {np.shape(leaf)} in `like`"
-            )
-        leaves.append(found.pop(parts))
-    if found:
-        raise ValueError(f"{file}: has leaves that `like` lacks: {_some(found)}")
-    return treedef.unflatten(leaves)
-
-
-def _parts(key: jax.tree_util.KeyPath) -> tuple[str, ...]:
-    """A path as the text of its keys, without a box's ``value``, as ``path_of`` has it.
-
-    Not joined: Haiku's keys hold slashes, and ``{"a/b": x}`` is not ``{"a": {"b": x}}``.
-    """
-    parts = tuple(jax.tree_util.keystr((entry,), simple=True) for entry in key)
-    return parts[:-1] if parts[-1:] == ("value",) else parts
-
-
-def _some(found: Mapping[tuple[str, ...], Any]) -> list[str]:
-    return ["/".join(parts) for parts in list(found)[:8]]

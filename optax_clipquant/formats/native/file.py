@@ -1,8 +1,7 @@
 """Files of ``save``, a leaf at a time and without JAX: safetensors with the codes packed at exactly their bits.
 
-``layout.py`` says which tensors hold a tree, ``container.py`` how tensors lie in a file. Beside them, the
-file's metadata hold the layout's JSON, with the ``version`` of the format, under ``optax_clipquant``; and
-under ``optax_clipquant.sha256`` the digest of all of the header that matters.
+``FORMAT.md`` beside this folder says how they are laid out; ``description.py`` writes and checks what
+their headers say.
 """
 
 import contextlib
@@ -15,12 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from optax_clipquant.formats.layout import Entry, Leaf, Plan, entries_of
-from optax_clipquant.formats.safetensors import Reader, Spec, bytes_of, writing
+from optax_clipquant.formats.dtypes import Spec
+from optax_clipquant.formats.native.description import (
+    VERSION,
+    Description,
+    Entry,
+    Leaf,
+    read_description,
+)
+from optax_clipquant.formats.native.names import assemble
+from optax_clipquant.formats.safetensors import Reader, Writer, bytes_of, writing
 
 _HEADER = "optax_clipquant"
 _DIGEST = "optax_clipquant.sha256"
-_VERSION = 1
 
 Tensors = dict[str, np.ndarray]
 """The tensors of a leaf, by kind: see ``Leaf``."""
@@ -28,44 +34,53 @@ Parts = Iterable[tuple[str, Iterable[np.ndarray]]]
 """The tensors of a leaf, by kind and in the order of kinds, each in pieces."""
 
 
-def write(
+class SavedWriter:
+    """A new file of ``save``, in which leaves may be put in any order, one at a time."""
+
+    def __init__(self, file: Writer, description: Description, texts: Mapping[str, str]) -> None:
+        self._file, self._description, self._texts = file, description, texts
+
+    def put(self, name: str, parts: Parts) -> None:
+        """Writes a leaf, whose tensors are asked for in turn."""
+        checksum = 0
+        for kind, pieces in parts:
+            tensor = self._description.entries[name].tensors[kind]
+            for piece in self._file.putting(tensor, pieces):
+                checksum = zlib.crc32(piece, checksum)
+        self._description.note(name, checksum)
+
+    def finish(self) -> None:
+        """Completes the header."""
+        self._file.texts = _texts(self._description, self._texts)
+
+
+@contextlib.contextmanager
+def writing_saved(
     path: str | os.PathLike[str],
     leaves: Mapping[str, Leaf],
-    contents: Iterable[tuple[str, Parts]],
     *,
     nodes: Mapping[str, str],
     metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Writes a file leaf by leaf: ``save`` for a tree that need not be in memory.
+) -> Iterator[SavedWriter]:
+    """A file of ``save`` for a tree that need not be in memory, which takes the place of ``path`` once whole.
 
     Args:
       path: as for ``save``.
       leaves: what the file will hold, by name.
-      contents: name and tensors of each leaf, in any order; each is asked for when the one before is
-        written.
       nodes: the kinds of the nodes by name.
       metadata: as for ``save``.
     """
-    for key, value in (metadata or {}).items():
+    metadata = dict(metadata or {})
+    for key, value in metadata.items():
         if not (isinstance(key, str) and isinstance(value, str)):
             raise TypeError(f"metadata must map text to text, got {key!r}: {value!r}")
         if key in (_HEADER, _DIGEST):
             raise ValueError(f"metadata key {key!r} is reserved; choose another")
-    plan = Plan(leaves, nodes)
-
-    def texts() -> dict[str, str]:
-        header = {"version": _VERSION, **plan.content()}
-        texts = {**(metadata or {}), _HEADER: json.dumps(header, separators=(",", ":"))}
-        return texts | {_DIGEST: _digest(texts, plan.specs)}
-
-    with writing(path, plan.specs, texts()) as file:
-        for name, parts in contents:
-            checksum = 0
-            for kind, pieces in parts:
-                for piece in file.putting(plan.entries[name].tensors[kind], pieces):
-                    checksum = zlib.crc32(piece, checksum)
-            plan.note(name, checksum)
-        file.texts = texts()
+    description = Description(leaves, nodes)
+    with writing(path, description.specs, _texts(description, metadata)) as file:
+        saved = SavedWriter(file, description, metadata)
+        yield saved
+        saved.finish()
 
 
 class SavedFile:
@@ -78,7 +93,8 @@ class SavedFile:
       metadata: the text that was given to ``save``.
 
     Raises:
-      ValueError: it was altered, or is not one of ``save``.
+      ValueError: it was altered, or is not one of ``save``; or its header describes no tree of its
+        tensors.
     """
 
     def __init__(self, reader: Reader) -> None:
@@ -92,17 +108,19 @@ class SavedFile:
                 f"{self.path}: the header was altered (its checksum differs); write it again"
             )
         try:
-            header = json.loads(reader.texts[_HEADER])
-            version = header["version"]
-        except Exception as error:
+            content = json.loads(reader.texts[_HEADER])
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{self.path}: the header is damaged ({error}); write it again"
             ) from error
-        if version != _VERSION:
-            raise ValueError(f"{self.path}: format version {version}, but this reads {_VERSION}")
+        version = content.get("version") if isinstance(content, dict) else None
+        if type(version) is not int:
+            raise ValueError(f"{self.path}: the header is damaged (no version); write it again")
+        if version != VERSION:
+            raise ValueError(f"{self.path}: format version {version}, but this reads {VERSION}")
         with self.describing():
-            self.entries = entries_of(reader.specs, header)
-            self.nodes: dict[str, str] = header["nodes"]
+            self.entries, self.nodes = read_description(reader.specs, content)
+            assemble(dict.fromkeys(entry.name for entry in self.entries), self.nodes)
         self.metadata = {k: v for k, v in reader.texts.items() if k not in (_HEADER, _DIGEST)}
 
     def read(self, entry: Entry) -> Tensors:
@@ -118,21 +136,25 @@ class SavedFile:
         return tensors
 
     @contextlib.contextmanager
-    def describing(self) -> Iterator[None]:
+    def describing(self, name: str | None = None) -> Iterator[None]:
         """Where the header is relied on: says so where it does not fit the tensors."""
         try:
             yield
-        except (MemoryError, OSError):
-            raise
-        except Exception as error:
+        except ValueError as error:
+            what = "" if name is None else f"tensor {name!r}: "
             raise ValueError(
-                f"{self.path}: the header does not describe its tensors ({error}); write it again"
+                f"{self.path}: the header does not describe its tensors ({what}{error}); write it again"
             ) from error
 
 
 def is_saved(reader: Reader) -> bool:
     """Whether the file says that ``save`` wrote it."""
     return _HEADER in reader.texts and _DIGEST in reader.texts
+
+
+def _texts(description: Description, metadata: Mapping[str, str]) -> dict[str, str]:
+    texts = {**metadata, _HEADER: json.dumps(description.content(), separators=(",", ":"))}
+    return texts | {_DIGEST: _digest(texts, description.specs)}
 
 
 def _digest(texts: Mapping[str, str], specs: Mapping[str, Spec]) -> str:

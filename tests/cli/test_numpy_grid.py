@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optax_clipquant import Grid, QArray, Uniform
-from optax_clipquant.cli import host
-from optax_clipquant.formats.files import leaf_of, parts_of
-from optax_clipquant.formats.native import Parts, Tensors
+from optax_clipquant.cli import numpy_grid
+from optax_clipquant.cli.rules import Rule
+from optax_clipquant.formats.native.file import Parts, Tensors
+from optax_clipquant.formats.native.trees import leaf_of, parts_of
 from optax_clipquant.quant.levels import Levels
 
 DTYPES = [np.float32, ml_dtypes.bfloat16, np.float16]
@@ -24,7 +25,7 @@ DTYPES = [np.float32, ml_dtypes.bfloat16, np.float16]
 
 @pytest.fixture(scope="module")
 def threads():
-    with host.Threads(2) as threads:
+    with numpy_grid.Threads(2) as threads:
         yield threads
 
 
@@ -32,13 +33,17 @@ def joined(parts: Parts) -> dict[str, bytes]:
     return {kind: b"".join(piece.tobytes() for piece in pieces) for kind, pieces in parts}
 
 
-def encoded(w: np.ndarray, threads, bits, axis, group_size) -> tuple[host.Absmax, dict[str, bytes]]:
+def encoded(
+    w: np.ndarray, threads, bits, axis, group_size
+) -> tuple[numpy_grid.Absmax, dict[str, bytes]]:
     content = np.frombuffer(w.tobytes(), np.uint8)
 
     def read(first: int, out: np.ndarray) -> None:
         out[:] = content[first : first + out.size]
 
-    coder = host.Absmax.of((w.dtype, w.shape), bits, axis, group_size)
+    coder = numpy_grid.Absmax.of(
+        (w.dtype, w.shape), Rule(bits, channel_axis=axis, group_size=group_size)
+    )
     return coder, joined(coder.encode(read, threads))
 
 
@@ -64,7 +69,7 @@ def test_encode(threads, monkeypatch, bits, dtype, group_size):
         w = weights(shape, seed=sum(shape)).astype(dtype)
         for axis in (0, -1) if len(shape) == 2 else (1, -1):
             for block in (64, 2**18):
-                monkeypatch.setattr(host, "_BLOCK", block)
+                monkeypatch.setattr(numpy_grid, "_BLOCK", block)
                 check(w, threads, bits, axis, group_size)
 
 
@@ -91,7 +96,7 @@ def decoded(q: QArray, threads) -> np.ndarray:
         kind: np.concatenate([np.ravel(piece) for piece in pieces]).reshape(leaf.specs[kind][1])
         for kind, pieces in parts_of(q, "w")
     }
-    blocks = list(host.decode(leaf, tensors, threads))
+    blocks = list(numpy_grid.decode(leaf, tensors, threads))
     assert all(block.dtype == q.dtype for block in blocks)
     return np.concatenate([np.empty(0, q.dtype), *(block.ravel() for block in blocks)]).reshape(q.shape)  # fmt: skip
 
@@ -101,7 +106,7 @@ def test_decode(threads, monkeypatch, name, dtype):
     for shape in ((37, 24), (6, 5, 3, 3), (0, 7)):
         q = QUANTIZERS[name].quantize(jnp.asarray(weights(shape, seed=3).astype(dtype)))
         for block in (64, 2**18):
-            monkeypatch.setattr(host, "_BLOCK", block)
+            monkeypatch.setattr(numpy_grid, "_BLOCK", block)
             assert decoded(q, threads).tobytes() == np.asarray(q.dequantize()).tobytes(), shape
 
 
@@ -162,7 +167,7 @@ def test_decode_of_few_axes_and_of_float64(threads):
     ],
 )
 def test_blocks_of_long_rows_are_few_rows(shape, bits, group, rows):
-    blocks = host._blocks(shape, Levels(bits=bits, lower=-2, upper=1, group=group))
+    blocks = numpy_grid._blocks(shape, Levels(bits=bits, lower=-2, upper=1, group=group))
     assert blocks[0].stop == rows
     assert [block.start for block in blocks[1:]] == [block.stop for block in blocks[:-1]]
     assert blocks[-1].stop == shape[0]
@@ -170,9 +175,9 @@ def test_blocks_of_long_rows_are_few_rows(shape, bits, group, rows):
 
 def test_blocks_are_made_few_ahead(threads):
     made = []
-    turns = host._in_turn(threads, made.append, range(100))
+    turns = numpy_grid._in_turn(threads, made.append, range(100))
     next(turns)
-    assert len(made) <= host._AHEAD + 2
+    assert len(made) <= numpy_grid._AHEAD + 2
     assert len(list(turns)) == 99
 
 
@@ -180,6 +185,6 @@ def test_an_error_in_a_thread(threads):
     def read(first: int, out: np.ndarray) -> None:
         raise OSError("cannot read")
 
-    coder = host.Absmax.of((np.dtype(np.float32), (8, 8)), 8, 0, None)
+    coder = numpy_grid.Absmax.of((np.dtype(np.float32), (8, 8)), Rule(8))
     with pytest.raises(OSError, match="cannot read"):
         joined(coder.encode(functools.partial(read), threads))

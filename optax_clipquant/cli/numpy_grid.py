@@ -7,17 +7,18 @@ cache, and threads take turns at them.
 import collections
 import concurrent.futures
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Self, TypeVar
 
 import ml_dtypes
 import numpy as np
 
-from optax_clipquant.formats.layout import Leaf
-from optax_clipquant.formats.native import Parts, Tensors
+from optax_clipquant.cli.rules import Rule, scale_layout
+from optax_clipquant.formats.dtypes import Spec
+from optax_clipquant.formats.native.description import Leaf
+from optax_clipquant.formats.native.file import Parts, Tensors
 from optax_clipquant.formats.packing import pack, unpack
-from optax_clipquant.formats.safetensors import Spec
-from optax_clipquant.quant.groups import contracted_axes, cut_groups, scale_shape
 from optax_clipquant.quant.levels import Levels, largest_scale
 
 S = TypeVar("S")
@@ -38,34 +39,39 @@ class Absmax(NamedTuple):
     Attributes:
       leaf: what a file holds of it.
       levels: those of ``leaf``.
+      dtype: of the weights that are read.
       axes: the axes that share a scale.
     """
 
     leaf: Leaf
     levels: Levels
+    dtype: np.dtype
     axes: tuple[int, ...]
 
     @classmethod
-    def of(cls, spec: Spec, bits: int, channel_axis: int, group_size: int | None) -> Self:
-        """For ``Uniform(bits, channel_axis=..., group_size=..., scale_rule="absmax")``."""
+    def of(cls, spec: Spec, rule: Rule) -> Self:
+        """For ``Uniform(bits, ..., scale_rule="absmax")``, of float8 through float32."""
         dtype, shape = spec
-        ndim = len(shape)
-        axes, group = cut_groups(shape, contracted_axes(ndim, channel_axis), group_size)
-        scales = scale_shape(shape, axes, group)
-        half = 2 ** (bits - 1)
-        levels = Levels(bits=bits, lower=-half, upper=half - 1, group=group, dtype=dtype)
+        assert isinstance(dtype, np.dtype)
+        scales, group = scale_layout(shape, rule.channel_axis, rule.group_size)
+        half = 2 ** (rule.width - 1)
+        decoded = np.dtype(np.float32) if dtype.itemsize == 1 else dtype
+        levels = Levels(bits=rule.width, lower=-half, upper=half - 1, group=group, dtype=decoded)
         specs = {
             "": (np.dtype(np.uint8), (levels.packed_size(math.prod(shape)),)),
             "s": (_BFLOAT16, scales),
         }
-        return cls(Leaf(specs, levels, shape), levels, axes)
+        axes = tuple(axis for axis, extent in enumerate(scales) if extent == 1)
+        if group is not None and group[0] + len(shape) not in axes:
+            axes += (group[0] + len(shape),)
+        return cls(Leaf(specs, levels, shape), levels, dtype, axes)
 
     def encode(self, read: Read, threads: Threads) -> Parts:
         """The codes, and then the scales, of what ``read`` reads."""
         blocks = _blocks(self.leaf.shape, self.levels)
         scales: list[np.ndarray] = []
         shape = self.leaf.specs["s"][1]
-        shared = 0 in self.axes
+        shared = 0 in self.axes and _group(self.levels, len(shape))[0] != 0
         # All blocks are read for such scales before any is read for its codes.
         if shared:
             high = low = np.zeros(shape, np.float32)
@@ -92,7 +98,7 @@ class Absmax(NamedTuple):
         yield "s", [found.astype(_BFLOAT16)]
 
     def _weights(self, read: Read, rows: slice) -> np.ndarray:
-        dtype, shape = self.leaf.spec
+        dtype, shape = self.dtype, self.leaf.shape
         w = np.empty((rows.stop - rows.start, *shape[1:]), dtype)
         read(rows.start * math.prod(shape[1:]) * dtype.itemsize, w.reshape(-1).view(np.uint8))
         return w.astype(np.float32, copy=False)
@@ -104,7 +110,7 @@ class Absmax(NamedTuple):
         for (run,) in _runs(self.levels, [w]):
             axes = self.axes
             if axis is not None:
-                axes = (*(a + (a > axis) for a in axes), axis + 1)
+                axes = (*(a + (a > axis) for a in axes if a != axis), axis + 1)
             pair = run.max(axes, keepdims=True), run.min(axes, keepdims=True)
             found.append(pair if axis is None else [x.squeeze(axis + 1) for x in pair])
         high, low = (np.concatenate(parts, axis or 0) for parts in zip(*found, strict=True))
@@ -137,6 +143,10 @@ class Absmax(NamedTuple):
         return codes
 
 
+def threads() -> Threads:
+    return Threads(min(os.cpu_count() or 1, 8))
+
+
 def decode(leaf: Leaf, tensors: Tensors, threads: Threads) -> Iterator[np.ndarray]:
     """The levels of the codes of a ``QArray``, a block at a time."""
     levels = leaf.levels
@@ -149,7 +159,7 @@ def decode(leaf: Leaf, tensors: Tensors, threads: Threads) -> Iterator[np.ndarra
         if kind in ("s", "z")
     }
     size = math.prod(shape[1:])
-    book = None if levels.codebook is None else np.array(levels.codebook, np.float32)
+    book = None if levels.code_book is None else np.array(levels.code_book, np.float32)
     largest = (
         np.float32(ml_dtypes.finfo(levels.dtype).max) if levels.dtype.itemsize <= 4 else np.inf
     )

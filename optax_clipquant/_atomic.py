@@ -1,0 +1,127 @@
+"""Files that are replaced whole or not at all."""
+
+import contextlib
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterator
+from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows: what a killed writer left stays there
+    fcntl = None
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A new file, which takes the place of ``path`` once whole.
+
+    It is written beside ``path``, synced and renamed: an exception or a crash leaves ``path`` as it
+    was. The file keeps the mode of the one it replaces, and its owner where the system allows that; a
+    symbolic link stays, and what it points to is replaced. What killed writers of the same file left
+    behind is removed.
+
+    Raises:
+      FileNotFoundError: there is no such folder.
+      IsADirectoryError: ``path`` is a folder.
+      ValueError: it is a device, a pipe or a socket, which a file would take the place of.
+    """
+    path = os.fspath(path)
+    check_replaceable(path)
+    target = os.path.realpath(path)
+    folder, name = os.path.split(target)
+    _remove_abandoned(folder, name)
+    file, temporary = _create(folder, name)
+    try:
+        with file:
+            _keep_mode_and_owner(file, target)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            # While the lock is held, or another writer would take it for abandoned.
+            os.replace(temporary, target)
+        _sync(folder)
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            error.filename = path  # as of a full disk
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+        raise
+
+
+def check_replaceable(path: str) -> None:
+    """Raises at once as ``replacing`` does."""
+    target = os.path.realpath(path)
+    if os.path.isdir(target):
+        raise IsADirectoryError(f"{path} is a folder; name a file")
+    if os.path.islink(target):
+        raise ValueError(f"{path} is a link that leads to itself; name another")
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise ValueError(f"{path} is not a regular file; name another")
+    folder = os.path.dirname(target)
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{path}: there is no folder {folder}")
+
+
+def _create(folder: str, name: str) -> tuple[BinaryIO, str]:
+    """A new temporary file, which is locked as long as it is open."""
+    while True:
+        temporary = os.path.join(folder, f".{name[:32]}.{secrets.token_hex(6)}.tmp")
+        file = open(temporary, "xb")  # noqa: SIM115 (the caller closes it)
+        _lock(file.fileno(), wait=True)
+        # Another writer may have found it before it was locked.
+        if fcntl is None or os.fstat(file.fileno()).st_nlink:
+            return file, temporary
+        file.close()
+
+
+def _remove_abandoned(folder: str, name: str) -> None:
+    """Removes the temporary files of this name that no living process has locked."""
+    if fcntl is None:
+        return
+    pattern = re.compile(re.escape(f".{name[:32]}.") + r"[0-9a-f]{12}\.tmp")
+    with os.scandir(folder) as entries:
+        found = [entry.path for entry in entries if pattern.fullmatch(entry.name)]
+    for temporary in found:
+        with contextlib.suppress(OSError):
+            descriptor = os.open(temporary, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                if _lock(descriptor, wait=False):
+                    os.remove(temporary)
+            finally:
+                os.close(descriptor)
+
+
+def _lock(descriptor: int, *, wait: bool) -> bool:
+    """Whether the file is locked now. The lock ends with the process, however that ends."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:  # it is locked, or the file system has no locks
+        return False
+    return True
+
+
+def _keep_mode_and_owner(file: BinaryIO, target: str) -> None:
+    if os.name != "posix" or not os.path.exists(target):
+        return
+    old, descriptor = os.stat(target), file.fileno()
+    # First the owner: a change of owner clears bits of the mode.
+    for owner, group in ((old.st_uid, old.st_gid), (-1, old.st_gid)):
+        with contextlib.suppress(PermissionError):
+            os.fchown(descriptor, owner, group)
+            break
+    os.fchmod(descriptor, stat.S_IMODE(old.st_mode))
+
+
+def _sync(folder: str) -> None:
+    if os.name != "posix":
+        return  # only there a folder can be opened
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

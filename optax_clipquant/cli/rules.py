@@ -1,0 +1,211 @@
+"""Which tensors of a checkpoint are quantized, how, and why others are left as they are. No JAX here."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from optax_clipquant.formats.dtypes import Spec, nbytes
+from optax_clipquant.quant.levels import Levels
+from optax_clipquant.quant.selection import names_a_weight
+
+WIDTHS = (2, 3, 4, 6, 8)  # that a budget is spent on
+FLOAT8 = {np.dtype(t) for t in (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)}
+# Of others, jax would cut 64 bits.
+_QUANTIZED = {np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32)} | FLOAT8
+
+Quantizer = Literal["uniform", "affine", "ternary", "normal-float"]
+
+
+class Rule(NamedTuple):
+    """A quantizer by its arguments. ``bits`` of None is for a budget to choose, or the default."""
+
+    bits: int | None = None
+    quantizer: Quantizer = "uniform"
+    channel_axis: int | None = 0
+    group_size: int | None = None
+    scale_rule: Literal["absmax", "mse"] | None = None
+
+    @property
+    def width(self) -> int:
+        """The bits, where no budget chooses them."""
+        return self.bits or (4 if self.quantizer == "normal-float" else 8)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """What a budget can choose from."""
+        if self.bits or self.quantizer == "ternary":
+            return (self.width,)
+        return tuple(n for n in WIDTHS if n <= 4) if self.quantizer == "normal-float" else WIDTHS
+
+    @property
+    def is_absmax(self) -> bool:
+        """Whether NumPy can do it: see ``numpy_grid.Absmax``."""
+        rule = self.scale_rule or ("absmax" if self.width > 3 else "mse")
+        return self.quantizer == "uniform" and self.width >= 3 and rule == "absmax"
+
+    def packed_bytes(self, spec: Spec, bits: int) -> int:
+        """What codes, scales and zero points of a tensor take."""
+        _, shape = spec
+        levels = Levels(bits=math.log2(3) if self.quantizer == "ternary" else bits)
+        scales, _ = scale_layout(shape, self.channel_axis, self.group_size)
+        each = 3 if self.quantizer == "affine" else 2
+        return levels.packed_size(math.prod(shape)) + each * math.prod(scales)
+
+
+def scale_layout(
+    shape: tuple[int, ...], channel_axis: int | None, group_size: int | None
+) -> tuple[tuple[int, ...], tuple[int, int] | None]:
+    """The shape of the scales of an array, and the axis and size of its groups."""
+    ndim = len(shape)
+    axes = [axis for axis in range(ndim) if channel_axis is None or axis != channel_axis % ndim]
+    scales = [1 if axis in axes else length for axis, length in enumerate(shape)]
+    if group_size is None or not math.prod(shape):
+        return tuple(scales), None
+    axis = max(axes, key=lambda axis: shape[axis])
+    size = min(group_size, shape[axis])
+    scales[axis] = -(-shape[axis] // size)
+    return tuple(scales), (axis - ndim, size)
+
+
+def choose(
+    specs: Mapping[str, Spec], default: Rule, rules: Sequence[tuple[str, dict[str, Any] | None]]
+) -> tuple[dict[str, Rule], dict[str, str]]:
+    """The rule of each tensor that is to be quantized, and the reason why each other is not.
+
+    Args:
+      specs: dtypes and shapes by name.
+      default: the rule where none of ``rules`` is found.
+      rules: an expression and what it changes of the default, or None for a tensor to be kept; the
+        first that is found in a name decides.
+
+    Raises:
+      ValueError: an expression is found nowhere, or in no tensor that could be quantized; a tensor
+        lacks the axis that its rule names; or no tensor is left to quantize.
+    """
+    kept = {name: why for name, spec in specs.items() if (why := _never(name, spec))}
+    kept |= {name: why for name, why in _already_quantized(specs).items() if name not in kept}
+    unsaid = {name: why for name in specs if name not in kept and (why := _by_name(name))}
+    able = specs.keys() - kept.keys()
+    found = _found(specs, able, [(pattern, change is not None) for pattern, change in rules])
+    chosen: dict[str, Rule] = {}
+    for name, spec in specs.items():
+        if name not in able:
+            continue
+        change = rules[found[name]][1] if name in found else {}
+        if change is None:
+            kept[name] = "kept by a rule"
+        elif name in unsaid and name not in found:
+            kept[name] = unsaid[name]
+        else:
+            chosen[name] = default._replace(**change)
+            _check_axis(name, spec, chosen[name])
+    if not chosen:
+        reasons = ", ".join(sorted(set(kept.values()))) or "there are none"
+        raise ValueError(
+            "no tensor is left to quantize: these are float16, bfloat16, float32 or float8 with at least "
+            f"2 axes, not named bias or scale, and not kept by a rule (here: {reasons})"
+        )
+    return chosen, kept
+
+
+def drop_what_grows(
+    specs: Mapping[str, Spec], chosen: dict[str, Rule], kept: dict[str, str]
+) -> None:
+    """Moves what quantizing would not make smaller from ``chosen`` to ``kept``."""
+    for name, rule in list(chosen.items()):
+        spec = specs[name]
+        if math.prod(spec[1]) and rule.packed_bytes(spec, rule.width) >= nbytes(*spec):
+            del chosen[name]
+            kept[name] = "not smaller when quantized"
+
+
+def _found(
+    specs: Mapping[str, Spec], able: set[str], rules: Sequence[tuple[str, bool]]
+) -> dict[str, int]:
+    """The first rule that is found in each name, by its index."""
+    decided: dict[str, int] = {}
+    for index, (pattern, quantizes) in enumerate(rules):
+        found = [name for name in specs if re.search(pattern, name)]
+        if not found:
+            raise ValueError(f"rule {pattern!r} is found in the name of no tensor: see `inspect`")
+        if quantizes and not able & set(found):
+            raise ValueError(
+                f"rule {pattern!r} is found only in tensors that are never quantized: {found[:5]}"
+            )
+        for name in found:
+            decided.setdefault(name, index)
+    return decided
+
+
+def _check_axis(name: str, spec: Spec, rule: Rule) -> None:
+    axis, ndim = rule.channel_axis, len(spec[1])
+    if axis is not None and not -ndim <= axis < ndim:
+        raise ValueError(
+            f"tensor {name!r}: channel_axis {axis} is out of range for an array with {ndim} axes; name "
+            f"an axis in [{-ndim}, {ndim - 1}], or keep the tensor by a rule"
+        )
+
+
+def _never(name: str, spec: Spec) -> str | None:
+    """Why no rule quantizes a tensor."""
+    dtype, shape = spec
+    if len(shape) < 2:
+        return "with fewer than 2 axes"
+    if dtype not in _QUANTIZED:
+        return f"of {dtype.name}"
+    if not names_a_weight(name.replace(".", "/")):
+        return "named bias or scale"
+    return None
+
+
+_UNSAID = {
+    "of a norm": r"(^|[._/])(\w*norm\d*|ln(_\w+)?|bn\d*)[./][^./]+$",
+    "a rotary table": r"rotary|inv_freq|freqs_cis|(cos|sin)_cached",
+    "a running statistic": r"(^|[._/])running_(mean|var)$",
+}
+
+
+def _by_name(name: str) -> str | None:
+    """Why a tensor is left as it is where no rule says otherwise."""
+    return next((why for why, pattern in _UNSAID.items() if re.search(pattern, name, re.I)), None)
+
+
+# Of two tensors that mark a module as quantized, the name of the first and of the second, and what dtypes
+# the first then has.
+_INTEGERS = "int8 uint8 int32 uint32"
+_MARKS = [
+    ("GPTQ or AWQ", "qweight", "scales", _INTEGERS),
+    ("compressed-tensors", "weight_packed", "weight_scale", _INTEGERS),
+    ("compressed-tensors or float8", "weight", "weight_scale", _INTEGERS + " float8_e4m3fn float8_e5m2"),
+    ("float8 in blocks", "weight", "weight_scale_inv", "float8_e4m3fn float8_e5m2"),
+    ("MLX", "weight", "scales", _INTEGERS),
+    ("bitsandbytes", "weight", "weight.absmax", "uint8"),
+    ("bitsandbytes", "weight", "SCB", "int8"),
+    ("HQQ", "W_q", "scale", _INTEGERS),
+    ("quanto", "weight._data", "weight._scale", _INTEGERS + " float8_e4m3fn float8_e5m2"),
+]  # fmt: skip
+
+
+def _already_quantized(specs: Mapping[str, Spec]) -> dict[str, str]:
+    """The tensors of modules that another program has quantized, with its name."""
+    modules: dict[str, str] = {}
+    for name, (dtype, _) in specs.items():
+        for program, first, second, dtypes in _MARKS:
+            module = name.removesuffix(first)
+            if name.endswith(first) and module[-1:] in ("", ".", "/") and module + second in specs and dtype.name in dtypes.split():  # fmt: skip
+                modules[module] = f"already quantized ({program})"
+        # Microscaling: blocks of codes, and their exponents.
+        if name.endswith("_blocks") and name.removesuffix("_blocks") + "_scales" in specs:
+            modules[name.removesuffix("blocks")] = "already quantized (MXFP4)"
+    found = {}
+    for name in specs:
+        # A module's own tensors, such as `scales`, and those of its weight, such as `weight.absmax`.
+        for part in re.finditer(r"[._/]|^", name):
+            module = name[: part.end()]
+            if module in modules and re.fullmatch(r"[^./]+|weight\.[^/]+", name[len(module) :]):
+                found[name] = modules[module]
+    return found

@@ -1,0 +1,92 @@
+"""Where the leaves of a file go: into the structure and onto the devices of a given tree."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_clipquant._tree import PyTree, path_of
+from optax_clipquant.quant.qarray import is_qarray
+
+
+def fill(like: PyTree, tree: PyTree, file: str) -> PyTree:
+    """``like`` with the leaves of ``tree``, matched by path."""
+    expected, treedef = jax.tree_util.tree_flatten_with_path(like, is_leaf=is_qarray)
+    found = {
+        _parts(key): leaf
+        for key, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_qarray)[0]
+    }
+    leaves = []
+    for key, leaf in expected:
+        path, parts = path_of(key), _parts(key)
+        if parts not in found:
+            raise ValueError(
+                f"{file}: no leaf {path!r}, which `like` has; left to match are {_some(found)}"
+            )
+        shape = np.shape(found[parts])
+        if shape != np.shape(leaf):
+            raise ValueError(
+                f"{file}: leaf {path!r} has shape {shape}, but {np.shape(leaf)} in `like`"
+            )
+        leaves.append(place(found.pop(parts), leaf))
+    if found:
+        raise ValueError(f"{file}: has leaves that `like` lacks: {_some(found)}")
+    return treedef.unflatten(leaves)
+
+
+def place(leaf: Any, like: Any = None) -> Any:
+    """``leaf``, of NumPy arrays, as ``jax.Array``s, where the arrays of ``like`` are."""
+    if not is_qarray(leaf):
+        return _on_devices(leaf, getattr(like, "qvalue", like))
+    if is_qarray(like):
+        codes, others = like.qvalue, jax.tree.leaves(like.grid)
+    else:
+        codes, others = like, []
+    shapes = {np.shape(x): x for x in others}
+    return jax.tree.map(lambda x: _on_devices(x, shapes.get(x.shape, codes)), leaf)
+
+
+def _on_devices(array: np.ndarray, like: Any) -> Any:
+    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+        return array  # jax would cut it
+    sharding = getattr(like, "sharding", None)
+    if not isinstance(sharding, jax.sharding.Sharding) or not getattr(like, "committed", True):
+        return jnp.asarray(array)
+    if array.shape != np.shape(like):
+        sharding = _for_scales(sharding, array.shape, np.shape(like))
+    # Each process reads the file, and takes from it what it needs.
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def _for_scales(
+    sharding: jax.sharding.Sharding, shape: tuple[int, ...], codes: tuple[int, ...]
+) -> jax.sharding.Sharding:
+    """Where scales of this shape are, whose codes are sharded so: whole along an axis that they share."""
+    if not isinstance(sharding, jax.NamedSharding):
+        if sharding.num_devices == 1:
+            return sharding
+        devices = sorted(sharding.device_set, key=lambda device: device.id)
+        return jax.NamedSharding(jax.sharding.Mesh(np.array(devices), "all"), jax.P())
+    entries = (*sharding.spec, *(None,) * (len(codes) - len(sharding.spec)))
+    kept = []
+    for entry, extent in zip(entries, shape, strict=True):
+        axes = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+        pieces = math.prod(sharding.mesh.shape[axis] for axis in axes)
+        kept.append(entry if extent > 1 and extent % pieces == 0 else None)
+    return jax.NamedSharding(sharding.mesh, jax.P(*kept), memory_kind=sharding.memory_kind)
+
+
+def _parts(key: jax.tree_util.KeyPath) -> tuple[str, ...]:
+    """A path as the text of its keys, without a box's ``value``, as ``path_of`` has it.
+
+    Not joined: Haiku's keys hold slashes, and ``{"a/b": x}`` is not ``{"a": {"b": x}}``.
+    """
+    parts = tuple(jax.tree_util.keystr((entry,), simple=True) for entry in key)
+    return parts[:-1] if parts[-1:] == ("value",) else parts
+
+
+def _some(found: Mapping[tuple[str, ...], Any]) -> list[str]:
+    return ["/".join(parts) for parts in list(found)[:8]]
