@@ -31,8 +31,8 @@ from optax_clipquant import (
 from optax_clipquant.cli import arguments, compress, decompress, inspect, numpy_grid, rules
 from optax_clipquant.cli import main as cli
 from optax_clipquant.cli import search as searching
-from optax_clipquant.formats.native import file as saved
 from optax_clipquant.formats import safetensors as container
+from optax_clipquant.formats.native import file as saved
 
 METADATA = {"format": "pt", "ünicode": '"quotes"\n'}
 
