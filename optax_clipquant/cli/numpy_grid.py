@@ -53,7 +53,7 @@ class Absmax(NamedTuple):
         """For ``Uniform(bits, ..., scale_rule="absmax")``, of float8 through float32."""
         dtype, shape = spec
         assert isinstance(dtype, np.dtype)
-        scales, group = scale_layout(shape, rule.channel_axis, rule.group_size)
+        axes, scales, group = scale_layout(shape, rule.channel_axis, rule.group_size)
         half = 2 ** (rule.width - 1)
         decoded = np.dtype(np.float32) if dtype.itemsize == 1 else dtype
         levels = Levels(bits=rule.width, lower=-half, upper=half - 1, group=group, dtype=decoded)
@@ -61,9 +61,6 @@ class Absmax(NamedTuple):
             "": (np.dtype(np.uint8), (levels.packed_size(math.prod(shape)),)),
             "s": (_BFLOAT16, scales),
         }
-        axes = tuple(axis for axis, extent in enumerate(scales) if extent == 1)
-        if group is not None and group[0] + len(shape) not in axes:
-            axes += (group[0] + len(shape),)
         return cls(Leaf(specs, levels, shape), levels, dtype, axes)
 
     def encode(self, read: Read, threads: Threads) -> Parts:
@@ -71,7 +68,7 @@ class Absmax(NamedTuple):
         blocks = _blocks(self.leaf.shape, self.levels)
         scales: list[np.ndarray] = []
         shape = self.leaf.specs["s"][1]
-        shared = 0 in self.axes and _group(self.levels, len(shape))[0] != 0
+        shared = 0 in self.axes
         # All blocks are read for such scales before any is read for its codes.
         if shared:
             high = low = np.zeros(shape, np.float32)
@@ -110,7 +107,7 @@ class Absmax(NamedTuple):
         for (run,) in _runs(self.levels, [w]):
             axes = self.axes
             if axis is not None:
-                axes = (*(a + (a > axis) for a in axes if a != axis), axis + 1)
+                axes = (*(a + (a > axis) for a in axes), axis + 1)
             pair = run.max(axes, keepdims=True), run.min(axes, keepdims=True)
             found.append(pair if axis is None else [x.squeeze(axis + 1) for x in pair])
         high, low = (np.concatenate(parts, axis or 0) for parts in zip(*found, strict=True))
@@ -159,7 +156,7 @@ def decode(leaf: Leaf, tensors: Tensors, threads: Threads) -> Iterator[np.ndarra
         if kind in ("s", "z")
     }
     size = math.prod(shape[1:])
-    book = None if levels.code_book is None else np.array(levels.code_book, np.float32)
+    book = None if levels.codebook is None else np.array(levels.codebook, np.float32)
     largest = (
         np.float32(ml_dtypes.finfo(levels.dtype).max) if levels.dtype.itemsize <= 4 else np.inf
     )

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from optax_clipquant.formats.dtypes import Spec, nbytes
+from optax_clipquant.quant.groups import Group, contracted_axes, cut_groups, scale_shape
 from optax_clipquant.quant.levels import Levels
 from optax_clipquant.quant.selection import names_a_weight
 
@@ -51,24 +52,17 @@ class Rule(NamedTuple):
         """What codes, scales and zero points of a tensor take."""
         _, shape = spec
         levels = Levels(bits=math.log2(3) if self.quantizer == "ternary" else bits)
-        scales, _ = scale_layout(shape, self.channel_axis, self.group_size)
+        _, scales, _ = scale_layout(shape, self.channel_axis, self.group_size)
         each = 3 if self.quantizer == "affine" else 2
         return levels.packed_size(math.prod(shape)) + each * math.prod(scales)
 
 
 def scale_layout(
     shape: tuple[int, ...], channel_axis: int | None, group_size: int | None
-) -> tuple[tuple[int, ...], tuple[int, int] | None]:
-    """The shape of the scales of an array, and the axis and size of its groups."""
-    ndim = len(shape)
-    axes = [axis for axis in range(ndim) if channel_axis is None or axis != channel_axis % ndim]
-    scales = [1 if axis in axes else length for axis, length in enumerate(shape)]
-    if group_size is None or not math.prod(shape):
-        return tuple(scales), None
-    axis = max(axes, key=lambda axis: shape[axis])
-    size = min(group_size, shape[axis])
-    scales[axis] = -(-shape[axis] // size)
-    return tuple(scales), (axis - ndim, size)
+) -> tuple[tuple[int, ...], tuple[int, ...], Group]:
+    """The axes that share a scale, the shape of the scales, and the axis and size of the groups."""
+    axes, group = cut_groups(shape, contracted_axes(len(shape), channel_axis), group_size)
+    return axes, scale_shape(shape, axes, group), group
 
 
 def choose(

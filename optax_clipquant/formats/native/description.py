@@ -203,7 +203,7 @@ def check_leaf(leaf: Leaf) -> None:
         raise ValueError(f"{_of(specs[''])} cannot hold its codes, which take {room} bytes")
     if "s" not in specs:
         raise ValueError("it has no scales")
-    if levels.code_book and "z" in specs:
+    if levels.codebook and "z" in specs:
         raise ValueError("it has a codebook and zero points")
     wanted = tuple(_extents(levels, shape))
     for kind, (what, dtypes) in _PARTS.items():

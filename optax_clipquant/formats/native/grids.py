@@ -47,14 +47,14 @@ def levels_of(grid: Any) -> Levels:
         offset=float(offset),
         group=_group_of(group),
         dtype=_DECODED[dtype],
-        code_book=levels,
+        codebook=levels,
     )
 
 
 def listed(levels: Levels) -> list[Any]:
     """``levels`` as the JSON has them."""
     bits = 0 if levels.bits == math.log2(3) else int(levels.bits)
-    group, book = list(levels.group or ()), list(levels.code_book or ())
+    group, book = list(levels.group or ()), list(levels.codebook or ())
     return [
         *(bits, levels.lower, levels.upper, levels.offset),
         *(group or 0, levels.dtype.name, book or 0),
