@@ -362,6 +362,22 @@ def test_decompress_of_a_header_that_fits_no_code(source, tmp_path, capsys):
         *("compress a b --rule x", "compress a b --rule (=4", "compress a b --rule x=9"),
         *("compress a b --group-size 0", "compress a b --budget -1", "compress a b --budget nan"),
         *("compress a b --bits 4 --budget 4", "compress a b --scale max"),
+        *(
+            "compress a b --budget 1e308",
+            "compress a b --budget inf",
+            "compress a b --group-size 1e9",
+        ),
+        *(
+            "compress a b --rule x=4,axis=q",
+            "compress a b --rule x=4,group=0",
+            "compress a b --rule x=keep,axis=1",
+        ),
+        *(
+            "compress a b --rule x=4,axis=0,axis=1",
+            "compress a b --max-shard-size 0",
+            "compress a b --max-shard-size 5XB",
+        ),
+        "compress a b --quantizer int4",
     ],
 )
 def test_wrong_arguments(capsys, args):
@@ -638,7 +654,7 @@ def test_who_reads_may_stop(source):
     process = subprocess.run(
         ["bash", "-c", command, sys.executable, source], capture_output=True, text=True, env=env
     )
-    assert (process.stdout, process.stderr) in (("141\n", ""), ("0\n", ""))  # 0: it was faster
+    assert (process.stdout, process.stderr) == ("0\n", "")
 
 
 def test_in_a_thread(source, tmp_path):
