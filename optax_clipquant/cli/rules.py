@@ -157,9 +157,9 @@ def _never(name: str, spec: Spec) -> str | None:
 
 
 _UNSAID = {
+    "a running statistic": r"(^|[._/])running_(mean|var)$",
     "of a norm": r"(^|[._/])(\w*norm\d*|ln(_\w+)?|bn\d*)[./][^./]+$",
     "a rotary table": r"rotary|inv_freq|freqs_cis|(cos|sin)_cached",
-    "a running statistic": r"(^|[._/])running_(mean|var)$",
 }
 
 
