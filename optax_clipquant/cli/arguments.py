@@ -16,7 +16,7 @@ def parser_of(*adds: Callable[[Commands], None]) -> argparse.ArgumentParser:
     """The parser of the command line, with the commands that these add."""
     command_line = argparse.ArgumentParser(
         prog="optax-clipquant",
-        description="Look into safetensors files, compress their weights to 1 to 8 bits, and back.",
+        description="Look into safetensors files, compress their weights to 1 to 8 bits and back, and convert them for other runtimes.",
         epilog="Exit codes: 0; 1 after an error; 2 for wrong arguments; 130 after Ctrl-C, 143 after SIGTERM.",
     )
     subparsers = command_line.add_subparsers(required=True, metavar="COMMAND")

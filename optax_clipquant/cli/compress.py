@@ -49,6 +49,12 @@ def add(commands: Commands) -> None:
     """Adds the command."""
     parser = commands("compress", run, _TEXT, _EXAMPLES)
     add_files(parser, "any safetensors file")
+    add_widths(parser)
+    add_json(parser)
+
+
+def add_widths(parser: argparse.ArgumentParser) -> None:
+    """How to quantize."""
     width = parser.add_mutually_exclusive_group()
     width.add_argument(
         "--bits",
@@ -104,7 +110,6 @@ def add(commands: Commands) -> None:
         action="store_true",
         help="write OUT although weights are infinite or NaN, which spoils all that share a scale with them",
     )
-    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -112,25 +117,33 @@ def run(args: argparse.Namespace) -> None:
     with Checkpoint(args.input) as source:
         if source.is_saved:
             raise ValueError(f"{args.input} is compressed already; decompress it first")
-        try:
-            rules, kept = _choose(args, source)
-        except ValueError as error:
-            raise ValueError(f"{source.path}: {error}") from error
-        total = sum(nbytes(*spec) for spec in source.specs.values())
-        with _coders(source, rules) as coders, progress("compressing", total) as advance:
-            rows = compress(
-                source,
-                args.output,
-                coders,
-                advance,
-                max_shard_size=args.max_shard_size,
-                allow_non_finite=args.allow_non_finite,
-            )
+        rows, kept = quantize(args, source, args.output)
         dtypes = [dtype.name for dtype, _ in source.specs.values()]
-    weights = sum(math.prod(row.shape) for row in rows if row.path in rules)
-    packed = sum(row.bytes_after for row in rows if row.path in rules)
-    mean = 8 * packed / max(weights, 1)
-    report(args, rows, dtypes, kept, quantized=len(rules), bits_per_param=mean)
+    quantized = [row for row in rows if row.path not in kept]
+    weights = sum(math.prod(row.shape) for row in quantized)
+    mean = 8 * sum(row.bytes_after for row in quantized) / max(weights, 1)
+    report(args, rows, dtypes, kept, quantized=len(quantized), bits_per_param=mean)
+
+
+def quantize(
+    args: argparse.Namespace, source: Checkpoint, output: str
+) -> tuple[list[Row], dict[str, str]]:
+    """Writes ``source`` quantized as the arguments say; the rows, and the reasons why some are kept."""
+    try:
+        rules, kept = _choose(args, source)
+    except ValueError as error:
+        raise ValueError(f"{source.path}: {error}") from error
+    total = sum(nbytes(*spec) for spec in source.specs.values())
+    with _coders(source, rules) as coders, progress("compressing", total) as advance:
+        rows = compress(
+            source,
+            output,
+            coders,
+            advance,
+            max_shard_size=args.max_shard_size,
+            allow_non_finite=args.allow_non_finite,
+        )
+    return rows, kept
 
 
 def _choose(args: argparse.Namespace, source: Checkpoint) -> tuple[dict[str, Rule], dict[str, str]]:

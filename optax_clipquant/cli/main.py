@@ -1,4 +1,4 @@
-"""The command ``optax-clipquant``: look into safetensors files, make them small, and plain again."""
+"""The command ``optax-clipquant``: look into safetensors files, make them small, and serve them."""
 
 import os
 import signal
@@ -28,11 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     # Here, so that a signal that comes while they load ends the command as quietly.
-    from optax_clipquant.cli import compress, decompress, inspect
+    from optax_clipquant.cli import compress, convert, decompress, inspect
     from optax_clipquant.cli.arguments import parser_of
     from optax_clipquant.cli.terminal import message_of
 
-    args = parser_of(inspect.add, compress.add, decompress.add).parse_args(argv)
+    args = parser_of(inspect.add, compress.add, decompress.add, convert.add).parse_args(argv)
     if argv is None:
         # All is done while a byte is read and written; and a TPU belongs to who trains on it.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")

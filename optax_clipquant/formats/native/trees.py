@@ -110,7 +110,7 @@ def load(path: str | os.PathLike[str], *, like: PyTree = None, narrow: bool = Fa
         for name, leaf in checkpoint.leaves.items():
             tensors = checkpoint.tensors(name)
             with checkpoint.describing(name):
-                leaves[name] = _restored(leaf, tensors)
+                leaves[name] = restored(leaf, tensors)
         tree = assemble(leaves, checkpoint.nodes) if checkpoint.is_saved else leaves
     if like is None:
         tree = jax.tree.map(place, tree, is_leaf=is_qarray)
@@ -219,7 +219,7 @@ def _grid_arrays(q: QArray, path: str) -> dict[str, np.ndarray]:
     return found
 
 
-def _restored(leaf: Leaf, tensors: Tensors) -> Any:
+def restored(leaf: Leaf, tensors: Tensors) -> Any:
     """The leaf whose tensors these are, of NumPy arrays."""
     if isinstance(leaf.dtype, Opaque):
         # As uint8, whose last axis has the bytes of a row where a row takes whole ones.

@@ -1,0 +1,236 @@
+"""``optax-clipquant convert``: a model in the file of another runtime, with the same numbers, and back."""
+
+import argparse
+import contextlib
+import functools
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from optax_clipquant.cli import compress
+from optax_clipquant.cli.arguments import Commands, add_json
+from optax_clipquant.cli.terminal import check_free, print_json, printable, progress
+from optax_clipquant.formats.checkpoint import Checkpoint
+from optax_clipquant.formats.native.names import path_of_name
+
+if TYPE_CHECKING:  # JAX, for which wrong arguments need not wait
+    from optax_clipquant.formats.leaves import Leaf, Written
+
+_TEXT = """Write a model as another runtime reads it, with the same numbers; or read such a file as one of ours.
+
+IN is a file of `compress` or of optax_clipquant.save, a GGUF file, a folder of compressed-tensors, or a float
+checkpoint, which is quantized first where --bits, --budget or --rule say so, in groups of 32 by default. Each
+code and scale of IN stands in OUT; a grid that OUT's format does not hold exactly is an error."""
+_EXAMPLES = """  optax-clipquant convert small.safetensors model.gguf --to gguf --like model-f16.gguf
+  optax-clipquant convert model/ model.gguf --to gguf --like model-f16.gguf --bits 4 --rule 'embed=8'
+  optax-clipquant convert small.safetensors served/ --to compressed-tensors --like model/
+  optax-clipquant convert model-q4_0.gguf model.safetensors --to safetensors"""
+
+
+def add(commands: Commands) -> None:
+    """Adds the command."""
+    parser = commands("convert", run, _TEXT, _EXAMPLES)
+    parser.add_argument("input", metavar="IN", help="the model")
+    parser.add_argument(
+        "output", metavar="OUT", help="the file, or of compressed-tensors the folder"
+    )
+    parser.add_argument(
+        "--to", choices=("gguf", "compressed-tensors", "safetensors"), required=True, help="OUT's format"
+    )  # fmt: skip
+    parser.add_argument(
+        "--like",
+        metavar="MODEL",
+        help="the same model in OUT's format: a GGUF file of any precision, or a float Hugging Face folder. "
+        "It gives the configuration, the tokenizer, and the tensors that IN lacks",
+    )
+    parser.add_argument(
+        "--names",
+        metavar="FILE.json",
+        help="an object with the name in MODEL of each tensor of IN that has another; or [name, transpose], "
+        "or null to leave it out",
+    )
+    parser.add_argument(
+        "--otherwise",
+        choices=("float16", "bfloat16", "float32"),
+        help="the dtype for tensors whose grid GGUF does not hold exactly",
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite OUT, where it is a file")
+    compress.add_widths(parser)
+    parser.set_defaults(group_size=32, max_shard_size=None)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    _check(args)
+    with _leaves(args) as leaves:
+        total = sum(math.prod(leaf.shape) for leaf in leaves.values())
+        with progress("converting", total) as advance:
+            written = _write(args, leaves, advance)
+    if args.json:
+        tensors = [_plain(item) for item in written]
+        print_json({"input": args.input, "output": args.output, "tensors": tensors})
+        return
+    import rich.console
+
+    from optax_clipquant._print import compact_table
+
+    table = compact_table(show_footer=True)
+    table.add_column("tensor", f"{len(written)} tensors", overflow="fold")
+    table.add_column("shape", justify="right")
+    table.add_column("in")
+    table.add_column("out")
+    nbytes = sum(item.nbytes for item in written)
+    table.add_column("bytes", f"{nbytes:,}", justify="right")
+    for item in map(_plain, written):
+        shape = "x".join(map(str, item["shape"]))
+        table.add_row(printable(item["name"]), shape, item["in"], item["out"], f"{item['bytes']:,}")
+    rich.console.Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def _plain(item: "Written") -> dict[str, Any]:
+    return {"name": item.name, "shape": list(item.shape), "in": _kind_of(item.leaf), "out": item.kind, "bytes": item.nbytes}  # fmt: skip
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Before the work: whether the arguments fit each other, and OUT may be written."""
+    if args.to == "safetensors":
+        unused = {"--like": args.like, "--names": args.names, "--otherwise": args.otherwise}
+        if not (_is_gguf(args.input) or _is_compressed_tensors(args.input)):
+            raise ValueError(
+                f"{args.input} is neither a GGUF file nor a folder of compressed-tensors; use `compress` or "
+                "`decompress`"
+            )
+    else:
+        unused = {} if args.to == "gguf" else {"--otherwise": args.otherwise}
+        if args.like is None:
+            raise ValueError(f"--to {args.to} needs --like MODEL, the same model in that format")
+    for option, value in unused.items():
+        if value is not None:
+            raise ValueError(f"{option} has no use with --to {args.to}; leave it out")
+    if os.path.realpath(args.input) == os.path.realpath(args.output):
+        raise ValueError(f"IN and OUT are the same, {args.input}; name another OUT")
+    if args.to != "compressed-tensors":
+        check_free(f"OUT {args.output}", args.output, args.force)
+
+
+def _write(args: argparse.Namespace, leaves: "dict[str, Leaf]", advance: Any) -> "list[Written]":
+    names = None if args.names is None else _read_names(args.names)
+    if args.to == "gguf":
+        from optax_clipquant.formats.gguf.write import write_gguf
+
+        options = {"like": args.like, "names": names, "otherwise": args.otherwise}
+        return write_gguf(args.output, leaves, **options, progress=advance)
+    if args.to == "compressed-tensors":
+        from optax_clipquant.formats.compressed_tensors.write import write_compressed_tensors
+
+        return write_compressed_tensors(
+            args.output, leaves, like=args.like, names=names, progress=advance
+        )
+    from optax_clipquant import save
+    from optax_clipquant.formats.leaves import Written
+
+    save(args.output, {path: leaf.whole() for path, leaf in leaves.items()})
+    with Checkpoint(args.output) as saved:
+        sizes = {path_of_name(name): stored.nbytes for name, stored in saved.leaves.items()}
+    return [
+        Written(leaf, path, _kind_of(leaf), leaf.shape, sizes[path])
+        for path, leaf in leaves.items()
+    ]
+
+
+def _kind_of(leaf: "Leaf") -> str:
+    return leaf.dtype.name if leaf.grid is None else f"{leaf.grid.bits:.3g} bits"
+
+
+@contextlib.contextmanager
+def _leaves(args: argparse.Namespace) -> "Iterator[dict[str, Leaf]]":
+    """The leaves of IN, quantized where that is asked for."""
+    from optax_clipquant.formats.leaves import leaves_in
+
+    wanted = args.bits is not None or args.budget is not None or bool(args.rule)
+    if _is_gguf(args.input):
+        from optax_clipquant import from_gguf
+
+        _check_unquantized(args.input, wanted)
+        yield leaves_in(from_gguf(args.input)[0])
+        return
+    if _is_compressed_tensors(args.input):
+        from optax_clipquant import from_compressed_tensors
+
+        _check_unquantized(args.input, wanted)
+        yield leaves_in(from_compressed_tensors(args.input)[0])
+        return
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(Checkpoint(args.input))
+        if source.is_saved:
+            _check_unquantized(args.input, wanted)
+        elif wanted:
+            parent = os.path.dirname(os.path.abspath(args.output))
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".", dir=parent))
+            path = os.path.join(folder, "quantized.safetensors")
+            compress.quantize(args, source, path)
+            source = stack.enter_context(Checkpoint(path))
+        yield _lazy(source)
+
+
+def _check_unquantized(path: str, wanted: bool) -> None:
+    if wanted:
+        raise ValueError(f"{path} is quantized already; leave out --bits, --budget and --rule")
+
+
+def _lazy(source: Checkpoint) -> "dict[str, Leaf]":
+    """The leaves of a checkpoint, whose content is read when it is asked for."""
+    from optax_clipquant.formats.dtypes import Opaque
+    from optax_clipquant.formats.leaves import Leaf
+    from optax_clipquant.formats.native.trees import restored
+
+    # Each layer of a stacked leaf asks for the same content.
+    @functools.lru_cache(maxsize=1)
+    def read(name: str) -> Any:
+        with source.describing(name):
+            return restored(source.leaves[name], source.tensors(name))
+
+    def leaf_of(name: str, path: str) -> Leaf:
+        stored = source.leaves[name]
+        if isinstance(stored.dtype, Opaque):
+            raise ValueError(f"{source.path}: tensor {path!r} has a dtype that NumPy lacks; keep it out of IN")  # fmt: skip
+        if stored.levels is None:
+            return Leaf(path, stored.shape, stored.dtype, None, lambda: read(name))
+        return Leaf(path, stored.shape, stored.dtype, read(name).grid, lambda: read(name).qvalue)
+
+    paths = {name: path_of_name(name) if source.is_saved else name for name in source.leaves}
+    return {path: leaf_of(name, path) for name, path in paths.items()}
+
+
+def _is_gguf(path: str) -> bool:
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+def _is_compressed_tensors(path: str) -> bool:
+    try:
+        with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
+            config = json.load(file)
+    except (OSError, ValueError):
+        return False
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    return (
+        isinstance(quantization, dict) and quantization.get("quant_method") == "compressed-tensors"
+    )
+
+
+def _read_names(path: str) -> dict[str, Any]:
+    with open(path, encoding="utf-8") as file:
+        try:
+            names = json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON ({error})") from error
+    if not isinstance(names, dict):
+        raise ValueError(f"{path} is no JSON object from the tensors of IN to names")
+    return names

@@ -1,0 +1,115 @@
+import json
+import re
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from helpers import weights
+
+from optax_clipquant import Uniform, from_compressed_tensors, load, quantize_params, save
+from optax_clipquant.cli.main import main
+
+gguf = pytest.importorskip("gguf")
+
+SHAPES = {
+    "model.embed_tokens.weight": (12, 64),
+    "model.layers.0.self_attn.v_proj.weight": (32, 64),
+    "model.layers.0.mlp.down_proj.weight": (64, 96),
+    "model.norm.weight": (64,),
+}
+NAMES = ["token_embd.weight", "blk.0.attn_v.weight", "blk.0.ffn_down.weight", "output_norm.weight"]
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A float model as a Hugging Face folder, and a GGUF file of its shapes."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    tensors = {name: weights(shape, seed=i) for i, (name, shape) in enumerate(SHAPES.items())}
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({"torch_dtype": "float32"}))
+    writer = gguf.GGUFWriter(tmp_path / "like.gguf", "llama")
+    for name, shape in zip(NAMES, SHAPES.values(), strict=True):
+        writer.add_tensor(name, np.zeros(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tmp_path
+
+
+def run(*args):
+    return main([str(arg) for arg in args])
+
+
+def read(path):
+    """Type and values of each tensor, by the package gguf."""
+    return {
+        tensor.name: (tensor.tensor_type.name, gguf.dequantize(tensor.data, tensor.tensor_type))
+        for tensor in gguf.GGUFReader(path).tensors
+    }
+
+
+def test_a_float_checkpoint_is_quantized_and_written_as_gguf(files, capsys):
+    assert run("compress", files / "model", files / "small.safetensors", "--bits", 4, "--group-size", 32, "--rule", "embed=8") == 0  # fmt: skip
+    capsys.readouterr()
+    options = ("--to", "gguf", "--like", files / "like.gguf")
+    quantized = ("--bits", 4, "--rule", "embed=8", "--json")
+    assert run("convert", files / "model", files / "a.gguf", *options, *quantized) == 0
+    told = json.loads(capsys.readouterr().out)["tensors"]
+    assert {item["name"]: item["out"] for item in told} == dict(zip(NAMES, ["Q8_0", "Q4_0", "Q4_0", "F32"], strict=True))  # fmt: skip
+    wanted = load(files / "small.safetensors")
+    found = read(files / "a.gguf")
+    for theirs, ours in zip(NAMES, SHAPES, strict=True):
+        np.testing.assert_array_equal(found[theirs][1], np.asarray(wanted[ours]))
+    assert run("convert", files / "small.safetensors", files / "b.gguf", *options) == 0
+    out = capsys.readouterr().out
+    assert "blk.0.attn_v.weight" in out
+    assert "Q4_0" in out
+    assert (files / "b.gguf").read_bytes() == (files / "a.gguf").read_bytes()
+    assert sorted(path.name for path in files.iterdir()) == ["a.gguf", "b.gguf", "like.gguf", "model", "small.safetensors"]  # fmt: skip
+    assert run("convert", files / "a.gguf", files / "back.safetensors", "--to", "safetensors") == 0
+    back = load(files / "back.safetensors")
+    for name in NAMES:
+        np.testing.assert_array_equal(np.asarray(back[name]), found[name][1])
+    assert (back["blk.0.attn_v.weight"].qvalue == wanted["model.layers.0.self_attn.v_proj.weight"].qvalue).all()  # fmt: skip
+
+
+def test_a_saved_tree_is_written_for_compressed_tensors_by_names(files):
+    tree = {"v": weights((64, 32)), "norm": weights((64,))}
+    q = quantize_params(tree, Uniform(4, group_size=16))
+    save(files / "tree.safetensors", q)
+    names = {"v": ["model.layers.0.self_attn.v_proj.weight", True], "norm": None}
+    (files / "names.json").write_text(json.dumps(names))
+    options = ("--to", "compressed-tensors", "--like", files / "model")
+    more = ("--names", files / "names.json")
+    assert run("convert", files / "tree.safetensors", files / "out", *options, *more) == 0
+    found, _ = from_compressed_tensors(files / "out")
+    np.testing.assert_array_equal(
+        found["model.layers.0.self_attn.v_proj.weight"], q["v"].dequantize().T
+    )
+
+
+def test_wrong_arguments_are_named_and_nothing_is_written(files, capsys):
+    model, like, out = files / "model", files / "like.gguf", files / "out.gguf"
+    save(files / "odd.safetensors", quantize_params({"token_embd.weight": weights((12, 64))}, Uniform(4, symmetric=False, channel_axis=0)))  # fmt: skip
+    (files / "list.json").write_text("[]")
+    before = sorted(files.iterdir())
+    to = ("--to", "gguf", "--like", like)
+    cases = [
+        ((model, out, "--to", "gguf"), "--to gguf needs --like MODEL"),
+        ((model, like, *to), "like.gguf exists; overwrite it with --force"),
+        ((like, like, *to), "IN and OUT are the same"),
+        ((like, out, *to, "--bits", 4), "is quantized already; leave out --bits"),
+        ((model, out, "--to", "safetensors"), "use `compress`"),
+        ((like, out, "--to", "safetensors", "--like", like), "--like has no use"),
+        ((model, out, *to, "--names", files / "list.json"), "is no JSON object"),
+        ((files / "odd.safetensors", out, *to), "leaf 'token_embd.weight' .* zero points"),
+        ((files / "none.safetensors", out, *to), "none.safetensors"),
+    ]  # fmt: skip
+    for args, message in cases:
+        assert run("convert", *args) == 1
+        assert re.search(message, capsys.readouterr().err), args
+        assert sorted(files.iterdir()) == before
+    assert run("convert", files / "odd.safetensors", out, *to, "--otherwise", "float16") == 0
+    assert read(out)["token_embd.weight"][0] == "F16"
