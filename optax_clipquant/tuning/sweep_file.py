@@ -34,6 +34,8 @@ def read(
       ValueError: the file belongs to another grid, is damaged, or was not written by ``sweep``.
     """
     way_out = "give another path, or delete the file"
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path}: not a regular file; give another path")
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file, parse_constant=_refuse)

@@ -449,3 +449,11 @@ def test_progress_is_shown_on_stderr(capsys):
     assert "3/3" in capsys.readouterr().err  # stdout is for results
     sweep(lambda c: {"loss": c}, {"c": [1.0, 2.0, 3.0]}, progress=False)
     assert capsys.readouterr() == ("", "")
+
+
+def test_pipe_as_sweep_file_is_refused(tmp_path):
+    from optax_clipquant.tuning import sweep_file
+
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="not a regular file"):
+        sweep_file.read(tmp_path / "pipe", {}, [])

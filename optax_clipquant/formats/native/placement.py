@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_clipquant._tree import PyTree, path_of
-from optax_clipquant.quant.qarray import is_qarray
+from optax_clipquant.quant.qarray import QArray, is_qarray
 
 
 def fill(like: PyTree, tree: PyTree, file: str) -> PyTree:
@@ -41,12 +41,12 @@ def place(leaf: Any, like: Any = None) -> Any:
     """``leaf``, of NumPy arrays, as ``jax.Array``s, where the arrays of ``like`` are."""
     if not is_qarray(leaf):
         return _on_devices(leaf, getattr(like, "qvalue", like))
-    if is_qarray(like):
-        codes, others = like.qvalue, jax.tree.leaves(like.grid)
-    else:
-        codes, others = like, []
-    shapes = {np.shape(x): x for x in others}
-    return jax.tree.map(lambda x: _on_devices(x, shapes.get(x.shape, codes)), leaf)
+    codes = getattr(like, "qvalue", like)
+    grid = {np.shape(x): x for x in jax.tree.leaves(like.grid)} if is_qarray(like) else {}
+    return QArray(
+        _on_devices(leaf.qvalue, codes),
+        jax.tree.map(lambda x: _on_devices(x, grid.get(x.shape, codes)), leaf.grid),
+    )
 
 
 def _on_devices(array: np.ndarray, like: Any) -> Any:
