@@ -38,6 +38,7 @@ from optax_clipquant import (
 )
 from optax_clipquant.formats.packing import pack, unpack
 from optax_clipquant.quant.levels import Levels
+from optax_clipquant.quant.uses import Calibration, Use, Uses
 
 
 def assert_same(loaded, tree):
@@ -611,3 +612,14 @@ def test_what_is_no_file_is_not_replaced(tmp_path):
     with pytest.raises(IsADirectoryError, match="is a folder; name a file"):
         save(tmp_path, {"w": jnp.ones(2)})
     assert os.listdir(tmp_path) == ["pipe"]
+
+
+def test_calibration_is_restored(file):
+    uses = {"a/b": Use({"dot"}, {0}, others=[{1}]), "c": Use({"lookup"}, lookup={0}, adapter=True)}
+    moments = {"a/b": jnp.asarray(weights((4, 1)))}
+    save(file, Calibration(Uses(uses, {"a/b": (4, 3)}), moments), metadata={"note": "x"})
+    loaded = load(file)
+    assert isinstance(loaded, Calibration)
+    assert dict(loaded.uses) == uses
+    assert loaded.uses.shapes == {"a/b": (4, 3)}
+    assert_same(dict(loaded.moments), moments)

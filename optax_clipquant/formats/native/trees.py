@@ -15,6 +15,7 @@ from jax.core import Tracer
 from optax_clipquant._tree import PyTree
 from optax_clipquant.formats.checkpoint import Checkpoint, files_of
 from optax_clipquant.formats.dtypes import DTYPES, Opaque, Spec
+from optax_clipquant.formats.native.calibration import KEY, calibration_of, text_of
 from optax_clipquant.formats.native.description import Leaf, check_leaf, plain
 from optax_clipquant.formats.native.file import Parts, Tensors, writing_saved
 from optax_clipquant.formats.native.names import assemble, name_of, path_of_name
@@ -23,6 +24,7 @@ from optax_clipquant.formats.packing import pack, unpack
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.qarray import QArray, is_qarray
 from optax_clipquant.quant.qarray import narrow as narrow_codes
+from optax_clipquant.quant.uses import Calibration
 
 _STORED = set(DTYPES.values())
 _CODES = {np.dtype(t) for t in (np.int8, ml_dtypes.int4, ml_dtypes.int2)}
@@ -41,7 +43,7 @@ def save(
       path: the file, by custom with the ending ``.safetensors``.
       tree: nested dicts, lists, tuples and None; other nodes (an ``nnx.State``, a dataclass) are
         stored as dicts of their children, and restored with ``load(path, like=...)``. Numbers are
-        stored as 0-d arrays.
+        stored as 0-d arrays. Or a ``Calibration``, which ``load`` gives back.
       metadata: text to store beside it, for ``safetensors.safe_open(path, "numpy").metadata()``.
 
     Raises:
@@ -59,6 +61,8 @@ def save(
       ...     os.path.getsize(folder + "/model.safetensors")
       2040
     """
+    if isinstance(tree, Calibration):
+        tree, metadata = dict(tree.moments), {**(metadata or {}), KEY: text_of(tree)}
     leaves: dict[str, Any] = {}
     nodes: dict[str, str] = {}
     _flatten(tree, (), leaves, nodes)
@@ -116,6 +120,11 @@ def load(path: str | os.PathLike[str], *, like: PyTree = None, narrow: bool = Fa
         tree = jax.tree.map(place, tree, is_leaf=is_qarray)
     else:
         tree = fill(like, tree, os.fspath(path))
+    if checkpoint.is_saved and KEY in checkpoint.metadata:
+        try:
+            return calibration_of(checkpoint.metadata[KEY], tree)
+        except ValueError as error:
+            raise ValueError(f"{checkpoint.path}: {error}; write it again") from error
     return narrow_codes(tree) if narrow else tree
 
 
