@@ -9,12 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_clipquant._tree import PyTree, path_of
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.qarray import QArray, is_qarray
 from optax_clipquant.quant.quantizers import Quantizer, Uniform
 from optax_clipquant.quant.selection import names_a_weight
+from optax_clipquant.quant.uses import Use, Uses
 
 Rules = Quantizer | Mapping[str, Quantizer | None]
 Where = Callable[[str, Any], bool]
@@ -25,6 +27,7 @@ def quantize_params(
     quantizer: Rules = Uniform(bits=8),  # noqa: B008 (immutable)
     *,
     where: Where | None = None,
+    uses: Uses | None = None,
     key: jax.Array | None = None,
 ) -> PyTree:
     """``params`` with a ``QArray`` in place of each leaf that is to be quantized.
@@ -38,8 +41,12 @@ def quantize_params(
         quantizers, or to None for a leaf to be left alone. An expression is searched for
         (``re.search``) in the leaf's path, such as ``"Dense_0/kernel"``; the first that is found
         decides, and a leaf where none is found is left alone.
-      where: which leaves may be quantized, a function of path and leaf. By default floating leaves
-        with at least 2 axes, unless the last part of the path is ``bias`` or ``scale``.
+      where: which leaves may be quantized, a function of path and leaf. By default those that
+        ``uses`` says are weights; without it, floating leaves with at least 2 axes, unless the last
+        part of the path is ``bias`` or ``scale``.
+      uses: what the function does with the params, of ``trace_weights``. It selects the leaves that
+        are in a dot, a convolution or a lookup (and are no adapters) under any name, and says which
+        axes share a scale where the quantizer's ``channel_axis`` does not.
       key: a PRNG key, for stochastic rounding. Each leaf gets a key of its own.
 
     Returns:
@@ -47,7 +54,8 @@ def quantize_params(
 
     Raises:
       ValueError: no leaf is selected, an expression is found in no path, a leaf lacks an axis that
-        its quantizer names, or another leaf has the path of a selected one.
+        its quantizer names, another leaf has the path of a selected one, or ``uses`` is of other
+        params.
       TypeError: a selected leaf is not a real floating array.
 
     Examples:
@@ -59,16 +67,24 @@ def quantize_params(
              [-8, -8]], dtype=int8)
       >>> qparams["dense"]["bias"]
       Array([1., 1.], dtype=float32)
+
+      A weight that the function transposes has its scales along the other axis:
+
+      >>> from optax_clipquant import trace_weights
+      >>> weight = {"w": jnp.ones((3, 2))}
+      >>> uses = trace_weights(lambda params, x: x @ params["w"].T, weight, jnp.ones((4, 2)))
+      >>> quantize_params(weight, Uniform(bits=4), uses=uses)["w"].scale.shape
+      (3, 1)
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qarray)
-    chosen = select(params, quantizer, where)
+    chosen = select(params, quantizer, where, uses)
 
     def quantize_leaf(index: int, leaf: Any, path: str) -> Any:
         if path not in chosen:
             return leaf
         leaf_key = None if key is None else jax.random.fold_in(key, index)
         with naming(path):
-            return chosen[path].quantize(leaf, key=leaf_key)
+            return chosen[path].quantize(leaf, key=leaf_key, use=use_of(uses, path))
 
     return treedef.unflatten(
         quantize_leaf(index, leaf, path_of(path)) for index, (path, leaf) in enumerate(leaves)
@@ -115,7 +131,9 @@ def naming(path: str) -> Iterator[None]:
         raise ValueError(f"params leaf {path!r}: {error}") from error
 
 
-def select(params: PyTree, quantizer: Rules, where: Where | None) -> dict[str, Quantizer]:
+def select(
+    params: PyTree, quantizer: Rules, where: Where | None, uses: Uses | None = None
+) -> dict[str, Quantizer]:
     """The quantizer of each selected leaf, by its path. Raises as ``quantize_params`` does."""
     check_rules(quantizer)
     leaves = [
@@ -123,6 +141,9 @@ def select(params: PyTree, quantizer: Rules, where: Where | None) -> dict[str, Q
         for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qarray)[0]
         if not is_qarray(leaf)
     ]
+    if uses is not None:
+        _check_traced(uses, leaves)
+        where = where or (lambda path, leaf: _is_float(leaf) and uses[path].is_weight)
     eligible = [(path, leaf) for path, leaf in leaves if (where or is_weight)(path, leaf)]
     if not isinstance(quantizer, Quantizer):
         _check_found(quantizer, [path for path, _ in leaves], [path for path, _ in eligible])
@@ -147,8 +168,13 @@ def select(params: PyTree, quantizer: Rules, where: Where | None) -> dict[str, Q
     if not chosen:
         shown = ", ".join(f"{path} {getattr(leaf, 'shape', '')}" for path, leaf in leaves[:8])
         raise ValueError(
-            "no leaf of params is selected for quantization. By default these are floating leaves "
-            "with at least 2 axes not named bias or scale; choose others with `where`. "
+            "no leaf of params is selected for quantization. By default these are "
+            + (
+                "floating leaves with at least 2 axes not named bias or scale"
+                if uses is None
+                else "those in a dot, a convolution or a lookup, which print(uses) shows"
+            )
+            + "; choose others with `where`. "
             f"The leaves: {shown or 'none'}"
         )
     return chosen
@@ -163,11 +189,34 @@ def rule_for(path: str, rules: Rules) -> Quantizer | None:
 
 def is_weight(path: str, leaf: Any) -> bool:
     """Whether a leaf is quantized unless a ``where`` says otherwise."""
-    return (
-        jnp.issubdtype(getattr(leaf, "dtype", jnp.int32), jnp.floating)
-        and leaf.ndim >= 2
-        and names_a_weight(path)
-    )
+    return _is_float(leaf) and leaf.ndim >= 2 and names_a_weight(path)
+
+
+def _is_float(leaf: Any) -> bool:
+    return jnp.issubdtype(getattr(leaf, "dtype", jnp.int32), jnp.floating)
+
+
+def use_of(uses: Uses | None, path: str) -> Use | None:
+    """What a quantizer is told of a leaf: nothing where its axes are not those of a weight."""
+    use = None if uses is None else uses[path]
+    return use if use is not None and use.kinds & {"dot", "conv", "lookup"} else None
+
+
+def _check_traced(uses: Uses, leaves: list[tuple[str, Any]]) -> None:
+    """Raises where ``uses`` is of other params."""
+    for path, leaf in leaves:
+        if path not in uses and _is_float(leaf):
+            nearest = difflib.get_close_matches(path, list(uses), n=3, cutoff=0)
+            raise ValueError(
+                f"uses has no leaf {path!r}, which params have (the nearest: {', '.join(nearest)}); "
+                "give trace_weights the same tree"
+            )
+        traced = uses.shapes.get(path)
+        if traced is not None and traced != np.shape(leaf):
+            raise ValueError(
+                f"params leaf {path!r} has shape {np.shape(leaf)}, and was traced with {traced}; trace "
+                "the function with params of the same shapes"
+            )
 
 
 def check_rules(quantizer: Any) -> None:

@@ -44,7 +44,7 @@ def test_table_lists_all_uses_and_keeps_markup():
         {"[bold]/w": (3, 4, 5)},
     )
     lines = str(uses).split("\n")[1:]
-    rows = [" ".join(line.split()) for line in lines[2:]]
+    rows = [" ".join(line.split()) for line in lines[2:-1]]
     assert rows == ["[bold]/w 3x4x5 dot, lookup 1 | 0, 2 0 1", "lora dot (adapter) 0", "old unused"]
 
 
