@@ -46,7 +46,7 @@ def _keep(
     latent: jax.Array, level: jax.Array, grid: Grid, before: Grid | None, draws: jax.Array | None
 ) -> QArray:
     kept = _root(latent) if _is_binary(grid) else latent - level
-    units = _units(kept, grid, before)
+    units = _units(latent, level, grid, before)
     if _is_binary(grid):
         kept = _between(latent, units)
     return QArray(units.encode(kept, draws=draws), units)
@@ -91,19 +91,52 @@ def _between(latent: jax.Array, units: Grid) -> jax.Array:
     return low + share * (high - low)
 
 
-def _units(w: jax.Array, grid: Grid, before: Grid | None) -> Grid:
-    """A unit for each scale of ``grid``: the largest magnitude over 127, rounded up; or the unit before,
-    where that is at most twice it.
+def _units(latent: jax.Array, level: jax.Array, grid: Grid, before: Grid | None) -> Grid:
+    """A unit for each scale of ``grid``, with which codes reach what is kept; or the unit before, where
+    that is at most twice it.
     """
-    shared, group = groups_of(w.shape, grid.scale.shape, grid.group)
-    units = in_groups(_unit, w, shared, group, before)
+    shared, group = groups_of(latent.shape, grid.scale.shape, grid.group)
+    if _is_binary(grid):
+        units = in_groups(_unit_of, _root(latent), shared, group, None, before)
+    elif grid.zero_point is None and grid.dtype.itemsize >= 4:
+        # The level of params that were rounded to half precision may not be the nearest to the latent.
+        units = in_groups(_unit_of, latent, shared, group, _reach(grid), before)
+    else:
+        units = in_groups(_unit_of, latent - level, shared, group, None, before)
     return dataclasses.replace(units, group=group)
 
 
-def _unit(w: jax.Array, span: Span, before: Grid | None) -> Grid:
-    w = w.astype(jnp.float32)
-    high, low = extremes(w, span)
-    exact = jnp.maximum(high, -low) / 127
+def _reach(grid: Grid) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """For each scale the largest and the least level, and half of the widest gap between two."""
+    each = dataclasses.replace(grid, group=None)
+    ends = [
+        each.decode(jnp.full(grid.scale.shape, end, jnp.int8)) for end in (grid.lower, grid.upper)
+    ]
+    first, last = (end.astype(jnp.float32) for end in ends)
+    gap = 1.0 if grid.codebook is None else float(np.diff(grid.codebook).max())
+    half = jnp.abs(grid.scale.astype(jnp.float32)) * (gap / 2)
+    return jnp.maximum(first, last), jnp.minimum(first, last), half
+
+
+def _unit_of(
+    w: jax.Array,
+    span: Span,
+    reach: tuple[jax.Array, jax.Array, jax.Array] | None,
+    before: Grid | None,
+) -> Grid:
+    """The largest magnitude over 127, rounded up.
+
+    With the ``reach`` of levels around zero, of the distance to these: half a gap between two, or
+    what is beyond the outermost. So it follows from the extremes of the weights, of which the fit of the
+    grid is made too, and the weights are not read again.
+    """
+    high, low = extremes(w.astype(jnp.float32), span)
+    if reach is None:
+        largest = jnp.maximum(high, -low)
+    else:
+        top, bottom, half = reach
+        largest = jnp.maximum(half, jnp.maximum(high - top, bottom - low))
+    exact = largest / 127
     unit = round_scale(exact * (1 + 2.0**-7), 127, np.dtype(np.float32))
     if before is not None:
         scale = before.scale.astype(jnp.float32)

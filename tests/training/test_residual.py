@@ -45,62 +45,76 @@ SIZES = {
 
 @pytest.mark.parametrize("name", SIZES)
 def test_a_unit_for_each_scale_and_its_error_bound(variant, name):
-    grid = SIZES[name].fit(jnp.asarray(weights((33, 7))))
-    residual = weights((33, 7), "heavy", seed=1)
-    kept = variant(start)(jnp.asarray(residual), 0.0, grid)
+    w = weights((33, 7), "heavy")
+    grid = SIZES[name].fit(jnp.asarray(w))
+
+    def distance(w):
+        level = grid.decode(grid.encode(jnp.asarray(w)))
+        return level, np.asarray(w) - np.asarray(level)
+
+    def units(kept):
+        return np.asarray(kept.grid.decode(jnp.ones((33, 7), jnp.int8)))
+
+    level, residual = distance(w)
+    kept = variant(start)(jnp.asarray(w), level, grid)
     assert kept.grid.scale.shape == grid.scale.shape
     chex.assert_type(kept.qvalue, jnp.int8)
-    size = 1 if grid.group is None else grid.group[1]
-    unit = np.asarray(kept.grid.scale.astype(jnp.float32))
-    if grid.group is not None:
-        unit = np.repeat(unit, size, axis=0)[:33]
-    error = np.abs(np.asarray(kept.dequantize()) - residual)
-    assert np.all(error <= 0.5001 * unit)
-    largest = np.abs(np.asarray(kept.qvalue)).max()
-    assert 125 <= largest <= 127
-    moved = variant(advance)(jnp.asarray(1.3 * residual), 0.0, grid, kept, 0, 1)
-    unit = np.asarray(moved.grid.scale.astype(jnp.float32))
-    if grid.group is not None:
-        unit = np.repeat(unit, size, axis=0)[:33]
-    assert np.all(np.abs(np.asarray(moved.dequantize()) - 1.3 * residual) <= 1.0001 * unit)
+    assert np.all(np.abs(np.asarray(kept.dequantize()) - residual) <= 0.5001 * units(kept))
+    # Half of a step, or what is beyond the outermost level, is 127 units.
+    one, zero = (grid.decode(jnp.full((33, 7), code, jnp.int8)) for code in (1, 0))
+    step = np.abs(np.asarray(one - zero))
+    assert np.all(127 * units(kept) <= 1.02 * np.maximum(step / 2, np.abs(residual).max()))
+    level, residual = distance(1.3 * w)
+    moved = variant(advance)(jnp.asarray(1.3 * w), level, grid, kept, 0, 1)
+    assert np.all(np.abs(np.asarray(moved.dequantize()) - residual) <= 1.0001 * units(moved))
+
+
+def stood(w, quantizer=Uniform(bits=4)):  # noqa: B008 (immutable)
+    """The levels of ``w`` on the grid that is fit to it, and the grid."""
+    grid = quantizer.fit(w)
+    return grid.decode(grid.encode(w)), grid
 
 
 def test_rounding_is_right_on_the_average():
-    grid = Uniform(bits=4).fit(jnp.asarray(weights((64, 8))))
-    residual = jnp.asarray(weights((64, 8), seed=1))
-    kept = start(residual, 0.0, grid)
-    fn = jax.jit(jax.vmap(lambda step: advance(residual, 0.0, grid, kept, 0, step).dequantize()))
+    w = jnp.asarray(weights((64, 8), seed=1))
+    level, grid = stood(w)
+    kept, residual = start(w, level, grid), np.asarray(w - level)
+    fn = jax.jit(jax.vmap(lambda step: advance(w, level, grid, kept, 0, step).dequantize()))
     mean = np.asarray(fn(jnp.arange(4000)), np.float64).mean(0)
     unit = np.asarray(kept.grid.scale.astype(jnp.float32))
     # Nearer than independent draws would be, whose means have errors of up to half a unit over
     # sqrt(4000), which is .008.
-    assert np.abs((mean - np.asarray(residual)) / unit).max() < 0.002
-    assert abs(((mean - np.asarray(residual)) / unit).mean()) < 0.0002
+    assert np.abs((mean - residual) / unit).max() < 0.002
+    assert abs(((mean - residual) / unit).mean()) < 0.0002
 
 
 def test_a_residual_that_does_not_change_is_kept_to_the_bit():
-    grid = Uniform(bits=4).fit(jnp.asarray(weights((64, 8))))
-    kept = start(jnp.asarray(weights((64, 8), "heavy")), 0.0, grid)
+    level, grid = stood(jnp.asarray(weights((64, 8), "heavy")))
+    kept = start(jnp.asarray(weights((64, 8), "heavy")), level, grid)
     for step in range(50):
-        again = advance(kept.dequantize(), 0.0, grid, kept, 0, step)
+        again = advance(level + kept.dequantize(), level, grid, kept, 0, step)
         np.testing.assert_array_equal(again.qvalue, kept.qvalue)
         np.testing.assert_array_equal(again.grid.scale, kept.grid.scale)
         kept = again
 
 
 def test_a_unit_follows_what_it_measures():
-    grid = Uniform(bits=4).fit(jnp.ones((8, 1)))
     w = jnp.asarray(weights((8, 1)))
-    kept = start(w, 0.0, grid)
+    level, grid = stood(w)
+    kept = start(w, level, grid)
     for factor in (0.9, 0.6):
-        same = advance(factor * w, 0.0, grid, kept, 0, 0)
+        level, grid = stood(factor * w)
+        same = advance(factor * w, level, grid, kept, 0, 0)
         np.testing.assert_array_equal(same.grid.scale, kept.grid.scale)
     for factor in (1.05, 0.3, 1e-20, 1e20, 0.0):
-        moved = advance(factor * w, 0.0, grid, kept, 0, 0)
+        level, grid = stood(factor * w)
+        moved = advance(factor * w, level, grid, kept, 0, 0)
         unit = float(moved.grid.scale[0, 0])
-        largest = float(jnp.max(jnp.abs(factor * w)))
-        assert largest <= 127 * unit <= 1.02 * largest
-    bad = advance(w.at[0, 0].set(jnp.nan), 0.0, grid, kept, 0, 0)
+        largest = float(jnp.max(jnp.abs(factor * w - level)))
+        step = float(jnp.abs(grid.scale[0, 0]))
+        assert largest <= 127 * unit <= 1.02 * max(step / 2, largest)
+    level, grid = stood(w.at[0, 0].set(jnp.nan))
+    bad = advance(w.at[0, 0].set(jnp.nan), level, grid, kept, 0, 0)
     assert np.isnan(np.asarray(bad.dequantize())).all()
 
 
