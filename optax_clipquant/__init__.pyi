@@ -19,6 +19,12 @@ from .quant.companding import CompandedArray
 from .training.state import QuantizeStateState, quantize_state
 from .analysis.trace import trace_weights
 from .analysis.sensitivity import squared_gradients
+from .analysis.calibrate import (
+    CalibratedLeaf,
+    CalibrationReport,
+    calibrate,
+    quantize_calibrated,
+)
 from .tuning.allocate import allocate_bits
 from .tuning.sweep import Sweep, sweep
 from .formats.native.trees import load, save
@@ -70,6 +76,10 @@ __all__ = [
     "trace_weights",
     "allocate_bits",
     "squared_gradients",
+    "calibrate",
+    "quantize_calibrated",
+    "CalibrationReport",
+    "CalibratedLeaf",
     "sweep",
     "Sweep",
     "save",

@@ -219,8 +219,9 @@ def in_groups(
     shared: tuple[int, ...],
     group: tuple[int, int] | None,
     *others: Any,
+    beside: Sequence[jax.Array] = (),
 ) -> T:
-    """What ``fit(part, span, *others)`` finds for each span of ``w``, in arrays of the rank of ``w``.
+    """What ``fit(part, span, *others, *beside)`` finds for each span of ``w``, in arrays of its rank.
 
     Args:
       fit: it gets ``w``, of which runs along the group's axis are an axis by themselves, what is
@@ -230,9 +231,10 @@ def in_groups(
       group: the negative axis of which runs are reduced, and how long they are. The last may be
         shorter.
       others: trees of arrays with an entry for each span.
+      beside: arrays that broadcast to ``w``, of which ``fit`` gets the part beside that of ``w``.
     """
     if group is None:
-        return fit(w, Span(shared), *others)
+        return fit(w, Span(shared), *others, *beside)
     axis, size = group[0] + w.ndim, group[1]
     length = w.shape[axis]
     size = min(size, max(length, 1))
@@ -241,12 +243,13 @@ def in_groups(
     def fit_part(first: int, last: int, run: int, piece: int) -> T:
         """For ``w[first:last]`` in groups of ``run`` pieces, of which each is reduced over an axis."""
         part = split_axis(w, axis, first, last, piece)
+        parts = [split_axis(_long(x, axis, length), axis, first, last, piece) for x in beside]
 
         def each_piece(x: jax.Array) -> jax.Array:
             x = jax.lax.slice_in_dim(x, first // size, -(-last // size), axis=axis)
             return for_pieces(x, axis, run, part.shape[axis])
 
-        found = fit(part, Span(reduced, axis, run), *jax.tree.map(each_piece, others))
+        found = fit(part, Span(reduced, axis, run), *jax.tree.map(each_piece, others), *parts)
         return jax.tree.map(lambda x: for_groups(x, axis, run), found)
 
     piece = piece_of(w, axis, size)
@@ -260,3 +263,8 @@ def in_groups(
     # The last, shorter group by itself: padding it would count in its sums.
     rest = fit_part(whole, length, 1, length - whole)
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis), found, rest)
+
+
+def _long(x: jax.Array, axis: int, length: int) -> jax.Array:
+    """``x`` repeated along ``axis`` where it has extent 1."""
+    return jnp.broadcast_to(x, (*x.shape[:axis], length, *x.shape[axis + 1 :]))

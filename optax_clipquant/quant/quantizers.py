@@ -28,6 +28,7 @@ from optax_clipquant.quant.scales import (
     mean_magnitude,
     round_scale,
 )
+from optax_clipquant.quant.search import aligned, weighted_least_squares
 from optax_clipquant.quant.uses import Use
 
 
@@ -114,13 +115,11 @@ class ChannelwiseQuantizer(Quantizer):
         use: Use | None = None,
         importance: jax.Array | None = None,
     ) -> Grid:
-        if importance is not None:
-            raise NotImplementedError(
-                f"{type(self).__name__}: scales are not yet searched for by importance"
-            )
         w = floating(w)
         shared, group = self._groups(w.shape, use, start)
-        return _fit(self, w, start, shared, group)
+        if importance is not None:
+            importance = aligned(importance, w.shape)
+        return _fit(self, w, start, shared, group, importance)
 
     def _groups(
         self, shape: tuple[int, ...], use: Use | None, start: Grid | None
@@ -176,8 +175,17 @@ def _fit(
     start: Grid | None,
     shared: tuple[int, ...],
     group: Group,
+    importance: jax.Array | None,
 ) -> Grid:
-    grid = in_groups(quantizer._fit_axes, w, shared, group, start)
+    if importance is None or w.size == 0:
+        grid = in_groups(quantizer._fit_axes, w, shared, group, start)
+    else:
+
+        def fit(w: jax.Array, span: Span, start: Grid | None, importance: jax.Array) -> Grid:
+            levels = jax.eval_shape(lambda: quantizer._fit_axes(w, span, start))
+            return weighted_least_squares(w, importance, span, levels)
+
+        grid = in_groups(fit, w, shared, group, start, beside=(importance,))
     return dataclasses.replace(grid, group=group)
 
 

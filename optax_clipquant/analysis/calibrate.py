@@ -1,0 +1,297 @@
+"""Quantization that knows what weights are multiplied by, for any JAX function."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import jax
+import jax.numpy as jnp
+
+from optax_clipquant._print import Printed, compact_table, progress_bar
+from optax_clipquant._tree import PyTree, path_of
+from optax_clipquant.analysis.compensation.plan import (
+    InputSquares,
+    Leaves,
+    Moments,
+    Program,
+)
+from optax_clipquant.analysis.compensation.quantizing import Quantizing
+from optax_clipquant.analysis.compensation.streams import Segments
+from optax_clipquant.analysis.trace import trace_weights
+from optax_clipquant.quant.params import Rules, Where, select
+from optax_clipquant.quant.qarray import is_qarray
+from optax_clipquant.quant.uses import KINDS, Calibration, Use, Uses
+
+if TYPE_CHECKING:
+    import rich.table
+
+Fn = Callable[[PyTree, Any], Any]
+
+
+def calibrate(
+    fn: Fn, params: PyTree, batches: Iterable[Any], *, progress: bool = True
+) -> Calibration:
+    """What the weights of ``fn`` are multiplied by, on data.
+
+    The jaxpr of ``fn`` is evaluated on each batch. Where a weight meets data in a dot or a convolution,
+    inside loops and layers that are scanned too, the squares of the data are summed for each index that
+    is contracted. In memory are one batch at a time, and the sums.
+
+    An error ``d`` in a weight with inputs ``x`` costs its output ``E[x**2] d**2``. So quantizers that are
+    given the result (``quantize_params(..., calibration=)``) search the scales, and their signs, that
+    minimise ``sum(E[x**2] (w - w_hat)**2)``.
+
+    Args:
+      fn: a function of the params and a batch, such as a model's forward pass. What it returns is not
+        used.
+      params: its params.
+      batches: a few thousand tokens (rows, pixels) suffice. They may differ in shape; ``fn`` is traced
+        for each shape.
+      progress: whether to show a progress bar, on stderr.
+
+    Returns:
+      The mean square of what each contracted index of each leaf is multiplied by, and the uses of the
+      leaves. A leaf that meets no data has none.
+
+    Raises:
+      ValueError: there are no batches.
+
+    Examples:
+      >>> params = {"kernel": jnp.ones((2, 3))}
+      >>> fn = lambda params, x: x @ params["kernel"]
+      >>> batches = [jnp.array([[1.0, 2.0], [3.0, 0.0]])]
+      >>> calibrate(fn, params, batches, progress=False).moments["kernel"]
+      Array([[5.],
+             [2.]], dtype=float32)
+    """
+    flat, treedef = _flattened(params)
+    values = [jnp.asarray(x) for _, x in flat]
+    params = treedef.unflatten(values)
+    uses, segments = None, Segments()
+    programs: dict[Any, Program] = {}
+    handler = None
+    with progress_bar(transient=True, shown=progress) as bar:
+        task = bar.add_task("batches", total=None)
+        for batch in batches:
+            if uses is None or handler is None:
+                uses = trace_weights(fn, params, batch)
+                leaves = {
+                    p: x for (p, _), x in zip(flat, values, strict=True) if uses[p].contracted
+                }
+                handler = InputSquares(Leaves(leaves), [uses[p] for p in leaves])
+            arrays = [jnp.asarray(x) for x in jax.tree.leaves(batch)]
+            key = jax.tree.structure(batch), tuple((x.shape, x.dtype) for x in arrays)
+            if key not in programs:
+                jaxpr = jax.make_jaxpr(fn)(params, batch)
+                programs[key] = Program(
+                    jaxpr, handler.leaves, [p for p, _ in flat], values, segments
+                )
+                programs[key].plan([arrays])
+            programs[key].run([arrays], handler)
+            bar.advance(task)
+    if uses is None or handler is None:
+        raise ValueError("calibrate: batches is empty; give at least one")
+    return Calibration(uses, handler.means())
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibratedLeaf:
+    """What ``quantize_calibrated`` did with a leaf.
+
+    Attributes:
+      path: of the leaf.
+      use: what the function does with it.
+      method: ``"compensated"``; ``"compensated, pooled"``, where it meets data more than once;
+        ``"weighted search"``, where its scales alone know of the data; or ``"least squares"``.
+      tokens: how many it met; of experts, those that met the fewest. None where that is not known.
+      before: the root mean square error of its output over that of its output, with least-squares
+        scales and nearest levels, on the inputs that the quantized model gives it. None where that is
+        not known.
+      after: the same with the weights it was given.
+    """
+
+    path: str
+    use: str
+    method: str
+    tokens: int | None
+    before: float | None
+    after: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationReport(Printed):
+    """What ``quantize_calibrated`` did, by leaf; ``print`` shows it as a table."""
+
+    rows: tuple[CalibratedLeaf, ...]
+
+    def __rich__(self) -> "rich.table.Table":
+        import rich.text
+
+        table = compact_table()
+        for name in ("leaf", "use", "method"):
+            table.add_column(name, overflow="fold")
+        for name in ("tokens", "error before", "after"):
+            table.add_column(name, justify="right")
+        for row in self.rows:
+            errors = ("" if x is None else f"{x:.4f}" for x in (row.before, row.after))
+            tokens = "" if row.tokens is None else f"{row.tokens:,}"
+            table.add_row(rich.text.Text(row.path), row.use, row.method, tokens, *errors)
+        return table
+
+
+@overload
+def quantize_calibrated(
+    fn: Fn,
+    params: PyTree,
+    batches: Iterable[Any],
+    quantizer: Rules,
+    *,
+    where: Where | None = None,
+    uses: Uses | None = None,
+    progress: bool = True,
+    return_report: Literal[False] = False,
+) -> PyTree: ...
+
+
+@overload
+def quantize_calibrated(
+    fn: Fn,
+    params: PyTree,
+    batches: Iterable[Any],
+    quantizer: Rules,
+    *,
+    where: Where | None = None,
+    uses: Uses | None = None,
+    progress: bool = True,
+    return_report: Literal[True],
+) -> tuple[PyTree, CalibrationReport]: ...
+
+
+def quantize_calibrated(
+    fn: Fn,
+    params: PyTree,
+    batches: Iterable[Any],
+    quantizer: Rules,
+    *,
+    where: Where | None = None,
+    uses: Uses | None = None,
+    progress: bool = True,
+    return_report: bool = False,
+) -> Any:
+    """``params`` quantized so that the outputs of ``fn`` change little, rather than the weights.
+
+    The jaxpr of ``fn`` is evaluated on the batches twice at once, with the float weights and with those
+    quantized so far. Where a weight ``w`` meets inputs ``x`` in a dot or convolution, with ``xq`` those of
+    the quantized model, it is quantized then and there:
+
+    1. ``H = E[xq xq.T]``, its off-diagonals times 0.8, and 1% of the mean diagonal added.
+    2. The target is ``w + 0.5 H^-1 E[xq (x - xq).T] w``: half of what the inputs have lost is made good
+       for.
+    3. Groups of weights that share a scale are rounded in order of their inputs' power, weights in turn;
+       those that follow make good for the error of those before. Scales of either sign are searched for
+       each group while that goes on.
+
+    It works through ``jit``, ``scan``, ``while``, ``cond``, ``remat``, custom derivatives and ``vmap``;
+    each layer that is scanned, each expert and each group of a convolution has its own ``H``. Weights that
+    meet data more than once (shared, or in each step of a loop) are rounded by the mean of their ``H``.
+    Weights that the function changes before they meet data, that are contracted along different axes, or
+    more than 16,384 of which are contracted, get the scales of ``calibrate``; those that meet no data,
+    least-squares scales. Scales that a rule shares among layers or channels stay as least squares finds
+    them. The report says what was done. Other leaves stay as they are.
+
+    Deterministic. All batches are in memory, with what they are in one layer.
+
+    Args:
+      fn: a function of the params and a batch, such as a model's forward pass. It is traced once; what it
+        returns is not used. Dropout and the like should be off.
+      params: its params, any tree of arrays.
+      batches: all of one shape; about 8,000 tokens (rows, pixels) in all.
+      quantizer: as for ``quantize_params``.
+      where: which leaves may be quantized, a function of path and leaf. By default those that are in a
+        dot, a convolution or a lookup.
+      uses: of ``trace_weights``; found with the first batch where it is not given.
+      progress: whether to show a progress bar, on stderr.
+      return_report: whether to return a report too.
+
+    Returns:
+      ``params`` with ``QArray`` leaves; with ``return_report`` also a ``CalibrationReport``.
+
+    Raises:
+      ValueError: there are no batches, they differ in shape, or what ``quantize_params`` raises.
+
+    References:
+      Frantar et al., GPTQ, 2022 (arXiv:2210.17323). Arai and Ichikawa, QEP, 2025 (arXiv:2504.09629).
+
+    Examples:
+      >>> from optax_clipquant import Uniform
+      >>> params = {"in": jnp.eye(4) * 0.8, "out": jnp.ones((4, 2))}
+      >>> fn = lambda params, x: jnp.tanh(x @ params["in"]) @ params["out"]
+      >>> batches = [jax.random.normal(jax.random.key(0), (64, 4))]
+      >>> qparams = quantize_calibrated(fn, params, batches, Uniform(bits=4), progress=False)
+      >>> qparams["out"].bits
+      4
+    """
+    batches = list(batches)
+    if not batches:
+        raise ValueError("quantize_calibrated: batches is empty; give at least one")
+    data = [[jnp.asarray(x) for x in jax.tree.leaves(batch)] for batch in batches]
+    for i, (batch, arrays) in enumerate(zip(batches, data, strict=True)):
+        shapes = [(x.shape, x.dtype) for x in arrays]
+        expected = [(x.shape, x.dtype) for x in data[0]]
+        if jax.tree.structure(batch) != jax.tree.structure(batches[0]) or shapes != expected:
+            raise ValueError(
+                f"quantize_calibrated: batches[{i}] has arrays {shapes}, batches[0] has {expected}; "
+                "all must be alike: drop or pad the last, smaller one"
+            )
+    flat, treedef = _flattened(params)
+    values = [jnp.asarray(x) for _, x in flat]
+    params = treedef.unflatten(values)
+    if uses is None:
+        uses = trace_weights(fn, params, batches[0])
+    known = uses
+    chosen = select(
+        treedef.unflatten([x for _, x in flat]),
+        quantizer,
+        where or (lambda path, _: path in known and known[path].is_weight),
+    )
+    leaves = Leaves({path: x for (path, _), x in zip(flat, values, strict=True) if path in chosen})
+    program = Program(
+        jax.make_jaxpr(fn)(params, batches[0]), leaves, [p for p, _ in flat], values, Segments()
+    )
+    planner = program.plan(data)
+    moments = Moments(leaves, [found.method for found in planner.found])
+    program.run(data, moments)
+    with progress_bar(transient=True, shown=progress) as bar:
+        task = bar.add_task("quantizing", total=sum(found.steps for found in planner.found))
+
+        def done(number: int) -> None:
+            bar.update(task, advance=1, description=leaves.paths[number])
+
+        handler = Quantizing(
+            leaves,
+            [chosen[path] for path in leaves.paths],
+            [uses.get(path) for path in leaves.paths],
+            planner,
+            moments,
+            done,
+        )
+        program.run(data, handler)
+        found = {path: handler.leaf(i).quantized() for i, path in enumerate(leaves.paths)}
+    qparams = treedef.unflatten([found.get(path, x) for path, x in flat])
+    if not return_report:
+        return qparams
+    rows = (
+        CalibratedLeaf(path, _name(uses.get(path)), *handler.outcomes[i].relative())
+        for i, path in enumerate(leaves.paths)
+    )
+    return qparams, CalibrationReport(tuple(rows))
+
+
+def _flattened(params: PyTree) -> tuple[list[tuple[str, Any]], Any]:
+    """Paths and leaves, and the structure."""
+    found, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qarray)
+    return [(path_of(path), leaf) for path, leaf in found], treedef
+
+
+def _name(use: Use | None) -> str:
+    return "" if use is None else ", ".join(kind for kind in KINDS if kind in use.kinds)

@@ -1,0 +1,311 @@
+"""Which weights meet data how often, and what is done with each leaf."""
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, JaxprEqn
+
+from optax_clipquant.analysis.compensation.interpret import Finished, Interpreter
+from optax_clipquant.analysis.compensation.meetings import (
+    Inputs,
+    inputs_of,
+    matrix,
+    merged,
+    second_moments,
+    squares,
+)
+from optax_clipquant.analysis.compensation.streams import Segments, Stream
+from optax_clipquant.analysis.compensation.views import Value, View
+from optax_clipquant.quant.uses import Use
+
+LARGEST = 16_384  # contracted weights whose second moments are kept
+
+COMPENSATED = "compensated"
+POOLED = "compensated, pooled"
+SEARCH = "weighted search"
+LEAST_SQUARES = "least squares"
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The weights of one leaf in a meeting.
+
+    Attributes:
+      leaf: its number.
+      index: of each weight in the leaf, ``[batch, K, N]``.
+      columns: which columns of the meeting they are.
+      key: equal where the same weights meet again in the same order.
+    """
+
+    leaf: int
+    index: np.ndarray
+    columns: np.ndarray
+    key: tuple
+
+
+class Leaves:
+    """The leaves that are followed, and the numbers of their weights.
+
+    Args:
+      leaves: by path.
+    """
+
+    def __init__(self, leaves: dict[str, jax.Array]) -> None:
+        self.paths = list(leaves)
+        self.values = list(leaves.values())
+        sizes = [x.size for x in self.values]
+        self.first = np.concatenate([[0], np.cumsum(sizes)])
+        if self.first[-1] > np.iinfo(np.int32).max:
+            raise ValueError(
+                f"{self.first[-1]} weights are selected, more than the {np.iinfo(np.int32).max} that can be "
+                "followed at once; select fewer with `where`, and quantize the rest in another call"
+            )
+
+    def view(self, number: int) -> View:
+        value, start = self.values[number], self.first[number]
+        index = jnp.arange(start, start + value.size, dtype=jnp.int32).reshape(value.shape)
+        return View(index, value, frozenset((number,)))
+
+    def parts(self, eqn: JaxprEqn, side: int, view: View) -> tuple[Inputs | None, list[Part]]:
+        """How the data of a meeting is laid out, and the weights of each leaf; none where it is of no
+        known form.
+        """
+        inputs = inputs_of(eqn, side)
+        if inputs is None:
+            return None, []
+        inputs, index = merged(inputs, np.asarray(matrix(eqn, side, view.index)))
+        if index.size == 0 or index.min() < 0:
+            return inputs, []
+        # Of weights side by side (fused queries, keys and values), each column is of one leaf.
+        owner = np.searchsorted(self.first, index[0, 0], side="right") - 1
+        parts = []
+        for leaf in np.unique(owner):
+            columns = np.flatnonzero(owner == leaf)
+            own = index if len(columns) == len(owner) else index[:, :, columns]
+            local = own - self.first[leaf]
+            if local.min() < 0 or local.max() >= self.values[leaf].size:
+                return inputs, []
+            key = (own.shape, int(local.flat[0]), hash(np.ascontiguousarray(local).tobytes()))
+            parts.append(Part(int(leaf), local, columns, key))
+        return inputs, parts
+
+
+@dataclasses.dataclass
+class Meetings:
+    """What happens to one leaf.
+
+    Attributes:
+      times: by the key of a part, how often it meets data.
+      repeats: whether a part has a weight twice, or two parts share weights in another order.
+      changed: whether arithmetic is done with it before it meets data.
+      largest: the most contracted weights.
+      seen: which weights have met data.
+    """
+
+    times: dict[tuple, int]
+    repeats: bool
+    changed: bool
+    largest: int
+    seen: np.ndarray
+
+    @property
+    def method(self) -> str:
+        if not self.times:
+            return LEAST_SQUARES
+        if self.repeats or self.changed or self.largest > LARGEST:
+            return SEARCH
+        return COMPENSATED if max(self.times.values()) == 1 else POOLED
+
+    @property
+    def steps(self) -> int:
+        """In how many parts the leaf is quantized."""
+        return len(self.times) if self.method in (COMPENSATED, POOLED) else 1
+
+
+class Follower:
+    """A handler (see ``interpret.Handler``) of the float stream alone, which follows all weights."""
+
+    def __init__(self, leaves: Leaves) -> None:
+        self.leaves = leaves
+        self.left: int | None = None  # meetings that it waits for, where that is known
+
+    def wants(self, leaf: int) -> bool:
+        """Whether meetings of this leaf matter."""
+        return True
+
+    def meet(self, eqn: JaxprEqn, side: int, view: View, x: Stream) -> None:
+        inputs, parts = self.leaves.parts(eqn, side, view)
+        values = x.float if x.batched else (x.float,)
+        for part in parts:
+            self.add(part, inputs, values)
+        if self.left is not None:
+            self.left -= 1
+            if self.left == 0:
+                raise Finished
+
+    def add(self, part: Part, inputs: Any, values: Sequence[jax.Array]) -> None:
+        raise NotImplementedError
+
+    def settled(self, view: View) -> Stream | None:
+        return None
+
+    def resolve(self, view: View) -> Stream:
+        return Stream(view.value)
+
+
+class Planner(Follower):
+    """Looks which weights meet data, and how often.
+
+    Attributes:
+      found: the meetings of each leaf.
+      order: the leaves of each meeting, in turn.
+    """
+
+    def __init__(self, leaves: Leaves) -> None:
+        super().__init__(leaves)
+        self.found = [
+            Meetings({}, False, False, 0, np.zeros(value.size, bool)) for value in leaves.values
+        ]
+        self.order: list[frozenset[int]] = []
+
+    def meet(self, eqn: JaxprEqn, side: int, view: View, x: Stream) -> None:
+        self.order.append(view.leaves)
+        for part in self.leaves.parts(eqn, side, view)[1]:
+            found = self.found[part.leaf]
+            found.largest = max(found.largest, part.index.shape[1])
+            found.changed |= view.changed
+            if part.key not in found.times:
+                before = np.count_nonzero(found.seen)
+                found.seen[part.index] = True
+                added = np.count_nonzero(found.seen) - before
+                found.repeats |= bool(added < part.index.size)
+            found.times[part.key] = found.times.get(part.key, 0) + 1
+
+
+class Moments(Follower):
+    """Keeps what the weights that are not simply compensated are multiplied by.
+
+    Attributes:
+      pooled: second moments and tokens of each part that meets data more than once.
+      importance: of other leaves the sum of the squares that each weight is multiplied by.
+    """
+
+    def __init__(self, leaves: Leaves, methods: list[str]) -> None:
+        super().__init__(leaves)
+        self.methods = methods
+        self.pooled: dict[tuple, tuple[jax.Array, jax.Array]] = {}
+        self.importance: dict[int, np.ndarray] = {}
+
+    def wants(self, leaf: int) -> bool:
+        return self.methods[leaf] in (POOLED, SEARCH)
+
+    def settled(self, view: View) -> Stream | None:
+        return None if any(map(self.wants, view.leaves)) else self.resolve(view)
+
+    def add(self, part: Part, inputs: Any, values: Sequence[jax.Array]) -> None:
+        if self.methods[part.leaf] == POOLED:
+            name = part.leaf, part.key
+            for value in values:
+                h, _, tokens = second_moments(inputs, value, None)
+                total, count = self.pooled.get(name, (0.0, 0))
+                self.pooled[name] = total + h, count + tokens
+        elif self.methods[part.leaf] == SEARCH:
+            square = np.sum([np.asarray(squares(inputs, value)[0]) for value in values], axis=0)
+            size = self.leaves.values[part.leaf].size
+            kept = self.importance.setdefault(part.leaf, np.zeros(size))
+            np.add.at(kept, part.index, np.broadcast_to(square[:, :, None], part.index.shape))
+
+
+class InputSquares(Follower):
+    """Sums the squares of what each contracted index of each leaf is multiplied by.
+
+    Args:
+      leaves: those that are followed.
+      uses: of each: along the axes that it names in no way, weights are multiplied by the same.
+    """
+
+    def __init__(self, leaves: Leaves, uses: list[Use]) -> None:
+        super().__init__(leaves)
+        kept = [use.contracted | use.batch | use.stacked for use in uses]
+        self.shapes = [
+            tuple(n if axis in axes else 1 for axis, n in enumerate(value.shape))
+            for value, axes in zip(leaves.values, kept, strict=True)
+        ]
+        self.sums = [np.zeros(shape) for shape in self.shapes]
+        self.rows = [np.zeros(shape) for shape in self.shapes]
+
+    def add(self, part: Part, inputs: Any, values: Sequence[jax.Array]) -> None:
+        shape = self.shapes[part.leaf]
+        places = np.unravel_index(part.index, self.leaves.values[part.leaf].shape)
+        places = [p if n > 1 else p * 0 for p, n in zip(places, shape, strict=True)]
+        if any((p != p[:, :, :1]).any() for p in places):
+            return  # another use than the first: it contracts other axes
+        each = tuple(p[:, :, 0] for p in places)
+        for value in values:
+            square, rows = squares(inputs, value)
+            np.add.at(self.sums[part.leaf], each, np.asarray(square))
+            np.add.at(self.rows[part.leaf], each, rows)
+
+    def means(self) -> dict[str, jax.Array]:
+        """By path, of the leaves that have met data."""
+        return {
+            path: jnp.asarray(total / np.maximum(rows, 1), jnp.float32)
+            for path, total, rows in zip(self.leaves.paths, self.sums, self.rows, strict=True)
+            if rows.any()
+        }
+
+
+class Program:
+    """A function's jaxpr, and the params that it is evaluated with.
+
+    Args:
+      jaxpr: of the flat params and a flat batch.
+      leaves: those that are followed.
+      paths: of the flat params.
+      params: the flat params.
+      segments: the compiled programs.
+    """
+
+    def __init__(
+        self,
+        jaxpr: ClosedJaxpr,
+        leaves: Leaves,
+        paths: Sequence[str],
+        params: Sequence[Any],
+        segments: Segments,
+    ) -> None:
+        self.jaxpr, self.leaves, self.segments = jaxpr, leaves, segments
+        numbers = {path: i for i, path in enumerate(leaves.paths)}
+        self.params = [(numbers.get(path), x) for path, x in zip(paths, params, strict=True)]
+        self.order: list[frozenset[int]] | None = None
+
+    def plan(self, batches: Sequence[Sequence[jax.Array]]) -> Planner:
+        """What happens to the leaves, as far as shapes tell."""
+        planner = Planner(self.leaves)
+        shapes = [Stream((jax.ShapeDtypeStruct(x.shape, x.dtype),)) for x in batches[0]]
+        interpreter = Interpreter(planner, self.segments, abstract=True)
+        interpreter.run(self.jaxpr, [*self._params(), *shapes], 1)
+        # Where data decides how often a loop runs, it is not known which meeting is the last.
+        self.order = None if interpreter.endless else planner.order
+        return planner
+
+    def run(self, batches: Sequence[Sequence[jax.Array]], handler: Follower) -> None:
+        """Evaluates the program, up to the last meeting that the handler wants."""
+        handler.left = None
+        if self.order is not None:
+            handler.left = sum(any(map(handler.wants, leaves)) for leaves in self.order)
+        if handler.left == 0:
+            return
+        data = [Stream(column) for column in zip(*batches, strict=True)]
+        with contextlib.suppress(Finished):
+            Interpreter(handler, self.segments).run(
+                self.jaxpr, [*self._params(), *data], len(batches)
+            )
+
+    def _params(self) -> list[Value]:
+        return [Stream(x) if i is None else self.leaves.view(i) for i, x in self.params]
