@@ -16,7 +16,7 @@ from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.qarray import QArray, is_qarray
 from optax_clipquant.quant.quantizers import Quantizer, Uniform
 from optax_clipquant.quant.selection import names_a_weight
-from optax_clipquant.quant.uses import Use, Uses
+from optax_clipquant.quant.uses import Calibration, Use, Uses
 
 Rules = Quantizer | Mapping[str, Quantizer | None]
 Where = Callable[[str, Any], bool]
@@ -28,6 +28,8 @@ def quantize_params(
     *,
     where: Where | None = None,
     uses: Uses | None = None,
+    calibration: Calibration | None = None,
+    importance: PyTree | None = None,
     key: jax.Array | None = None,
 ) -> PyTree:
     """``params`` with a ``QArray`` in place of each leaf that is to be quantized.
@@ -47,6 +49,11 @@ def quantize_params(
       uses: what the function does with the params, of ``trace_weights``. It selects the leaves that
         are in a dot, a convolution or a lookup (and are no adapters) under any name, and says which
         axes share a scale where the quantizer's ``channel_axis`` does not.
+      calibration: of ``calibrate``: gives ``uses`` and, by its moments, ``importance``, where these are
+        not given.
+      importance: a tree like the params, or a part of it, of arrays that broadcast to the leaves, such
+        as that of ``squared_gradients``: scales, and their signs, are searched that minimise
+        ``sum(importance * (w - w_hat)**2)``. Leaves that it does not have are fitted without.
       key: a PRNG key, for stochastic rounding. Each leaf gets a key of its own.
 
     Returns:
@@ -77,6 +84,15 @@ def quantize_params(
       (3, 1)
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qarray)
+    moments: Mapping[str, Any] = {}
+    if calibration is not None:
+        uses = calibration.uses if uses is None else uses
+        moments = calibration.moments
+    if importance is not None:
+        moments = {
+            path_of(path): leaf
+            for path, leaf in jax.tree_util.tree_flatten_with_path(importance)[0]
+        }
     chosen = select(params, quantizer, where, uses)
 
     def quantize_leaf(index: int, leaf: Any, path: str) -> Any:
@@ -84,7 +100,9 @@ def quantize_params(
             return leaf
         leaf_key = None if key is None else jax.random.fold_in(key, index)
         with naming(path):
-            return chosen[path].quantize(leaf, key=leaf_key, use=use_of(uses, path))
+            return chosen[path].quantize(
+                leaf, key=leaf_key, use=use_of(uses, path), importance=moments.get(path)
+            )
 
     return treedef.unflatten(
         quantize_leaf(index, leaf, path_of(path)) for index, (path, leaf) in enumerate(leaves)

@@ -17,6 +17,7 @@ from optax_clipquant import (
     calibrate,
     dequantize_params,
     quantize_calibrated,
+    quantize_params,
     trace_weights,
 )
 from optax_clipquant.analysis.compensation.rounding import factorize, round_groups, round_on
@@ -378,6 +379,30 @@ def test_weighted_search_is_not_worse_than_any_scale_tried():
     scales = np.linspace(0.02, 1.2 * np.abs(w).max() / 7, 2000)
     best = min(map(error, [*scales, *-scales]))
     assert error(float(found.scale[0, 0])) <= 1.05 * best
+
+
+def test_a_calibration_weighs_the_error_of_each_input():
+    x, params = correlated(0, 200, 32), {"w": normal(1, 32, 8)}
+
+    def fn(params, x):
+        return x @ params["w"]
+
+    calibration = calibrate(fn, params, [x], progress=False)
+    weighted = quantize_params(params, Uniform(3, group_size=16), calibration=calibration)
+    same = quantize_params(
+        params,
+        Uniform(3, group_size=16),
+        uses=calibration.uses,
+        importance={"w": jnp.mean(jnp.square(x), axis=0)[:, None]},
+    )
+    chex.assert_trees_all_equal(weighted["w"].qvalue, same["w"].qvalue)
+    plain = quantize_params(params, Uniform(3, group_size=16), uses=calibration.uses)
+    power = np.asarray(jnp.mean(jnp.square(x), axis=0))[:, None]
+
+    def error(qparams):
+        return np.sum(power * (np.asarray(params["w"]) - qparams["w"].dequantize()) ** 2)
+
+    assert error(weighted) < 0.8 * error(plain)
 
 
 def test_batches_that_differ_are_refused():
