@@ -19,10 +19,13 @@ from optax_clipquant.lowering.sharding import (
 )
 
 Kind = Literal["max", "sum"]
-Zero = jax.Array | float
 T = TypeVar("T")  # a tree of arrays, with one entry for each span
 SMALL = 4096  # elements: with fewer, what counts is how many loops there are, not how fast each is
 _VECTOR = 4  # numbers next to each other that are worth an instruction
+# How many elements are reduced at a time: a loop that computes much for each is unrolled, and fast, only if
+# they are few (3 sums: 12 ms at 8, 117 at 16); but what it writes is as much smaller as they are many.
+_AT_A_TIME, _OF_MUCH = 16, 8
+_MUCH = 6  # of what an array that is compared counts as 1, one that is computed and added as 2
 _FEW = 64  # that may be summed one after the other: of more, parts are rounded less often
 _WHOLE = {"max": functools.partial(jnp.max, initial=0), "sum": jnp.sum}
 _PAIR = {"max": jax.lax.max, "sum": jax.lax.add}
@@ -42,13 +45,7 @@ class Span:
         """``axes`` of an array with ``ndim`` of them, counted from the first."""
         return tuple(range(ndim) if self.axes is None else (axis % ndim for axis in self.axes))
 
-    def reduce(
-        self,
-        kinds: Sequence[Kind],
-        compute: Callable[[Zero], Sequence[jax.Array]],
-        zero: Zero = 0.0,
-        most: int = 16,
-    ) -> list[jax.Array]:
+    def reduce(self, kinds: Sequence[Kind], arrays: Sequence[jax.Array]) -> list[jax.Array]:
         """The largest element, 0 among them, or the sum, of several arrays of one shape.
 
         XLA's CPU backend makes a loop of each reduction, and in most of them computes one element at a
@@ -59,63 +56,52 @@ class Span:
 
         Args:
           kinds: what to do with each array.
-          compute: gives the arrays. Its argument is 0, or where each array has a loop of its own,
-            ``zero`` and something that is known when the loop before is done: added to what arrays
-            share, it keeps that from being written to memory.
-          zero: a zero of the result's shape that no compiler takes for a constant.
-          most: how many elements are reduced at a time. A loop that computes much for each is unrolled, and
-            fast, only if they are few; but what it writes is as much smaller as they are many.
+          arrays: what is reduced, computed or not.
         """
-        like = jax.eval_shape(lambda: compute(0.0))
-        integers = all(map(_is_integer, like))
-
-        def one_by_one() -> list[jax.Array]:
-            found: list[jax.Array] = []
-            later = zero
-            for i, kind in enumerate(kinds):
-                found.append(self._whole(kind, compute(later)[i]))
-                if not _is_integer(found[-1]):
-                    later = zero + 0 * found[-1]
-            return found
-
-        def together(arrays: Sequence[jax.Array]) -> list[jax.Array]:
-            if part := self._part(arrays[0], most, integers):
-                axis, size, reduced, rest = part
-                length = arrays[0].shape[axis] - rest
-                parts = [split_axis(x, axis, 0, length, size) for x in arrays]
-                found = together(_reduce(kinds, parts, (reduced,)))
-                if not rest:
-                    return found
-                last = [jax.lax.slice_in_dim(x, length, length + rest, axis=axis) for x in arrays]
-                pairs = zip(kinds, found, together(last), strict=True)
-                return [_PAIR[kind](x, y) for kind, x, y in pairs]
-            axes = self.reduced(arrays[0].ndim)
-            few = math.prod(arrays[0].shape[axis] for axis in axes) <= _FEW
-            if jax.device_count() == 1 and (integers or few):
-                arrays = [jnp.expand_dims(x, axes) for x in _reduce(kinds, arrays, axes)]
-            return [self._whole(kind, x) for kind, x in zip(kinds, arrays, strict=True)]
-
-        if self._part(like[0], most, integers) is None and not integers:
-            return one_by_one()
+        integers = all(map(_is_integer, arrays))
+        if self._part(arrays) is None and not integers:
+            return self._each(kinds, *arrays)
         return jax.lax.platform_dependent(
-            cpu=lambda: together(compute(0.0)),
-            default=lambda: [self._whole(k, x) for k, x in zip(kinds, compute(0.0), strict=True)],
+            *arrays,
+            cpu=functools.partial(self._together, kinds),
+            default=functools.partial(self._each, kinds),
         )
+
+    def _each(self, kinds: Sequence[Kind], *arrays: jax.Array) -> list[jax.Array]:
+        return [self._whole(kind, x) for kind, x in zip(kinds, arrays, strict=True)]
+
+    def _together(self, kinds: Sequence[Kind], *arrays: jax.Array) -> list[jax.Array]:
+        integers = all(map(_is_integer, arrays))
+        if part := self._part(arrays):
+            axis, size, reduced, rest = part
+            length = arrays[0].shape[axis] - rest
+            parts = [split_axis(x, axis, 0, length, size) for x in arrays]
+            found = self._together(kinds, *_reduce(kinds, parts, (reduced,)))
+            if not rest:
+                return found
+            last = [jax.lax.slice_in_dim(x, length, length + rest, axis=axis) for x in arrays]
+            pairs = zip(kinds, found, self._together(kinds, *last), strict=True)
+            return [_PAIR[kind](x, y) for kind, x, y in pairs]
+        axes = self.reduced(arrays[0].ndim)
+        few = math.prod(arrays[0].shape[axis] for axis in axes) <= _FEW
+        if jax.device_count() == 1 and (integers or few):
+            arrays = tuple(jnp.expand_dims(x, axes) for x in _reduce(kinds, arrays, axes))
+        return self._each(kinds, *arrays)
 
     def _whole(self, kind: Kind, x: jax.Array) -> jax.Array:
         each = _WHOLE[kind](x, axis=self.axes, keepdims=True)
         return reduce_runs(_WHOLE[kind], each, self.axis, self.run)
 
-    def _part(
-        self, x: jax.Array | jax.ShapeDtypeStruct, most: int, integers: bool
-    ) -> tuple[int, int, int, int] | None:
+    def _part(self, arrays: Sequence[jax.Array]) -> tuple[int, int, int, int] | None:
         """An axis, the size of the parts to split it into, which of the two axes to reduce, and how many
         elements of the axis are left over.
 
         Vectors lie along the last axis: it stays, or elements far from each other on it are reduced.
         Each device must hold all that is, or it would be moved.
         """
-        axes = self.reduced(x.ndim)
+        x, integers = arrays[0], all(map(_is_integer, arrays))
+        work = sum(1 if _is_integer(y) else 2 for y in arrays)
+        axes, most = self.reduced(x.ndim), _AT_A_TIME if work < _MUCH else _OF_MUCH
         if x.size <= SMALL or not axes:
             return None
         last = max(axis for axis in range(x.ndim) if x.shape[axis] > 1)
@@ -165,52 +151,46 @@ def _is_integer(x: jax.Array | jax.ShapeDtypeStruct) -> bool:
     return jnp.issubdtype(x.dtype, jnp.integer)
 
 
-def extremes(
-    x: jax.Array,
-    span: Span = Span(),
-    sums: Callable[[Zero], Sequence[jax.Array]] = lambda zero: (),
-    zero: Zero = 0.0,
-    most: int = 16,
-) -> list[jax.Array]:
+def extremes(x: jax.Array, span: Span = Span(), *sums: jax.Array) -> list[jax.Array]:
     """The largest and the least element of each span, 0 among them, in float32; NaN where an element is.
 
-    And the ``sums`` of arrays of the shape of ``x``, in the same loop. For what else there is, see
-    ``Span.reduce``.
+    And the sums of further float32 arrays of the shape of ``x``, which XLA's CPU backend finds in the
+    same loop.
 
-    Of the bits, which as integers are in the order of the numbers from 0 up, with NaN above infinity:
-    NaN of either sign makes one of the two NaN. (XLA's CPU backend drops NaN from the maximum of a large
-    floating array, as seen with jaxlib 0.10.2.)
+    XLA's CPU backend drops NaN from the maximum of a large floating array (as seen with jaxlib 0.10.2):
+    there, the bits are compared, which as integers are in the order of the numbers from 0 up, with NaN
+    above infinity: NaN of either sign makes one of the two NaN. A reduction whose comparison keeps NaN
+    takes as long to compile, 14 times as long over a whole array, and has no all-reduce on several CPUs or GPUs.
     """
-    x = x.astype(jnp.float32)
-    bits = [jax.lax.bitcast_convert_type(y, jnp.int32) for y in (x, -x)]
-    high, low, *found = _largest_and_sums(bits, span, sums, zero, most)
-    nan = jnp.isnan(high) | jnp.isnan(low)
-    return [jnp.where(nan, jnp.nan, high), jnp.where(nan, jnp.nan, -low), *found]
+
+    def plain(x: jax.Array, *sums: jax.Array) -> list[jax.Array]:
+        low = jnp.min(x, axis=span.axes, keepdims=True, initial=0)
+        high = jnp.max(x, axis=span.axes, keepdims=True, initial=0)
+        least = functools.partial(jnp.min, initial=0)
+        return [
+            reduce_runs(_WHOLE["max"], high, span.axis, span.run),
+            reduce_runs(least, low, span.axis, span.run),
+            *span._each(("sum",) * len(sums), *sums),
+        ]
+
+    def of_bits(x: jax.Array, *sums: jax.Array) -> list[jax.Array]:
+        bits = [jax.lax.bitcast_convert_type(y, jnp.int32) for y in (x, -x)]
+        kinds: list[Kind] = ["max", "max", *("sum" for _ in sums)]
+        up, down, *found = span._together(kinds, *bits, *sums)
+        high, low = (jax.lax.bitcast_convert_type(y, jnp.float32) for y in (up, down))
+        nan = jnp.isnan(high) | jnp.isnan(low)
+        return [jnp.where(nan, jnp.nan, high), jnp.where(nan, jnp.nan, -low), *found]
+
+    # Bits have no derivative, so that on no platform there is one.
+    x = jax.lax.stop_gradient(x.astype(jnp.float32))
+    return jax.lax.platform_dependent(x, *sums, cpu=of_bits, default=plain)
 
 
-def magnitude(
-    x: jax.Array, span: Span, sums: Callable[[Zero], Sequence[jax.Array]], zero: Zero
-) -> list[jax.Array]:
-    """The largest magnitude in each span of a float32 array, and ``sums``, as ``extremes`` has them."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
-    return _largest_and_sums([bits], span, sums, zero)
-
-
-def _largest_and_sums(
-    bits: Sequence[jax.Array],
-    span: Span,
-    sums: Callable[[Zero], Sequence[jax.Array]],
-    zero: Zero,
-    most: int = 16,
-) -> list[jax.Array]:
-    """The numbers of the largest ``bits``, and the sums."""
-    kinds: list[Kind] = [
-        *("max" for _ in bits),
-        *("sum" for _ in jax.eval_shape(lambda: sums(0.0))),
-    ]
-    found = span.reduce(kinds, lambda zero: [*bits, *sums(zero)], zero, most)
-    numbers = [jax.lax.bitcast_convert_type(x, jnp.float32) for x in found[: len(bits)]]
-    return [*numbers, *found[len(bits) :]]
+def sum_magnitudes(x: jax.Array, span: Span) -> jax.Array:
+    """The sum of ``abs(x)`` in each span. As two sums, since XLA's CPU backend is slower at one by itself."""
+    # NaN is in one of them.
+    up, down = span.reduce(("sum", "sum"), [jnp.where(x > 0, x, 0), jnp.where(x > 0, 0, x)])
+    return up - down
 
 
 def in_groups(

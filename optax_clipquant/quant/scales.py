@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_clipquant.lowering.blocks import fit_in_blocks
-from optax_clipquant.lowering.reduce import Span, Zero, extremes, magnitude
+from optax_clipquant.lowering.reduce import Span, extremes, sum_magnitudes
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.levels import largest_scale
 
@@ -48,17 +48,14 @@ def moments(w: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array, 
     rows = tuple(axis for axis in axes if axis not in columns)
     span, count = Span(rows), math.prod(w.shape[axis] for axis in rows)
     # Halves, for a sum can round up.
-    high, low, halves = extremes(w, span, lambda _: [w * (0.5 / count)])
+    high, low, halves = extremes(w, span, w * (0.5 / count))
     means = 2 * halves
     reach = jnp.maximum(high, -low)
     unit = jnp.where(reach == 0, 1, reach)
     any_element = jnp.where(high > 0, high, low)
     squares, differ = span.reduce(
         ("sum", "max"),
-        lambda zero: (
-            jnp.square(w / unit - (means + zero) / unit),
-            (w != any_element).astype(jnp.int32),
-        ),
+        [jnp.square(w / unit - means / unit), (w != any_element).astype(jnp.int32)],
     )
 
     def over_columns(fn: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
@@ -81,14 +78,8 @@ def moments(w: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array, 
 
 def mean_magnitude(w: jax.Array, span: Span) -> jax.Array:
     """The mean of ``abs(w)`` in each span, cut so that twice the mean is finite where ``w`` is."""
-    share = jnp.asarray(0.5 / np.maximum(span.counts(w.shape), 1), jnp.float32)
-    # Of two sums, since one by itself is slower (see `Span.reduce`); one of them has all NaN.
-    share_of = w * share
-    up, down = span.reduce(
-        ("sum", "sum"),
-        lambda _: (jnp.where(w > 0, share_of, 0), jnp.where(w > 0, 0, share_of)),
-    )
-    half = up - down
+    fraction = jnp.asarray(0.5 / np.maximum(span.counts(w.shape), 1), jnp.float32)
+    half = sum_magnitudes(w * fraction, span)
     return 2 * jnp.where(jnp.isinf(half), half, jnp.minimum(half, _LARGEST / 4))
 
 
@@ -143,8 +134,7 @@ def _from_scratch(w: jax.Array, place: Place, span: Span) -> Grid:
     scale = _search(w, span, grid)
     for _ in range(2):
         scale = jnp.where(scale == 0, 1, scale)
-        found = span.reduce(("sum", "sum"), _sums(w, grid, scale), 0 * scale)
-        scale = _best(grid, scale, *found)
+        scale = _best(grid, scale, *span.reduce(("sum", "sum"), _terms(w, grid, scale)))
     return dataclasses.replace(grid, scale=scale)
 
 
@@ -153,33 +143,23 @@ def _from_start(w: jax.Array, start: Grid, place: Place, span: Span) -> Grid:
     scale = start.scale.astype(jnp.float32)
     usable = jnp.isfinite(scale) & (scale != 0)
     scale = jnp.where(usable, scale, 1)
-    grid = jax.eval_shape(place, scale, scale)
-    sums = _sums(w, dataclasses.replace(grid, zero_point=start.zero_point), scale)
-    if grid.zero_point is None:
-        high, *found = magnitude(w, span, sums, 0 * scale)
-        low = -high
-    else:
-        high, low, *found = extremes(w, span, sums, 0 * scale, most=8)
+    levels = dataclasses.replace(jax.eval_shape(place, scale, scale), zero_point=start.zero_point)
+    high, low, squares, products = extremes(w, span, *_terms(w, levels, scale))
     grid = place(high, low)
-    return dataclasses.replace(
-        grid, scale=jnp.where(usable, _best(grid, scale, *found), grid.scale)
-    )
+    best = _best(grid, scale, squares, products)
+    return dataclasses.replace(grid, scale=jnp.where(usable, best, grid.scale))
 
 
-def _sums(w: jax.Array, grid: Grid, scale: jax.Array) -> Callable[[Zero], list[jax.Array]]:
-    """Of which the least-squares scale follows: squares of the nearest levels, and products with ``w``.
+def _terms(w: jax.Array, grid: Grid, scale: jax.Array) -> list[jax.Array]:
+    """Squares of the nearest levels, and products with ``w``, whose sums give the least-squares scale.
 
-    In steps, so that none of them overflows.
+    In units of the scale, so that none of them overflows.
     """
     if _is_mirrored(grid):
         w, scale = jnp.abs(w), jnp.abs(scale)
-
-    def arrays(zero: Zero) -> list[jax.Array]:
-        steps = w * (1 / (scale + zero))
-        levels = _levels(grid, steps, zero)
-        return [jnp.square(levels), steps * levels]
-
-    return arrays
+    steps = w * (1 / scale)
+    levels = _levels(grid, steps)
+    return [jnp.square(levels), steps * levels]
 
 
 def _best(grid: Grid, scale: jax.Array, squares: jax.Array, products: jax.Array) -> jax.Array:
@@ -202,12 +182,8 @@ def _search(w: jax.Array, span: Span, absmax: Grid) -> jax.Array:
         best: tuple[jax.Array, jax.Array], ratios: jax.Array, here: np.ndarray
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
         ratio, least = best
-
-        def errors(zero: Zero) -> list[jax.Array]:
-            return [jnp.square(x - r * _levels(absmax, x / (r + zero), zero)) for r in ratios]
-
-        found = span.reduce(("sum",) * 3, errors, 0 * base, most=8)
-        for r, error in zip(ratios, found, strict=True):
+        errors = [jnp.square(x - r * _levels(absmax, x / r)) for r in ratios]
+        for r, error in zip(ratios, span.reduce(("sum",) * 3, errors), strict=True):
             better = (error < least) & here
             ratio = jnp.where(better, r, ratio)
             least = jnp.where(better, error, least)
@@ -229,20 +205,16 @@ def _is_mirrored(grid: Grid) -> bool:
     return grid.zero_point is None and grid.lower + grid.offset == -(grid.upper + grid.offset)
 
 
-def _levels(grid: Grid, steps: jax.Array, zero: Zero) -> jax.Array:
-    """The nearest level to each position, in steps; of the magnitudes, for a grid that is mirrored.
-
-    (A few instructions more, and a loop over 16 elements is no longer unrolled. See ``Span.reduce``, for
-    ``zero`` too.)
-    """
+def _levels(grid: Grid, steps: jax.Array) -> jax.Array:
+    """The nearest level to each position, in steps; of the magnitudes, for a grid that is mirrored."""
     low, high = grid.lower + grid.offset, grid.upper + grid.offset
-    nearest = jnp.floor(steps) + (grid.offset + zero) if grid.offset else jnp.round(steps)
+    nearest = jnp.floor(steps) + grid.offset if grid.offset else jnp.round(steps)
     if _is_mirrored(grid):
-        return jnp.minimum(nearest, high + zero)
+        return jnp.minimum(nearest, high)
     if grid.zero_point is not None:
         shift = grid.zero_point.astype(jnp.float32)
         low, high = low - shift, high - shift
-    return jnp.clip(nearest, low + zero, high + zero)
+    return jnp.clip(nearest, low, high)
 
 
 def _largest(grid: Grid) -> float:

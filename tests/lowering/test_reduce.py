@@ -58,9 +58,7 @@ def test_extremes_are_exact_at_the_ends_of_the_range(devices):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_extremes_and_sums_in_one_loop(devices, dtype, axes):
     x = jnp.asarray(weights((192, 256)), dtype)
-    found = jax.jit(lambda x: extremes(x, Span(axes), lambda zero: [jnp.square(x), x + zero]))(
-        x.astype(jnp.float32)
-    )
+    found = jax.jit(lambda x: extremes(x, Span(axes), jnp.square(x), x))(x.astype(jnp.float32))
     wide, whole = np.asarray(x, np.float64), {"axis": axes, "keepdims": True}
     np.testing.assert_array_equal(found[0], np.maximum(wide, 0).max(**whole))
     np.testing.assert_array_equal(found[1], np.minimum(wide, 0).min(**whole))
@@ -73,13 +71,8 @@ def test_extremes_and_sums_in_one_loop(devices, dtype, axes):
 def results(x: jax.Array, span: Span) -> list[jax.Array]:
     """Of arrays that are computed, and share something."""
 
-    def compute(zero):
-        shared = jnp.tanh(x * (1 + zero))
-        return x, -x, shared, jnp.square(shared)
-
-    return span.reduce(
-        ("max", "max", "sum", "sum"), compute, 0 * jnp.max(x, span.axes, keepdims=True)
-    )
+    shared = jnp.tanh(x)
+    return span.reduce(("max", "max", "sum", "sum"), [x, -x, shared, jnp.square(shared)])
 
 
 # Where runs of 16 fit, of fewer, and none; the last axis alone; three axes, of which the middle one is long;
