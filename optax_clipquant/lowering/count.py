@@ -77,5 +77,5 @@ def _count_each(masks: Sequence[jax.Array]) -> list[jax.Array]:
     """Exact, then rounded; of 2**31 elements and more, rounded for each index of the first axis."""
     kinds: list[Kind] = ["sum" for _ in masks]
     axes = None if masks[0].size < _COUNTABLE else tuple(range(1, masks[0].ndim))
-    found = Span(axes).reduce(kinds, lambda _: [mask.astype(jnp.int32) for mask in masks])
+    found = Span(axes).reduce(kinds, [mask.astype(jnp.int32) for mask in masks])
     return [jnp.sum(x.astype(jnp.float32)) for x in found]
