@@ -159,7 +159,7 @@ def weighted_least_squares(
     w = w.astype(jnp.float32)
 
     def total(x: jax.Array) -> jax.Array:
-        return span.reduce(("sum",), lambda _: [jnp.broadcast_to(x, w.shape)])[0]
+        return span.reduce(("sum",), [jnp.broadcast_to(x, w.shape)])[0]
 
     weight = total(importance)
     importance = jnp.where(weight > 0, importance, 1)
