@@ -17,23 +17,29 @@ from optax_clipquant.quant.params import (
     naming,
     rule_for,
     select,
+    use_of,
 )
+from optax_clipquant.quant.uses import Use, Uses
 
 
-def init_grids(params: PyTree, quantizer: Rules, where: Where | None) -> PyTree:
+def init_grids(
+    params: PyTree, quantizer: Rules, where: Where | None, uses: Uses | None = None
+) -> PyTree:
     params = unboxed(params)
-    chosen = select(params, quantizer, where)
+    chosen = select(params, quantizer, where, uses)
 
     def fit(path: str, p: jax.Array) -> Grid | None:
         if path not in chosen:
             return None
         with naming(path):
-            return chosen[path].fit(p)
+            return chosen[path].fit(p, use=use_of(uses, path))
 
     return jax.tree_util.tree_map_with_path(lambda path, p: fit(path_of(path), p), params)
 
 
-def refit(transform: str, quantizer: Rules, path: str, w: jax.Array, grid: Grid) -> Grid:
+def refit(
+    transform: str, quantizer: Rules, path: str, w: jax.Array, grid: Grid, use: Use | None
+) -> Grid:
     """The grid of the next step, of which nothing is differentiated."""
     rule = rule_for(path, quantizer)
     if rule is None:
@@ -43,9 +49,9 @@ def refit(transform: str, quantizer: Rules, path: str, w: jax.Array, grid: Grid)
         )
     w = jax.lax.stop_gradient(w)
     try:
-        found = rule.fit(w, start=grid)
+        found = rule.fit(w, start=grid, use=use)
     except (TypeError, ValueError):  # a start of other shapes fits nothing
-        _check_same_grid(transform, path, jax.eval_shape(rule.fit, w), grid)
+        _check_same_grid(transform, path, jax.eval_shape(lambda w: rule.fit(w, use=use), w), grid)
         raise
     found = dataclasses.replace(found, dtype=grid.dtype)
     _check_same_grid(transform, path, found, grid)

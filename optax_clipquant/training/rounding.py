@@ -8,7 +8,8 @@ import optax
 
 from optax_clipquant._tree import PyTree, on_shapes
 from optax_clipquant.quant.grid import Grid
-from optax_clipquant.quant.params import Rules, Where, check_rules, leaves_of
+from optax_clipquant.quant.params import Rules, Where, check_rules, leaves_of, use_of
+from optax_clipquant.quant.uses import Uses
 from optax_clipquant.training.grids import difference, init_grids, level_of, map_quantized, refit
 from optax_clipquant.training.latent import straight_through
 
@@ -28,7 +29,12 @@ class RoundWeightsState(NamedTuple):
 
 
 def round_weights(
-    quantizer: Rules, *, stochastic: bool = False, seed: int = 0, where: Where | None = None
+    quantizer: Rules,
+    *,
+    stochastic: bool = False,
+    seed: int = 0,
+    where: Where | None = None,
+    uses: Uses | None = None,
 ) -> optax.GradientTransformation:
     """Rounds the params onto the grid after every step; put it last in the chain.
 
@@ -42,6 +48,7 @@ def round_weights(
       stochastic: round to one of the two levels around each weight, unbiased.
       seed: of the stochastic rounding. Under ``jax.vmap`` all members draw the same numbers.
       where: as for ``quantize_weights``.
+      uses: as for ``quantize_weights``.
 
     Returns:
       A ``GradientTransformation`` with a ``RoundWeightsState``.
@@ -63,7 +70,7 @@ def round_weights(
 
     @on_shapes
     def init(params: PyTree) -> PyTree:
-        grid = init_grids(params, quantizer, where)
+        grid = init_grids(params, quantizer, where, uses)
         key = jax.random.PRNGKey(seed) if stochastic else None
         return RoundWeightsState(jnp.zeros((), jnp.int32), grid, key)
 
@@ -74,7 +81,7 @@ def round_weights(
 
         def step(path: str, u: jax.Array, p: jax.Array, grid: Grid) -> tuple[Any, Any]:
             w = p.astype(jnp.float32) + u
-            grid = refit("round_weights", quantizer, path, w, grid)
+            grid = refit("round_weights", quantizer, path, w, grid, use_of(uses, path))
             key = None
             if state.key is not None:
                 key = jax.random.fold_in(jax.random.fold_in(state.key, state.count), index[path])

@@ -9,9 +9,10 @@ import optax
 from optax_clipquant._tree import PyTree, check_unchanged, on_shapes, path_of, unboxed
 from optax_clipquant.gradients.clip import Bound, clip_by_value
 from optax_clipquant.quant.grid import Grid
-from optax_clipquant.quant.params import Rules, Where, check_rules, leaves_of
+from optax_clipquant.quant.params import Rules, Where, check_rules, leaves_of, use_of
 from optax_clipquant.quant.qarray import QArray
 from optax_clipquant.quant.quantizers import Uniform
+from optax_clipquant.quant.uses import Uses
 from optax_clipquant.training import residual
 from optax_clipquant.training.grids import difference, init_grids, level_of, map_quantized, refit
 from optax_clipquant.training.latent import adopt, straight_through
@@ -40,6 +41,7 @@ def quantize_weights(
     *,
     softness: float | optax.Schedule | None = None,
     where: Where | None = None,
+    uses: Uses | None = None,
     residual_bits: int | None = None,
 ) -> optax.GradientTransformation:
     """Keeps the params on a quantization grid; put it last in the chain.
@@ -79,6 +81,8 @@ def quantize_weights(
       softness: None for 0; a number from 0 to 1; or a schedule of the number of updates so far, such
         as ``softness_schedule``. What a schedule gives is cut to 0..1.
       where: which leaves may be quantized, as in ``quantize_params``.
+      uses: what the function does with the params, from ``trace_weights``: it selects the leaves and
+        gives each its axes, as in ``quantize_params``.
       residual_bits: None, or 8 to keep the latent weights in a byte: as their distance to the levels,
         in 127 parts of the largest distance in a channel or group, stochastically rounded; at 1 bit as
         their signed roots, which are finest where a weight changes its sign.
@@ -118,7 +122,7 @@ def quantize_weights(
 
     @on_shapes
     def init(params: PyTree) -> PyTree:
-        grid = init_grids(params, quantizer, where)
+        grid = init_grids(params, quantizer, where, uses)
         grids = dict(leaves_of(grid))
 
         def keep(path: str, p: jax.Array) -> Any:
@@ -147,7 +151,7 @@ def quantize_weights(
             kept = latents[path]
             check_unchanged("quantize_weights", "params", path, p, kept.shape)
             latent = adopt(p, grid, kept, before) + u
-            grid = refit("quantize_weights", quantizer, path, latent, grid)
+            grid = refit("quantize_weights", quantizer, path, latent, grid, use_of(uses, path))
             level = target = level_of(grid, latent)
             if soft is not None:
                 target = soften(level, latent, soft)
@@ -171,6 +175,7 @@ def clipquant(
     *,
     c: Bound = 1.0,
     quantizer: Rules = Uniform(bits=4),  # noqa: B008 (immutable)
+    uses: Uses | None = None,
 ) -> optax.GradientTransformation:
     """Clipped gradients, an optimizer, and weights on a grid, in one chain.
 
@@ -178,6 +183,7 @@ def clipquant(
       optimizer: any optax optimizer.
       c: the bound on each gradient, as for ``clip_by_value``.
       quantizer: as for ``quantize_weights``.
+      uses: as for ``quantize_weights``.
 
     Returns:
       A ``GradientTransformation`` whose state is that of the chain.
@@ -188,7 +194,7 @@ def clipquant(
     Examples:
       >>> tx = clipquant(optax.adam(1e-3), c=1.0, quantizer=Uniform(bits=4))
     """
-    return optax.chain(clip_by_value(c), optimizer, quantize_weights(quantizer))
+    return optax.chain(clip_by_value(c), optimizer, quantize_weights(quantizer, uses=uses))
 
 
 def weight_states(opt_state: PyTree) -> list[Any]:

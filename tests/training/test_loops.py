@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import QUANTIZERS, weights
+from helpers import QUANTIZERS, assert_on_grid, weights
 
 from optax_clipquant import (
     Grid,
@@ -19,10 +19,15 @@ from optax_clipquant import (
     clip_by_quantile,
     clip_by_value,
     clip_by_zscore,
+    clipquant,
+    dequantize_params,
+    export_params,
     latent_params,
+    quantize_params,
     quantize_weights,
     round_weights,
     softness_schedule,
+    trace_weights,
 )
 
 SHAPE = (24, 4)
@@ -456,3 +461,38 @@ def test_meta_gradients_are_those_of_the_latent_path(options):
         expected = difference(lambda s, bump=bump: (rate, first + s * bump))
         np.testing.assert_allclose(by_first[index], expected, rtol=1e-3)
         assert abs(expected) > 1e-3
+
+
+@pytest.mark.parametrize("make", [quantize_weights, round_weights, clipquant])
+def test_uses_select_leaves_and_give_them_their_axes(make):
+    """A bias of two axes stays float, a transposed weight and stacked layers have a scale for each output."""
+    params = {
+        "transposed": jnp.asarray(weights((5, 24))),
+        "layers": jnp.asarray(weights((3, 5, 5))),
+        "bias": jnp.ones((3, 5)),
+    }
+
+    def model(params, x):
+        x = x @ params["transposed"].T
+        body = lambda x, layer: (jnp.tanh(x @ layer[0] + layer[1][None]), None)  # noqa: E731
+        return jax.lax.scan(body, x, (params["layers"], params["bias"]))[0]
+
+    uses, x = trace_weights(model, params, jnp.ones((2, 24))), jnp.ones((2, 24))
+    quantizer = Uniform(bits=4, group_size=8)
+    expected = quantize_params(params, quantizer, uses=uses)
+    options = {"quantizer": quantizer, "uses": uses}
+    last = make(optax.sgd(0.1), **options) if make is clipquant else make(**options)
+    tx = last if make is clipquant else optax.chain(optax.sgd(0.1), last)
+    params = dequantize_params(expected)
+    state = tx.init(params)
+    step = jax.jit(lambda g, s, p: tx.update(g, s, p))
+    for _ in range(2):
+        grads = jax.grad(lambda p: jnp.sum(jnp.square(model(p, x))))(params)
+        updates, state = step(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        assert_on_grid(params, state)
+    exported = export_params(params, state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(exported, expected)
+    assert exported["transposed"].scale.shape == (5, 3)
+    assert exported["layers"].scale.shape == (3, 1, 5)
+    assert isinstance(exported["bias"], jax.Array)
