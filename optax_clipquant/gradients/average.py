@@ -60,7 +60,7 @@ def average_gradients(
 
     Returns:
       A ``GradientTransformation`` with an ``AverageGradientsState``. Updates keep their dtypes. Where
-      a device's gradients are not finite, the mean of that block is NaN on all devices, and its
+      a device's gradients are not finite, the mean of those elements is NaN on all devices, and their
       stored error is reset to 0.
 
     Raises:
@@ -199,10 +199,10 @@ def _mean(
 
     def encode(x: jax.Array, stage: int) -> CompandedArray:
         if error is not None:
-            return compand(x, (-1, _BLOCK), bits)
+            return compand(x, (-1, _BLOCK), bits, keep_nan=True)
         # Each leaf, stage and device draws other numbers.
         number = (2 * stream + stage) * devices + device
-        return compand(x, (-1, _BLOCK), bits, dither(x, number, count))
+        return compand(x, (-1, _BLOCK), bits, dither(x, number, count), keep_nan=True)
 
     sent = encode(parts, 0)
     received = jax.tree.map(

@@ -1,21 +1,25 @@
 """Arrays in blocks that share a scale, at levels that are dense near zero, in 8 or 4 bits a number."""
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_clipquant.lowering.reduce import Span, extremes
 from optax_clipquant.lowering.sharding import (
     for_groups,
     for_pieces,
     merge_axis,
     piece_of,
+    reduce_runs,
     spec_of,
     split_axis,
+    without,
 )
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
@@ -23,15 +27,22 @@ _TINY = float(jnp.finfo(jnp.float32).tiny)
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("codes", "scale"),
+    data_fields=("codes", "scale", "row"),
     meta_fields=("block", "bits", "dtype"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class CompandedArray:
     """An array in blocks that share a scale, with levels that are dense near zero.
 
-    With ``s`` the largest magnitude in a block, the levels of a block that has negative numbers are
-    those on the left, of one that has none those on the right::
+    A block is a run of neighbours along one axis, and a row all that lies at one index of that axis. An
+    element is measured by the lesser of two magnitudes, the largest of its block and the largest of its
+    row (rank-1 normalization)::
+
+        s[i, j] = min(row[i], abs(scale[i // size, j]))
+
+    so neither rows nor columns that are decades smaller than their neighbours lose precision to them. The
+    levels of a block that has negative numbers are those on the left, of one that has none those on the
+    right::
 
         sign(k) * (k / n)**2 * s,           abs(k) <= n = 2**(bits - 1) - 1
         ((k + 1) / (n + 1))**4 * s, or 0,   0 <= k <= n = 2**bits - 1, 0 at k = 0
@@ -42,21 +53,28 @@ class CompandedArray:
     there are no negative ones: a step would divide by nothing.
 
     Invariants:
-      * ``scale`` is ``-s`` for a block that has negative numbers; it has the array's rank, and as
-        many entries along the blocks' axis as there are blocks.
-      * ``codes`` has the array's rank; at 4 bits half its extent along the last axis, where a byte
-        holds two neighbours, the first in its low bits.
+      * ``codes`` has the array's shape, ``scale`` its rank and as many entries along the blocks' axis
+        as there are blocks, ``row`` extent 1 along each axis after that of the blocks.
+      * ``scale`` is negative for a block that has negative numbers.
+      * Scales are finite. The code ``-(n + 1)``, which no level on the left has, stands for NaN.
 
     Attributes:
-      codes: ``k``, or ``k + n + 1`` where there are negative numbers; uint8.
+      codes: ``k``, or ``k - 2**(bits - 1)`` where there are no negative numbers; int8 or int4.
       scale: float32.
-      block: the axis along which blocks lie, counted from the last, and their size.
+      row: float32; None where rows are short.
+      block: the axis along which blocks lie, counted from the last, and their size. The last block may
+        be shorter.
       bits: 8 or 4.
       dtype: of the array.
+
+    References:
+      Li et al., Memory efficient optimizers with 4-bit states, 2023 (arXiv:2309.01507), for rank-1
+      normalization.
     """
 
     codes: jax.Array
     scale: jax.Array
+    row: jax.Array | None
     block: tuple[int, int]
     bits: int
     dtype: np.dtype
@@ -64,45 +82,58 @@ class CompandedArray:
     @jax.jit
     def decode(self) -> jax.Array:
         """The array, in its dtype."""
-        axis, size = self.block
-        codes = _unpack(self.codes) if self.bits == 4 else self.codes
-        axis += codes.ndim
-        spec = spec_of(codes, codes.shape)
-        piece = piece_of(codes, axis, size)
-        k = split_axis(codes, axis, 0, codes.shape[axis], piece).astype(jnp.float32)
-        scale = for_pieces(self.scale, axis, size // piece, k.shape[axis])
-        shifted = k - 2.0 ** (self.bits - 1)
-        first = jnp.square(shifted / (2.0 ** (self.bits - 1) - 1)) * -scale
-        second = jnp.square(jnp.square((k + 1) / 2.0**self.bits)) * scale
+        view = _View(self.codes, self.block)
+        k = view.split(self.codes).astype(jnp.float32)
+        s, negative = view.scales(self.scale, self.row)
+        half = 2.0 ** (self.bits - 1)
+        first = jnp.sign(k) * jnp.square(k / (half - 1)) * s
+        first = jnp.where(k < 1 - half, jnp.nan, first)
         # Not even the least level of a small scale is flushed to zero.
-        second = jnp.where(k > 0, jnp.maximum(second, _TINY), 0 * scale)
-        values = jnp.where(scale < 0, jnp.sign(shifted) * first, second)
-        values = jnp.where(jnp.isfinite(scale), values, jnp.nan).astype(self.dtype)
-        return merge_axis(values, axis, spec)
+        second = jnp.maximum(jnp.square(jnp.square((k + (half + 1)) / (2 * half))) * s, _TINY)
+        second = jnp.where(k > -half, second, 0)
+        values = jnp.where(negative, first, second).astype(self.dtype)
+        return view.merge(values)
 
 
-@partial(jax.jit, static_argnames=("block", "bits"))
+@partial(jax.jit, static_argnames=("block", "bits", "keep_nan"))
 def compand(
-    x: jax.Array, block: tuple[int, int], bits: int, draws: jax.Array | None = None
+    x: jax.Array,
+    block: tuple[int, int],
+    bits: int,
+    noise: jax.Array | None = None,
+    *,
+    keep_nan: bool = False,
 ) -> CompandedArray:
-    """``x`` in blocks along ``block[0]`` of ``block[1]`` elements: nearest levels, or with ``draws``
-    from [0, 1) one of the two around each number, unbiased.
+    """``x`` in blocks along ``block[0]`` of ``block[1]`` elements.
+
+    What is not finite is kept out of the scales. It becomes the largest level of its block, so that its
+    neighbours keep their values and it may recover.
+
+    Args:
+      x: a floating array.
+      block: the axis, counted from the last, and the size of blocks along it.
+      bits: 8 or 4.
+      noise: from [0, 1), of the shape of the scales or of ``x``: rounds to one of the two levels around
+        each number, without bias. By default to the nearest.
+      keep_nan: what is not finite becomes NaN instead, and its block counts as one with negative numbers.
     """
-    axis, size = block
-    axis += x.ndim
-    piece = piece_of(x, axis, size)
-
-    def view(y: jax.Array) -> jax.Array:
-        return split_axis(y, axis, 0, y.shape[axis], piece)
-
-    w = view(x).astype(jnp.float32)
-    high, low = extremes(w, Span((axis + 1,), axis, size // piece))
-    negative = low < 0
-    largest = jnp.maximum(high, -low)
-    n = 2.0 ** (bits - 1) - 1
+    view = _View(x, block)
+    w = view.split(x).astype(jnp.float32)
+    finite = jnp.isfinite(w)
+    magnitude = jnp.where(finite, jnp.abs(w), 0)
+    below_zero = jnp.where(w < 0 if not keep_nan else (w < 0) | ~finite, 1.0, 0.0)
+    largest = view.reduce(magnitude)
+    negative = view.reduce(below_zero) > 0
+    scale = jnp.where(negative, -jnp.maximum(largest, _TINY), largest)
+    row = view.row(magnitude)
+    s, negative = view.scales(scale, row)
+    half = 2.0 ** (bits - 1)
     # Levels by their distance from zero: codes from 1 up where none is negative, else magnitudes.
-    steps = jnp.where(negative, n, 2.0**bits)
-    ratio = jnp.abs(w) / jnp.where(largest == 0, 1, largest)
+    steps = jnp.where(negative, half - 1, 2 * half)
+    # The inverse of a scale above 2**126 is flushed to zero, and so is s / 16 of a small one.
+    near_one = jnp.where(jnp.abs(view.spread(scale)) > 1, 2.0**-4, 2.0**24)
+    magnitude = jnp.where(finite, magnitude, s)
+    ratio = jnp.minimum((magnitude * near_one) / jnp.maximum(s * near_one, _TINY), 1)
     root = jnp.sqrt(ratio)
     below = jnp.floor(jnp.where(negative, root, jnp.sqrt(root)) * steps)
 
@@ -111,35 +142,111 @@ def compand(
         return jnp.where(negative, square, jnp.square(square))
 
     low = level(below)
-    up = ratio - low > (0.5 if draws is None else view(draws)) * (level(below + 1) - low)
+    if noise is None:
+        part: jax.Array | float = 0.5
+    else:
+        part = view.split(noise) if noise.shape == x.shape else view.spread(noise)
+    up = ratio - low > part * (level(below + 1) - low)
     k = jnp.where(up, below + 1, below)
-    unsigned = jnp.where(w == 0, 0, jnp.clip(k - 1, 1, 2.0**bits - 1))
-    k = jnp.minimum(k, n)
-    k = jnp.where(negative, jnp.where(w < 0, -k, k) + (n + 1), unsigned)
-    codes = jnp.where(jnp.isfinite(largest), k, 0).astype(jnp.uint8)
-    codes = merge_axis(codes, axis, spec_of(x, x.shape))
-    scale = for_groups(jnp.where(negative, -largest, largest), axis, size // piece)
-    return CompandedArray(_pack(codes) if bits == 4 else codes, scale, block, bits, x.dtype)
+    first = jnp.minimum(k, half - 1)
+    first = jnp.where(w < 0, -first, first)
+    first = jnp.where(finite, first, -half if keep_nan else jnp.where(jnp.isnan(w), 0, first))
+    second = jnp.where(magnitude == 0, 0, jnp.clip(k - 1, 1, 2 * half - 1)) - half
+    codes = jnp.where(negative, first, second).astype(jnp.int8 if bits == 8 else jnp.int4)
+    return CompandedArray(view.merge(codes), scale, row, block, bits, x.dtype)
 
 
-def _pack(codes: jax.Array) -> jax.Array:
-    """Two neighbours along the last axis in a byte, the first in its low bits.
+def block_of(shape: tuple[int, ...], largest: int) -> tuple[int, int]:
+    """The axis and size of the blocks of an array.
 
-    As a number of 16 bits, which XLA's CPU backend fuses; slices it does not (6 times as slow).
+    The last axis but one, whose neighbours an accelerator holds in the same lanes, where it gives blocks
+    of 64 and more; else the axis that gives the largest. They follow from the shape alone, not from how
+    the array is sharded.
     """
-    pairs = split_axis(codes, codes.ndim - 1, 0, codes.shape[-1], 2)
-    both = jax.lax.bitcast_convert_type(pairs, jnp.uint16)
-    return (both | (both >> 4)).astype(jnp.uint8)
+    axis = len(shape) - 2
+    if axis < 0 or min(shape[axis], largest) < min(64, largest):
+        axis = max(range(len(shape)), key=lambda a: (min(shape[a], largest), a < len(shape) - 1, a))
+    n = shape[axis]
+    size = max(k for k in range(1, min(n, largest) + 1) if n % k == 0)
+    # Blocks of equal size, or the last is shorter.
+    return axis - len(shape), size if 2 * size >= min(n, largest) else largest
 
 
-def _unpack(packed: jax.Array) -> jax.Array:
-    wide = packed.astype(jnp.uint16)
-    pairs = jax.lax.bitcast_convert_type((wide & 15) | ((wide & 240) << 4), jnp.uint8)
-    return merge_axis(pairs, packed.ndim - 1, spec_of(packed, packed.shape))
+def has_rows(shape: tuple[int, ...], block: tuple[int, int]) -> bool:
+    """Whether rows are so long that a number for each costs little."""
+    return math.prod(shape[len(shape) + block[0] + 1 :]) >= 64
 
 
-flax.serialization.register_serialization_state(
-    CompandedArray,
-    lambda x: {"codes": x.codes, "scale": x.scale},
-    lambda x, state: dataclasses.replace(x, **state),
-)
+class _View:
+    """An array as pieces of blocks along an axis, and elements of a piece along the next."""
+
+    def __init__(self, x: jax.Array, block: tuple[int, int]):
+        self.axis, self.size = block[0] + x.ndim, block[1]
+        self.length, self.spec = x.shape[self.axis], spec_of(x, x.shape)
+        # A last block that is shorter leaves pieces that divide both.
+        self.piece = math.gcd(piece_of(x, self.axis, self.size), self.length)
+        self.rows = has_rows(x.shape, block)
+
+    @property
+    def run(self) -> int:
+        """Pieces of a block."""
+        return self.size // self.piece
+
+    def split(self, x: jax.Array) -> jax.Array:
+        return split_axis(x, self.axis, 0, self.length, self.piece)
+
+    def merge(self, x: jax.Array) -> jax.Array:
+        return merge_axis(x, self.axis, self.spec)
+
+    def spread(self, scale: jax.Array) -> jax.Array:
+        """What there is for each block, at each piece."""
+        return for_pieces(scale, self.axis, self.run, self.length // self.piece)
+
+    def reduce(self, x: jax.Array) -> jax.Array:
+        """The largest of each block, of numbers from 0 up."""
+        each = jnp.max(x, axis=self.axis + 1, keepdims=True)
+        return for_groups(reduce_runs(jnp.max, each, self.axis, self.run), self.axis, self.run)
+
+    def row(self, x: jax.Array) -> jax.Array | None:
+        """The largest of each row."""
+        if not self.rows:
+            return None
+        found = jnp.max(x, axis=tuple(range(self.axis + 2, x.ndim)), keepdims=True)
+        spec = self.spec
+        for axis in range(self.axis + 1, x.ndim - 1):
+            spec = without(spec, axis)
+        return merge_axis(found, self.axis, spec)
+
+    def scales(self, scale: jax.Array, row: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """``s`` and whether there are negative numbers, at each element."""
+        spread = self.spread(scale)
+        s = jnp.abs(spread)
+        if row is not None:
+            s = jnp.minimum(s, self.split(row))
+        return s, spread < 0
+
+
+def _to_state(x: CompandedArray) -> dict[str, Any]:
+    # msgpack has no int4.
+    return {"codes": x.codes.astype(jnp.int8), "scale": x.scale, "row": x.row}
+
+
+def _from_state(x: CompandedArray, state: Mapping[str, Any]) -> CompandedArray:
+    codes, scale, row = state["codes"], state["scale"], state.get("row")
+    if codes.dtype == np.uint8:
+        raise ValueError(
+            "CompandedArray: this checkpoint holds the layout of version 0.1 (uint8 codes, blocks along "
+            "the last axis), which has no row magnitudes; restore the params, and start the optimizer's "
+            "state anew with tx.init(params)"
+        )
+    for name, found, expected in (("codes", codes, x.codes), ("scale", scale, x.scale)):
+        if found.shape != expected.shape:
+            raise ValueError(
+                f"CompandedArray: {name} of shape {found.shape} in the checkpoint, and "
+                f"{expected.shape} here, at {x.bits} bits in blocks of {x.block[1]}; use the bits and "
+                "block_size that it was saved with"
+            )
+    return dataclasses.replace(x, codes=jnp.asarray(codes, x.codes.dtype), scale=scale, row=row)
+
+
+flax.serialization.register_serialization_state(CompandedArray, _to_state, _from_state)

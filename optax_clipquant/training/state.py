@@ -1,17 +1,19 @@
 """Any optimizer with the large arrays of its state in 8 or 4 bits a number."""
 
 import itertools
+import math
 import warnings
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.extend.core import Literal
 
-from optax_clipquant._tree import unboxed
+from optax_clipquant._tree import path_of, unboxed
 from optax_clipquant.lowering.noise import dither
-from optax_clipquant.quant.companding import CompandedArray, compand
-from optax_clipquant.quant.params import PyTree, is_quantized
+from optax_clipquant.quant.companding import CompandedArray, block_of, compand, has_rows
+from optax_clipquant.quant.params import PyTree, Where, is_quantized
 from optax_clipquant.quant.quantizers import is_int
 from optax_clipquant.training.weights import weight_states
 
@@ -34,6 +36,7 @@ def quantize_state(
     bits: int = 8,
     block_size: int = 256,
     min_size: int = 4096,
+    where: Where | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps the large arrays of an optimizer's state in 8 or 4 bits a number.
 
@@ -42,29 +45,33 @@ def quantize_state(
     the average: a second moment changes by a thousandth in a step.
 
     It takes any optimizer, or chain of them. Put transforms of the weights after it:
-    ``optax.chain(quantize_state(optax.adamw(1e-3)), quantize_weights(quantizer))``. Do not wrap
-    transforms whose state holds weights, such as ``optax.lookahead`` or ``optax.ema`` of params: they
-    would be rounded as well.
+    ``optax.chain(quantize_state(optax.adamw(1e-3)), quantize_weights(quantizer))``.
 
-    Blocks lie along the last axis, where it splits into blocks of at least a quarter of
-    ``block_size``; else along the axis that splits into the largest. Arrays keep their rank, and on a
-    mesh their sharding, without communication where each device holds whole blocks; else they
-    exchange a few numbers for each piece of a block. Where an array holds a value that is
-    not finite, its block decodes to NaN.
+    Not every state can be rounded. Iterates cannot, such as the ``z`` of ``optax.contrib.schedule_free``: a
+    leaf that ``init`` computes from the values of the params is refused by name, and ``where`` leaves it
+    as it is.
+
+    Blocks lie along the last axis but one, where that has 64 elements and more, else along the axis that
+    gives the largest. Arrays keep their rank, and on a mesh their sharding; devices exchange at most
+    what is as large as the scales. What is not finite becomes the largest number of its block.
 
     Args:
       optimizer: any optax optimizer.
-      bits: 8, or 4. (Arrays with an odd last axis are kept in 8.)
+      bits: 8, or 4.
       block_size: the largest number of elements that share a float32 scale.
-      min_size: arrays of fewer elements stay as they are, and so do scalars.
+      min_size: arrays of fewer elements stay as they are, and so do scalars, and arrays which would
+        not become smaller.
+      where: which arrays may be quantized, a function of path and leaf of the optimizer's state, such as
+        ``"0/mu/Dense_0/kernel"``. By default all.
 
     Returns:
       A ``GradientTransformationExtraArgs`` with a ``QuantizeStateState``. For Adam it keeps 2 bytes a
-      weight, or 1, and 8 for each block, in place of 8.
+      weight, or 1, and 8 for each block and each row, in place of 8.
 
     Raises:
       ValueError: ``bits`` is neither 4 nor 8, or ``block_size`` is below 16; in ``init``, ``optimizer``
-        quantizes weights.
+        quantizes weights, or its state holds the params; in ``update``, the state was made with other
+        ``bits`` or another ``block_size``.
 
     Warns:
       UserWarning: in ``init``, the state holds no array of ``min_size`` and more.
@@ -98,20 +105,27 @@ def quantize_state(
                 "quantize_state: the optimizer quantizes weights, whose state must be exact; put that "
                 "transform after: optax.chain(quantize_state(optimizer), quantize_weights(quantizer))"
             )
+        copies = _iterates(optimizer, params)
         found = False
 
-        def shrink(x: Any) -> Any:
+        def shrink(path: jax.tree_util.KeyPath, x: Any, is_iterate: bool) -> Any:
             nonlocal found
-            dtype = getattr(x, "dtype", jnp.int32)
-            if is_quantized(x) or not jnp.issubdtype(dtype, jnp.floating):
+            if not _is_large(x, min_size) or (where is not None and not where(path_of(path), x)):
                 return x
-            if x.ndim == 0 or x.size < max(min_size, 1):
+            block = block_of(x.shape, block_size)
+            if _bytes(x.shape, block, bits) >= x.size * x.dtype.itemsize:
                 return x
+            if is_iterate:
+                raise ValueError(
+                    f"quantize_state: {path_of(path)!r} of the optimizer's state is made of the params "
+                    f"themselves, which {bits} bits would round in each step; leave it as it is with "
+                    f"where=lambda path, leaf: path != {path_of(path)!r}, or do not quantize this state"
+                )
             found = True
             # Under jit these are mostly constants, which the compiler would take seconds to fold.
-            return compand(jax.lax.optimization_barrier(x), *_blocks(x.shape, block_size, bits))
+            return compand(jax.lax.optimization_barrier(x), block, bits)
 
-        inner = jax.tree.map(shrink, inner, is_leaf=is_quantized)
+        inner = jax.tree_util.tree_map_with_path(shrink, inner, copies, is_leaf=is_quantized)
         if not found:
             warnings.warn(
                 f"quantize_state: the optimizer's state has no floating array of {min_size} and more "
@@ -123,11 +137,20 @@ def quantize_state(
     def update(
         updates: PyTree, state: PyTree, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, PyTree]:
-        inner = jax.tree.map(
-            lambda x: x.decode() if _is_companded(x) else x,
-            state.inner_state,
-            is_leaf=_is_companded,
-        )
+        def widen(path: jax.tree_util.KeyPath, x: Any) -> Any:
+            if not _is_companded(x):
+                return x
+            expected = block_of(x.codes.shape, block_size)
+            if (x.bits, x.block) != (bits, expected):
+                raise ValueError(
+                    f"quantize_state: {path_of(path)!r} of the state is kept in {x.bits} bits with blocks "
+                    f"of {x.block[1]} along axis {x.block[0]}, and bits={bits}, block_size={block_size} "
+                    f"give blocks of {expected[1]} along axis {expected[0]}; use the bits and block_size "
+                    "that the state was made with, or make it anew with tx.init(params)"
+                )
+            return x.decode()
+
+        inner = jax.tree_util.tree_map_with_path(widen, state.inner_state, is_leaf=_is_companded)
         # The state is that of bare arrays; NNX's variables are put around the updates again.
         boxes = jax.tree.structure(updates)
         updates, inner = optimizer.update(unboxed(updates), inner, unboxed(params), **extra_args)
@@ -138,7 +161,9 @@ def quantize_state(
         def keep(before: Any, x: Any) -> Any:
             if not _is_companded(before):
                 return x
-            return compand(x, before.block, before.bits, dither(x, next(streams), state.count))
+            # A number for each element would cost a TPU 4 bytes a weight and step more.
+            noise = dither(before.scale, next(streams), state.count)
+            return compand(x, before.block, before.bits, noise)
 
         inner = jax.tree.map(keep, state.inner_state, inner, is_leaf=_is_companded)
         return updates, QuantizeStateState(optax.safe_increment(state.count), inner)
@@ -150,20 +175,43 @@ def _is_companded(x: Any) -> bool:
     return isinstance(x, CompandedArray)
 
 
-def _blocks(shape: tuple[int, ...], block_size: int, bits: int) -> tuple[tuple[int, int], int]:
-    """The axis and size of the blocks of an array, and their bits.
+def _is_large(x: Any, min_size: int) -> bool:
+    if is_quantized(x) or not jnp.issubdtype(getattr(x, "dtype", jnp.int32), jnp.floating):
+        return False
+    return x.ndim > 0 and x.size >= max(min_size, 1)
 
-    They follow from its shape alone, not from how it is sharded.
+
+def _bytes(shape: tuple[int, ...], block: tuple[int, int], bits: int) -> float:
+    """Of an array of ``shape``, encoded."""
+    axis = len(shape) + block[0]
+    rows = math.prod(shape[: axis + 1]) if has_rows(shape, block) else 0
+    scales = math.prod(shape) // shape[axis] * -(-shape[axis] // block[1])
+    return math.prod(shape) * bits / 8 + 4 * (scales + rows)
+
+
+def _iterates(optimizer: optax.GradientTransformation, params: PyTree) -> PyTree:
+    """For each leaf of the state at ``init`` whether it is computed from the values of the params.
+
+    From the program of ``init``, so that it holds for params that are all zero, and under tracing.
     """
-    if bits == 4 and shape[-1] % 2:
-        bits = 8
-    largest = [max(k for k in range(1, min(n, block_size) + 1) if n % k == 0) for n in shape]
-    axis = len(shape) - 1
-    if 4 * largest[axis] < block_size:
-        axis = max(range(len(shape)), key=lambda a: (largest[a], a))
-    size = largest[axis]
-    if 16 * size < block_size:
-        # No axis splits well (they are primes, say): one block spans the longest.
-        axis = max(range(len(shape)), key=lambda a: shape[a])
-        size = shape[axis]
-    return (axis - len(shape), size), bits
+    traced, shape = jax.make_jaxpr(optimizer.init, return_shape=True)(unboxed(params))
+    depends = _dependent(traced.jaxpr, [True] * len(traced.jaxpr.invars))
+    return jax.tree.unflatten(jax.tree.structure(shape), depends)
+
+
+def _dependent(jaxpr: Any, inputs: list[bool]) -> list[bool]:
+    known = dict(zip(jaxpr.invars, inputs, strict=True))
+
+    def of(variables: Any) -> list[bool]:
+        return [not isinstance(v, Literal) and known.get(v, False) for v in variables]
+
+    for eqn in jaxpr.eqns:
+        given = of(eqn.invars)
+        inner = eqn.params.get("jaxpr")
+        inner = getattr(inner, "jaxpr", inner)
+        if eqn.primitive.name in ("jit", "pjit") and inner is not None:
+            found = _dependent(inner, given)
+        else:
+            found = [any(given)] * len(eqn.outvars)
+        known.update(zip(eqn.outvars, found, strict=True))
+    return of(jaxpr.outvars)

@@ -1,4 +1,5 @@
 import chex
+import flax.serialization
 import hypothesis
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from optax_clipquant.lowering.noise import dither
-from optax_clipquant.quant.companding import compand
+from optax_clipquant.quant.companding import block_of, compand
 
 BITS = [8, 4]
 
@@ -35,7 +36,7 @@ def blocks_of(x: np.ndarray, block: tuple[int, int]) -> np.ndarray:
         st.sampled_from([(6, 32), (4, 3, 16), (64,)]),
         elements=st.one_of(
             st.floats(-1, 1, width=32),
-            st.sampled_from([0.0, 1.0, -1.0, 1e-20, 1e-6, -1e-6, 2.0**100, 1e-30]),
+            st.sampled_from([0.0, 1.0, -1.0, 1e-20, 1e-6, -1e-6, 2.0**100, 3e38, -3e38, 1e-30]),
         ),
     ),
     positive=st.booleans(),
@@ -46,7 +47,7 @@ def test_nearest_level_in_float64(bits, x, positive):
     block = (-1, 16)
     kept = compand(jnp.asarray(x), block, bits)
     decoded = np.asarray(kept.decode())
-    assert kept.codes.nbytes == x.size * bits // 8
+    assert kept.codes.dtype == (jnp.int8 if bits == 8 else jnp.int4)
     chex.assert_equal_shape([decoded, x])
     for w, found in zip(blocks_of(x, block), blocks_of(decoded, block), strict=True):
         largest = np.abs(w).max()
@@ -93,11 +94,100 @@ def test_rounding_is_right_on_the_average(bits, positive):
     assert (np.abs(mean - x) / largest)[right].max() < 0.005 * np.diff(table).max() + 1e-6
 
 
+@pytest.mark.parametrize("positive", [False, True])
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("shape", [(192, 256), (256, 192)])
+@pytest.mark.parametrize(
+    ("shape", "block"),
+    [((150, 80), (-2, 64)), ((3, 128, 64), (-2, 64)), ((70, 12, 8), (-3, 64)), ((100,), (-1, 64))],
+)
+def test_each_element_is_within_a_level_of_the_lesser_magnitude(shape, block, bits, positive):
+    """The largest of its block or of its row, in float64; of rows and columns that span decades."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(shape).astype(np.float32)
+    axis, size = len(shape) + block[0], block[1]
+    x *= 10 ** -rng.uniform(0, 4, [n if a == axis else 1 for a, n in enumerate(shape)])
+    x = (x**2 if positive else x).astype(np.float32)
+    found = np.asarray(compand(jnp.asarray(x), block, bits).decode(), np.float64)
+    magnitude = np.abs(x.astype(np.float64))
+    scale = np.concatenate(
+        [
+            np.broadcast_to(part.max(axis, keepdims=True), part.shape)
+            for part in np.split(magnitude, range(size, shape[axis], size), axis)
+        ],
+        axis,
+    )
+    if len(shape) > 1:
+        trailing = tuple(range(axis + 1, len(shape)))
+        scale = np.minimum(scale, magnitude.max(trailing, keepdims=True))
+    table = levels(bits, not positive)
+    assert np.all(np.abs(found - x) <= 0.51 * np.diff(table).max() * scale + 1e-7 * magnitude)
+    # Small rows have many levels.
+    if len(shape) > 1:
+        small = np.argmin(scale.max(tuple(a for a in range(len(shape)) if a != axis)))
+        assert len(np.unique(np.take(found, small, axis))) > 2 ** (bits - 2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((1024, 2048), (-2, 256)),
+        ((784, 10), (-2, 196)),
+        ((50257, 768), (-2, 256)),  # the last is shorter
+        ((768, 12, 64), (-3, 256)),
+        ((3, 3, 64, 128), (-2, 64)),
+        ((3, 3, 16, 128), (-1, 128)),
+        ((1009, 1013), (-2, 256)),
+        ((100, 7), (-2, 100)),
+        ((65536,), (-1, 256)),
+    ],
+)
+def test_blocks_follow_from_the_shape(shape, expected):
+    assert block_of(shape, 256) == expected
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("block", [(-1, 64), (-2, 64)])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_makes_its_block_nan(bits, shape, bad):
-    x = np.ones(shape, np.float32)
+def test_what_is_not_finite_harms_itself_only(bits, block, bad):
+    x = np.random.default_rng(0).standard_normal((128, 128)).astype(np.float32)
+    clean = np.asarray(compand(jnp.asarray(np.where(x == x[7, 100], 0, x)), block, bits).decode())
     x[7, 100] = bad
-    finite = np.isfinite(compand(jnp.asarray(x), (-1, shape[1]), bits).decode()).all(1)
-    np.testing.assert_array_equal(finite, np.arange(shape[0]) != 7)
+    kept = compand(jnp.asarray(x), block, bits)
+    found = np.asarray(kept.decode())
+    others = np.arange(128 * 128).reshape(x.shape) != 7 * 128 + 100
+    np.testing.assert_array_equal(found[others], clean[others])
+    assert np.all(np.isfinite(kept.scale))
+    assert np.isfinite(found[7, 100])
+    assert np.sign(found[7, 100]) == (0 if np.isnan(bad) else np.sign(bad))
+    # Where it is to be seen, NaN, and again no other.
+    seen = np.asarray(compand(jnp.asarray(x), block, bits, keep_nan=True).decode())
+    np.testing.assert_array_equal(np.isfinite(seen), others)
+    np.testing.assert_array_equal(seen[others], clean[others])
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_nan_is_seen_in_a_block_without_negative_numbers(bits):
+    x = jnp.ones((1, 64)).at[0, 3].set(jnp.nan)
+    for y in (x, jnp.where(jnp.isnan(x), x, 0)):
+        found = np.asarray(compand(y, (-1, 64), bits, keep_nan=True).decode())
+        np.testing.assert_array_equal(np.isnan(found), np.isnan(y))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_an_overflowing_second_moment_becomes_the_largest(bits):
+    """A step divides by it: it must not become zero."""
+    x = jnp.full((1, 64), 2.0).at[0, 3].set(jnp.inf).at[0, 4].set(jnp.nan)
+    np.testing.assert_allclose(compand(x, (-1, 64), bits).decode(), 2.0)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_checkpoint_of_the_old_layout_is_refused_by_name(bits):
+    kept = compand(jnp.ones((64, 64)), (-2, 64), bits)
+    state = flax.serialization.to_state_dict(kept)
+    assert state["codes"].dtype == np.int8
+    found = flax.serialization.from_state_dict(kept, state)
+    chex.assert_trees_all_equal(found.decode(), kept.decode())
+    with pytest.raises(ValueError, match=r"layout of version 0.1.*tx.init"):
+        flax.serialization.from_state_dict(kept, state | {"codes": np.zeros((64, 64), np.uint8)})
+    with pytest.raises(ValueError, match=r"\(2, 64\) in the checkpoint, and \(1, 64\) here"):
+        flax.serialization.from_state_dict(kept, state | {"scale": np.zeros((2, 64), np.float32)})
