@@ -11,6 +11,7 @@ decades, and with those of an embedding, of whose rows few have any in a step (Z
 """
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
@@ -115,7 +116,9 @@ def bytes_a_weight(tx: optax.GradientTransformation) -> float:
     params = jax.eval_shape(Net(WIDTHS).init, jax.random.key(0), jnp.zeros((1, 784)))["params"]
     weights = sum(p.size for p in jax.tree.leaves(params))
     state = jax.eval_shape(tx.init, params)
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) / weights
+    # int4 arrays are packed on a device.
+    bits = sum(x.size * jax.dtypes.itemsize_bits(x.dtype) for x in jax.tree.leaves(state))
+    return bits / 8 / weights
 
 
 def main() -> None:
@@ -132,6 +135,14 @@ def main() -> None:
                 np.mean([nearness(tx, seed, together) for seed in range(SEEDS)], axis=0)
                 for together in (True, False)
             ]
+        parity = {
+            (name, kind): np.mean(
+                [nearness(OPTIMIZERS[name], i, False, kind)[0] for i in range(SEEDS)]
+            )
+            for name, kind in progress.track(
+                list(itertools.product(PARITY, KINDS)), description="kinds of gradients"
+            )
+        }
     peers = {}
     if args.torch_python:
         script = pathlib.Path(__file__).with_name("optimizer_state_torch.py")
@@ -174,6 +185,19 @@ def main() -> None:
         note("error of a step", name, step)
         table.add_row(name, f"{size:.2f}", *[""] * len(BATCHES), f"{step:.1e}", f"{relative:.1e}", f"{last:.1e}")  # fmt: skip
     table.add_row("targets", "2.1, 1.2", *["1.15"] * len(BATCHES), "6.0e-05", "6.0e-04", "")
+    console.print(table)
+    table = rich.table.Table(
+        title="Mean error of the params after 50 steps, by what the gradients are like",
+        box=rich.box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for column in ("state", *KINDS, "target"):
+        table.add_column(column, justify="left" if column == "state" else "right")
+    for name, target in PARITY.items():
+        errors = [parity[name, kind] for kind in KINDS]
+        for kind, error in zip(KINDS, errors, strict=True):
+            note("error after 50 steps", f"{name}, {kind}", error, target)
+        table.add_row(name, *(f"{error:.1e}" for error in errors), f"{target:.1e}")
     console.print(table)
     weights = 4 + bytes_a_weight(ALL_THREE)
     note("bytes a weight", "params, 8-bit state, 8-bit latent weights", weights, 7.2)

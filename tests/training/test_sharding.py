@@ -6,7 +6,6 @@ import collections
 import dataclasses
 import functools
 import itertools
-import math
 import re
 from typing import Any
 
@@ -594,35 +593,23 @@ def quantized_steps(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("bits", "spec"),
-    [(8, P("x", None)), (8, P(None, "x")), (8, P("y", "x")), (4, P("y", "x"))],
-    ids=str,
-)
-def test_quantized_state_needs_no_communication(bits, spec, kind):
-    """As on one device, sharded like the params, and without communication."""
-    sharding = jax.NamedSharding(mesh((4, 2), kind), spec)
-    _, text = quantized_steps((64, 256), sharding, bits, 64)
-    assert not collectives(text)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
     ("bits", "shape", "spec", "block"),
     [
-        (8, (64, 256), P(None, ("x", "y")), (-1, 64)),
-        (4, (64, 384), P(None, ("x", "y")), (-1, 64)),
-        (8, (512, 14), P(("x", "y"), None), (-2, 128)),
+        (8, (256, 256), P("x", None), (-2, 64)),
+        (4, (128, 256), P("y", "x"), (-2, 64)),
+        pytest.param(8, (64, 256), P(None, ("x", "y")), (-2, 64), marks=pytest.mark.slow),
+        pytest.param(8, (512, 14), P(("x", "y"), None), (-2, 128), marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_blocks_of_state_may_cross_devices(bits, shape, spec, block, kind):
-    """The bits of one device, and collectives no larger than the scales."""
+def test_quantized_state(bits, shape, spec, block, kind):
+    """As on one device, sharded like the params; devices exchange no more than magnitudes."""
     sharding = jax.NamedSharding(mesh((4, 2), kind), spec)
     moment, text = quantized_steps(shape, sharding, bits, block[1])
     assert moment.block == block
-    assert collectives(text)
-    # Of two moments.
-    assert_scale_sized(text, moment.scale.nbytes, 2 * 4 * math.prod(shape) // 8)
+    rows = 0 if moment.row is None else moment.row.nbytes
+    sizes = [nbytes(array) for _, array in collectives(text).elements()]
+    assert all(size <= max(moment.scale.nbytes, rows) for size in sizes), collectives(text)
 
 
 @pytest.mark.parametrize("kind", KINDS)
