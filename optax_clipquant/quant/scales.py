@@ -49,13 +49,13 @@ def moments(w: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array, 
     span, count = Span(rows), math.prod(w.shape[axis] for axis in rows)
     # Halves, for a sum can round up.
     high, low, halves = extremes(w, span, w * (0.5 / count))
-    means = 2 * halves
+    means = jnp.clip(2 * halves, low, high)
     reach = jnp.maximum(high, -low)
     unit = jnp.where(reach == 0, 1, reach)
     any_element = jnp.where(high > 0, high, low)
     squares, differ = span.reduce(
         ("sum", "max"),
-        [jnp.square(w / unit - means / unit), (w != any_element).astype(jnp.int32)],
+        [jnp.square(_ratio(w, unit) - _ratio(means, unit)), (w != any_element).astype(jnp.int32)],
     )
 
     def over_columns(fn: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
@@ -64,8 +64,8 @@ def moments(w: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array, 
     number = math.prod(w.shape[axis] for axis in columns)
     mean = 2 * over_columns(jnp.sum, means * (0.5 / number))
     largest = over_columns(jnp.max, unit)
-    between = jnp.square(means / largest - mean / largest)
-    within = squares / count * jnp.square(unit / largest)
+    between = jnp.square(_ratio(means, largest) - _ratio(mean, largest))
+    within = squares / count * jnp.square(_ratio(unit, largest))
     spread = jnp.sqrt(over_columns(jnp.mean, within + between))
     std = jnp.minimum(largest * jnp.minimum(spread, 1), _LARGEST)
     highest = over_columns(jnp.max, any_element)
@@ -74,6 +74,12 @@ def moments(w: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array, 
     )
     constant &= ~jnp.isnan(mean)
     return jnp.where(constant, highest, mean), std, constant
+
+
+def _ratio(x: jax.Array, unit: jax.Array) -> jax.Array:
+    """``x / unit``, also where the reciprocal of ``unit`` is no normal number, which XLA flushes to 0."""
+    shrink = jnp.where(unit > 1, 2.0**-8, 1)
+    return x * shrink / (unit * shrink)
 
 
 def mean_magnitude(w: jax.Array, span: Span) -> jax.Array:
