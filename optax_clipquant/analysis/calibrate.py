@@ -9,13 +9,9 @@ import jax.numpy as jnp
 
 from optax_clipquant._print import Printed, compact_table, progress_bar
 from optax_clipquant._tree import PyTree, path_of
-from optax_clipquant.analysis.compensation.plan import (
-    InputSquares,
-    Leaves,
-    Moments,
-    Program,
-)
+from optax_clipquant.analysis.compensation.plan import Leaves, Moments, Program
 from optax_clipquant.analysis.compensation.quantizing import Quantizing
+from optax_clipquant.analysis.compensation.squares import InputSquares
 from optax_clipquant.analysis.compensation.streams import Segments
 from optax_clipquant.analysis.trace import trace_weights
 from optax_clipquant.quant.params import Rules, Where, select
@@ -68,7 +64,7 @@ def calibrate(
     values = [jnp.asarray(x) for _, x in flat]
     params = treedef.unflatten(values)
     uses, segments = None, Segments()
-    programs: dict[Any, Program] = {}
+    programs: dict[Any, tuple[Program, list]] = {}
     handler = None
     with progress_bar(transient=True, shown=progress) as bar:
         task = bar.add_task("batches", total=None)
@@ -83,11 +79,13 @@ def calibrate(
             key = jax.tree.structure(batch), tuple((x.shape, x.dtype) for x in arrays)
             if key not in programs:
                 jaxpr = jax.make_jaxpr(fn)(params, batch)
-                programs[key] = Program(
-                    jaxpr, handler.leaves, [p for p, _ in flat], values, segments
-                )
-                programs[key].plan([arrays])
-            programs[key].run([arrays], handler)
+                program = Program(jaxpr, handler.leaves, [p for p, _ in flat], values, segments)
+                program.plan([arrays])
+                programs[key] = program, []
+            program, met = programs[key]
+            # Where data ends loops, meetings differ from batch to batch.
+            handler.begin([] if program.order is None else met)
+            program.run([arrays], handler)
             bar.advance(task)
     if uses is None or handler is None:
         raise ValueError("calibrate: batches is empty; give at least one")

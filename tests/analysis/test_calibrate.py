@@ -76,7 +76,7 @@ LINEAR = {
         (0, 1, 2),
     ),
     "transposed convolution": (
-        lambda w, x: convolve(x, w, lhs_dilation=(2, 2)),
+        lambda w, x: convolve(x, w, lhs_dilation=(2, 2), padding=((1, 2), (2, 1))),
         (3, 3, 4, 5),
         IMAGES,
         (0, 1, 2),

@@ -21,7 +21,6 @@ from optax_clipquant.analysis.compensation.meetings import (
 )
 from optax_clipquant.analysis.compensation.streams import Segments, Stream
 from optax_clipquant.analysis.compensation.views import Value, View
-from optax_clipquant.quant.uses import Use
 
 LARGEST = 16_384  # contracted weights whose second moments are kept
 
@@ -143,6 +142,9 @@ class Follower:
         values = x.float if x.batched else (x.float,)
         for part in parts:
             self.add(part, inputs, values)
+        self._count()
+
+    def _count(self) -> None:
         if self.left is not None:
             self.left -= 1
             if self.left == 0:
@@ -219,45 +221,6 @@ class Moments(Follower):
             size = self.leaves.values[part.leaf].size
             kept = self.importance.setdefault(part.leaf, np.zeros(size))
             np.add.at(kept, part.index, np.broadcast_to(square[:, :, None], part.index.shape))
-
-
-class InputSquares(Follower):
-    """Sums the squares of what each contracted index of each leaf is multiplied by.
-
-    Args:
-      leaves: those that are followed.
-      uses: of each: along the axes that it names in no way, weights are multiplied by the same.
-    """
-
-    def __init__(self, leaves: Leaves, uses: list[Use]) -> None:
-        super().__init__(leaves)
-        kept = [use.contracted | use.batch | use.stacked for use in uses]
-        self.shapes = [
-            tuple(n if axis in axes else 1 for axis, n in enumerate(value.shape))
-            for value, axes in zip(leaves.values, kept, strict=True)
-        ]
-        self.sums = [np.zeros(shape) for shape in self.shapes]
-        self.rows = [np.zeros(shape) for shape in self.shapes]
-
-    def add(self, part: Part, inputs: Any, values: Sequence[jax.Array]) -> None:
-        shape = self.shapes[part.leaf]
-        places = np.unravel_index(part.index, self.leaves.values[part.leaf].shape)
-        places = [p if n > 1 else p * 0 for p, n in zip(places, shape, strict=True)]
-        if any((p != p[:, :, :1]).any() for p in places):
-            return  # another use than the first: it contracts other axes
-        each = tuple(p[:, :, 0] for p in places)
-        for value in values:
-            square, rows = squares(inputs, value)
-            np.add.at(self.sums[part.leaf], each, np.asarray(square))
-            np.add.at(self.rows[part.leaf], each, rows)
-
-    def means(self) -> dict[str, jax.Array]:
-        """By path, of the leaves that have met data."""
-        return {
-            path: jnp.asarray(total / np.maximum(rows, 1), jnp.float32)
-            for path, total, rows in zip(self.leaves.paths, self.sums, self.rows, strict=True)
-            if rows.any()
-        }
 
 
 class Program:
