@@ -11,7 +11,7 @@ import numpy as np
 from optax_clipquant.formats.dtypes import Spec, nbytes
 from optax_clipquant.quant.groups import Group, contracted_axes, cut_groups, scale_shape
 from optax_clipquant.quant.levels import Levels
-from optax_clipquant.quant.selection import names_a_weight
+from optax_clipquant.quant.uses import names_a_weight
 
 WIDTHS = (2, 3, 4, 6, 8)  # that a budget is spent on
 FLOAT8 = {np.dtype(t) for t in (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)}

@@ -21,6 +21,7 @@ from optax_clipquant.lowering.sharding import (
     split_axis,
     without,
 )
+from optax_clipquant.quant.levels import as_text, check_restored
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
@@ -228,7 +229,12 @@ class _View:
 
 def _to_state(x: CompandedArray) -> dict[str, Any]:
     # msgpack has no int4.
-    return {"codes": x.codes.astype(jnp.int8), "scale": x.scale, "row": x.row}
+    arrays = {"codes": x.codes.astype(jnp.int8), "scale": x.scale, "row": x.row}
+    return {**arrays, "layout": as_text(_layout_of(x))}
+
+
+def _layout_of(x: CompandedArray) -> dict[str, Any]:
+    return {"bits": x.bits, "block": x.block, "dtype": x.dtype}
 
 
 def _from_state(x: CompandedArray, state: Mapping[str, Any]) -> CompandedArray:
@@ -239,13 +245,13 @@ def _from_state(x: CompandedArray, state: Mapping[str, Any]) -> CompandedArray:
             "the last axis), which has no row magnitudes; restore the params, and start the optimizer's "
             "state anew with tx.init(params)"
         )
-    for name, found, expected in (("codes", codes, x.codes), ("scale", scale, x.scale)):
-        if found.shape != expected.shape:
-            raise ValueError(
-                f"CompandedArray: {name} of shape {found.shape} in the checkpoint, and "
-                f"{expected.shape} here, at {x.bits} bits in blocks of {x.block[1]}; use the bits and "
-                "block_size that it was saved with"
-            )
+    check_restored(
+        flax.serialization.current_path(),
+        _layout_of(x),
+        state.get("layout"),
+        {"codes": x.codes, "scale": x.scale, "row": x.row},
+        {"codes": codes, "scale": scale, "row": row},
+    )
     return dataclasses.replace(x, codes=jnp.asarray(codes, x.codes.dtype), scale=scale, row=row)
 
 

@@ -3,8 +3,9 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import flax.serialization
 import jax
@@ -19,7 +20,7 @@ from optax_clipquant.lowering.sharding import (
     spec_of,
     split_axis,
 )
-from optax_clipquant.quant.levels import Levels, accepting_code_book
+from optax_clipquant.quant.levels import Levels, accepting_code_book, as_text, check_restored
 
 _Fn = Callable[[jax.Array], jax.Array]
 
@@ -153,12 +154,17 @@ class Grid(Levels):
         """``values`` in the grid's dtype, really rounded: a compiler may drop a plain cast."""
         if self.dtype.itemsize < 4:
             info = jnp.finfo(self.dtype)
-            rounded = jax.lax.reduce_precision(values, info.nexp, info.nmant)
+            rounded = jax.lax.reduce_precision(values, 8, info.nmant)
             if info.nexp < 8:
-                # It makes subnormal numbers 0; those of float16 are multiples of the least.
+                # Fewer bits of exponent need not end where IEEE's do: float8_e4m3fn reaches 448, not 240.
                 least = float(info.smallest_subnormal)
                 multiple = jnp.round(values / least) * least
                 rounded = jnp.where(jnp.abs(values) < float(info.tiny), multiple, rounded)
+                beyond = float(
+                    np.float32(np.inf).astype(self.dtype)
+                )  # NaN, where there is no infinity.
+                beyond = jnp.where(values < 0, -beyond, beyond)
+                rounded = jnp.where(jnp.abs(rounded) > float(info.max), beyond, rounded)
             values = rounded
         # Code 0 times a negative scale is -0, but adding an update to a param gives +0.
         return jnp.where(values == 0, 0, values).astype(self.dtype)
@@ -233,12 +239,20 @@ def _entry_of(book: tuple[float, ...], index: jax.Array) -> jax.Array:
     )
 
 
-def _to_state_dict(grid: Grid) -> dict[str, jax.Array | None]:
+def _arrays_of(grid: Grid) -> dict[str, jax.Array | None]:
     return {name: getattr(grid, name) for name in ("scale", "zero_point", "max_code")}
 
 
-def _from_state_dict(grid: Grid, state: dict[str, jax.Array | None]) -> Grid:
-    return dataclasses.replace(grid, **state)
+def _to_state_dict(grid: Grid) -> dict[str, Any]:
+    return {**_arrays_of(grid), "levels": as_text(vars(grid.levels))}
+
+
+def _from_state_dict(grid: Grid, state: Mapping[str, Any]) -> Grid:
+    saved = dict(state)
+    text = saved.pop("levels", None)
+    path = flax.serialization.current_path()
+    check_restored(path, vars(grid.levels), text, _arrays_of(grid), saved)
+    return dataclasses.replace(grid, **saved)
 
 
 flax.serialization.register_serialization_state(Grid, _to_state_dict, _from_state_dict)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import json
 import math
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import ml_dtypes
@@ -66,6 +68,52 @@ class Levels:
     def packed_size(self, size: int) -> int:
         """The bytes of ``size`` codes: ``ceil(size * bits / 8)``, five codes a byte at log2(3) bits."""
         return math.ceil(size / 5) if self.bits == math.log2(3) else math.ceil(size * self.bits / 8)
+
+
+def as_text(static: Mapping[str, Any]) -> np.ndarray:
+    """``static`` as JSON in an array of bytes: what every kind of checkpoint holds."""
+    return np.frombuffer(json.dumps(static, default=str).encode(), np.uint8)
+
+
+def check_restored(
+    path: str,
+    here: Mapping[str, Any],
+    text: Any,
+    arrays: Mapping[str, Any],
+    saved: Mapping[str, Any],
+) -> None:
+    """Raises where a checkpoint does not hold what the tree to restore into has at ``path``.
+
+    Args:
+      path: the place in the tree.
+      here: the static half in the tree.
+      text: that in the checkpoint, as ``as_text`` wrote it; None in one older than version 0.2.
+      arrays: the arrays in the tree, which have shapes.
+      saved: the arrays in the checkpoint.
+
+    Raises:
+      ValueError: another static half, or arrays of other shapes, with both.
+    """
+
+    # Placeholders in the tree, such as shardings, have no shapes to compare.
+    names = [name for name, x in arrays.items() if x is None or hasattr(x, "shape")]
+
+    def with_shapes(static: Mapping[str, Any], arrays: Mapping[str, Any]) -> dict[str, Any]:
+        shapes = {name: None if arrays[name] is None else [*arrays[name].shape] for name in names}
+        return {**static, **{f"shape of {name}": shape for name, shape in shapes.items()}}
+
+    own = with_shapes(json.loads(bytes(as_text(here))), arrays)
+    found = with_shapes({} if text is None else json.loads(bytes(np.asarray(text))), saved)
+    # A field that came later is in no older checkpoint.
+    if own | found != own:
+        raise ValueError(
+            f"{path.removeprefix('./')}: the checkpoint holds {_listed(found)}, and the tree to restore "
+            f"into has {_listed(own)}; build that tree by the rule that the checkpoint was saved with"
+        )
+
+
+def _listed(fields: Mapping[str, Any]) -> str:
+    return "(" + ", ".join(f"{name}={value}" for name, value in fields.items()) + ")"
 
 
 def largest_scale(largest: float, dtype: np.dtype) -> float:

@@ -15,8 +15,7 @@ from optax_clipquant._tree import PyTree, path_of
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.qarray import QArray, is_qarray
 from optax_clipquant.quant.quantizers import Quantizer, Uniform
-from optax_clipquant.quant.selection import names_a_weight
-from optax_clipquant.quant.uses import Calibration, Use, Uses
+from optax_clipquant.quant.uses import Calibration, Use, Uses, names_a_weight
 
 Rules = Quantizer | Mapping[str, Quantizer | None]
 Where = Callable[[str, Any], bool]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import flax.serialization
@@ -12,6 +12,7 @@ import numpy as np
 from jax.core import Tracer
 
 from optax_clipquant.quant.grid import Grid
+from optax_clipquant.quant.levels import check_restored
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("qvalue", "grid"), meta_fields=())
@@ -26,6 +27,10 @@ class QArray:
     It can stand in a tree of params where an array stood: Flax's layers, ``jnp`` functions, arithmetic
     and comparisons dequantize it where they touch it, inside ``jax.jit`` as a part of the operation that
     reads it.
+
+    ``flax.serialization`` keeps which levels there are, and refuses to restore into a tree on other
+    levels. Orbax keeps arrays alone and cannot tell: save ``flax.serialization.to_state_dict(tree)``
+    with it, and give what it restores to ``flax.serialization.from_state_dict(tree, restored)``.
 
     Examples:
       >>> grid = Grid(scale=jnp.full((1, 1), 0.5), bits=4, lower=-8, upper=7)
@@ -218,16 +223,31 @@ def narrow(qparams: Any) -> Any:
     return jax.tree.map(narrow_leaf, qparams, is_leaf=is_qarray)
 
 
+def _as(dtype: Any, codes: Any) -> Any:
+    return codes if getattr(codes, "dtype", dtype) == dtype else codes.astype(dtype)
+
+
 def _to_state_dict(array: QArray) -> dict[str, Any]:
     return {
-        "qvalue": array.qvalue,
+        # msgpack has no int4.
+        "qvalue": _as(jnp.int8, array.qvalue),
         "grid": flax.serialization.to_state_dict(array.grid),
     }
 
 
-def _from_state_dict(array: QArray, state: dict[str, Any]) -> QArray:
-    grid: Any = flax.serialization.from_state_dict(array.grid, state["grid"])
-    return QArray(state["qvalue"], grid)
+def _from_state_dict(array: QArray, state: Mapping[str, Any]) -> QArray:
+    grid: Any = flax.serialization.from_state_dict(array.grid, state["grid"], name="grid")
+    path, codes = flax.serialization.current_path(), state["qvalue"]
+    check_restored(path, {}, None, {"qvalue": array.qvalue}, {"qvalue": codes})
+    if "levels" not in state["grid"] and not isinstance(codes, Tracer) and codes.size:
+        least, largest = int(codes.min()), int(codes.max())
+        if least < grid.lower or largest > grid.upper:
+            raise ValueError(
+                f"{path.removeprefix('./')}: the checkpoint holds codes from {least} to {largest}, and the "
+                f"tree to restore into a grid with codes from {grid.lower} to {grid.upper}; quantize "
+                "it by the rule that the checkpoint was saved with"
+            )
+    return QArray(_as(getattr(array.qvalue, "dtype", codes.dtype), codes), grid)
 
 
 flax.serialization.register_serialization_state(QArray, _to_state_dict, _from_state_dict)

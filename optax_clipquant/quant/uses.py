@@ -189,3 +189,8 @@ class Calibration:
         unknown = self.moments.keys() - self.uses.keys()
         if unknown:
             raise ValueError(f"moments of leaves that have no use: {sorted(unknown)[:8]}")
+
+
+def names_a_weight(path: str) -> bool:
+    """Whether a leaf of this path is quantized where nothing is known of its use, and its dtype and axes allow."""
+    return path.rpartition("/")[2] not in ("bias", "scale")

@@ -189,5 +189,21 @@ def test_a_checkpoint_of_the_old_layout_is_refused_by_name(bits):
     chex.assert_trees_all_equal(found.decode(), kept.decode())
     with pytest.raises(ValueError, match=r"layout of version 0.1.*tx.init"):
         flax.serialization.from_state_dict(kept, state | {"codes": np.zeros((64, 64), np.uint8)})
-    with pytest.raises(ValueError, match=r"\(2, 64\) in the checkpoint, and \(1, 64\) here"):
-        flax.serialization.from_state_dict(kept, state | {"scale": np.zeros((2, 64), np.float32)})
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_restoring_into_other_bits_or_blocks_names_both(bits):
+    x, restore = jnp.ones((64, 64)), flax.serialization.from_bytes
+    kept = compand(x, (-2, 64), bits)
+    raw = flax.serialization.to_bytes({"mu": kept})
+    with pytest.raises(
+        ValueError, match=rf"mu: .*bits={bits},.*restore into has \(bits={12 - bits},"
+    ):
+        restore({"mu": compand(x, (-2, 64), 12 - bits)}, raw)
+    with pytest.raises(ValueError, match=r"scale=\[1, 64\].*restore into has .*scale=\[2, 64\]"):
+        restore({"mu": compand(x, (-2, 32), bits)}, raw)
+    # Checkpoints were without a layout.
+    state = flax.serialization.to_state_dict(kept)
+    del state["layout"]
+    found = flax.serialization.from_state_dict(kept, state)
+    chex.assert_trees_all_equal(found.decode(), kept.decode())

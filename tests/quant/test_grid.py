@@ -6,11 +6,13 @@ import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from helpers import NAMES, QUANTIZERS, VARIANTS, cases, weights
 
-from optax_clipquant import Grid, NormalFloat, QArray, Uniform, ZScore
+from optax_clipquant import Grid, NormalFloat, QArray, Uniform, ZScore, narrow
 
 MIXED = [
     *(Uniform(bits=4), Uniform(bits=2, group_size=4), Uniform(bits=8, symmetric=False), ZScore()),
@@ -152,6 +154,56 @@ def test_msgpack_round_trip(quantize):
     assert restored["w"].grid.bits == q["w"].grid.bits
 
 
+OTHERS = [
+    (Uniform(bits=4), Uniform(bits=8), "bits=4.*bits=8"),
+    (Uniform(bits=4), NormalFloat(bits=4), "codebook=None.*codebook=\\["),
+    (Uniform(bits=4), Uniform(bits=4, symmetric=False), "zero_point=None.*zero_point=\\["),
+    (Uniform(bits=4, group_size=4), Uniform(bits=4, group_size=5), "group=.*-2, 4.*group=.*-2, 5"),
+    (Uniform(bits=4, group_size=2), Uniform(bits=4), "scale=\\[4, 4\\].*scale=\\[1, 4\\]"),
+    (ZScore(), ZScore(R=1), "upper=.*restore into has.*upper="),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("through", ["flax", "orbax"])
+@pytest.mark.parametrize(("saved", "other", "both"), OTHERS)
+def test_restoring_onto_other_levels_names_both_and_the_path(through, saved, other, both, tmp_path):
+    w = jnp.asarray(weights((8, 4)))
+    kept, target = ({"a": {"w": quantizer.quantize(w)}} for quantizer in (saved, other))
+    state = flax.serialization.to_state_dict(kept)
+    if through == "orbax":  # which keeps arrays, and no static half
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / "kept", state)
+            checkpointer.wait_until_finished()
+            state = checkpointer.restore(tmp_path / "kept", state)
+    else:
+        state = flax.serialization.msgpack_restore(flax.serialization.msgpack_serialize(state))
+    chex.assert_trees_all_equal(flax.serialization.from_state_dict(kept, state), kept)
+    with pytest.raises(ValueError, match=rf"^a/w/grid: the checkpoint holds .*{both}"):
+        flax.serialization.from_state_dict(target, state)
+
+
+def test_checkpoint_without_levels_is_checked_by_its_codes_and_shapes():
+    w = jnp.asarray(weights((8, 4)))
+    kept = {"w": Uniform(bits=4).quantize(w)}
+    state = flax.serialization.to_state_dict(kept)
+    del state["w"]["grid"]["levels"]
+    chex.assert_trees_all_equal(flax.serialization.from_state_dict(kept, state), kept)
+    for other, both in [
+        (Uniform(bits=2).quantize(w), "w: .*codes from -8 to .* codes from -2 to 1"),
+        (Uniform(bits=4, group_size=2).quantize(w), r"w/grid: .*scale=\[1, 4\].*scale=\[4, 4\]"),
+        (Uniform(bits=4).quantize(w[:4]), r"w: .*qvalue=\[8, 4\].*qvalue=\[4, 4\]"),
+    ]:
+        with pytest.raises(ValueError, match=both):
+            flax.serialization.from_state_dict({"w": other}, state)
+
+
+def test_narrow_codes_survive_msgpack():
+    q = narrow({"w": Uniform(bits=4).quantize(jnp.asarray(weights((8, 4))))})
+    restored = flax.serialization.from_bytes(q, flax.serialization.to_bytes(q))
+    chex.assert_trees_all_equal(restored, q)
+    assert restored["w"].qvalue.dtype == jnp.int4
+
+
 def test_levels_stay_under_stochastic_rounding_however_many():
     # Dividing by the reciprocal puts some levels a unit in the last place below their code.
     grid = Uniform(bits=8).fit(jnp.asarray(weights((64, 256))))
@@ -185,6 +237,24 @@ def test_float16_keeps_its_smallest_numbers(variant, quantizer, size):
         level = level - expanded(grid, grid.zero_point, w.shape).astype(np.float32)
     expected = (level * expanded(grid, grid.scale, w.shape).astype(np.float32)).astype(np.float16)
     np.testing.assert_array_equal(variant(QArray.dequantize)(q), expected)
+
+
+FLOAT8 = [getattr(ml_dtypes, name) for name in dir(ml_dtypes) if name.startswith("float8_e")]
+
+
+@pytest.mark.parametrize("dtype", [t for t in FLOAT8 if ml_dtypes.finfo(t).nmant])
+def test_float8_is_rounded_as_its_own_cast_does(dtype, variant):
+    """From the least level to the largest, between them and beyond, where some have no infinity."""
+    every = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
+    every = np.unique(every[np.isfinite(every)])
+    middles = (every[1:] + every[:-1]) / 2
+    ends = every[-1] * np.array([1.02, 1.04, 1.1, 2, 1e9, np.inf, np.nan], np.float32)
+    x = np.concatenate([every, middles, np.nextafter(middles, np.float32(0)), ends, -ends])
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = x.astype(dtype).astype(np.float32)
+    rounded = variant(Grid(scale=jnp.ones(()), dtype=np.dtype(dtype)).round)(jnp.asarray(x))
+    assert rounded.dtype == dtype
+    np.testing.assert_array_equal(np.asarray(rounded).astype(np.float32), expected)
 
 
 def test_the_dtype_may_be_a_type():
