@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from flax.training import train_state
@@ -404,6 +405,23 @@ def test_state_survives_msgpack():
     )
     chex.assert_trees_all_equal(restored, state)
     chex.assert_trees_all_equal(step(params, restored, *batch()), step(params, state, *batch()))
+
+
+def test_export_tells_of_a_state_that_orbax_restored_onto_other_levels(tmp_path):
+    """Orbax keeps arrays alone, and asks no one whether they belong there."""
+
+    def trained(quantizer):
+        tx, params = quantize_weights(quantizer), {"kernel": jnp.asarray(weights((16, 8)))}
+        state = tx.init(params)
+        updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "kept", trained(Uniform(bits=4)))
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "kept", trained(Uniform(bits=2)))
+    with pytest.warns(UserWarning, match="of 128 weights are off the grid"):
+        export_params(*restored)
 
 
 @pytest.mark.parametrize("make", [quantize_weights, round_weights])
