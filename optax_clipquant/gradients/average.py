@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_clipquant._tree import PyTree, is_float0
-from optax_clipquant.lowering.noise import dither
+from optax_clipquant.lowering.noise import noise
 from optax_clipquant.quant.companding import CompandedArray, compand
 
 AxisName = str | tuple[str, ...]
@@ -203,7 +203,7 @@ def _mean(
             return compand(x, (-1, _BLOCK), bits, keep_nan=True)
         # Each leaf, stage and device draws other numbers.
         number = (2 * stream + stage) * devices + device
-        return compand(x, (-1, _BLOCK), bits, dither(x, number, count), keep_nan=True)
+        return compand(x, (-1, _BLOCK), bits, noise(x, number, count), keep_nan=True)
 
     sent = encode(parts, 0)
     received = jax.tree.map(

@@ -12,7 +12,7 @@ _GOLDEN = 0x9E3779B9  # 2**32 over the golden ratio
 
 # Only the shape and sharding of `like` are used; kept, it says on which devices.
 @functools.partial(jax.jit, keep_unused=True)
-def dither(like: jax.Array, stream: jax.typing.ArrayLike, step: jax.typing.ArrayLike) -> jax.Array:
+def noise(like: jax.Array, stream: jax.typing.ArrayLike, step: jax.typing.ArrayLike) -> jax.Array:
     """Numbers in [0, 1) of the shape and sharding of ``like``.
 
     Each element starts at a hash of its index, and moves on by the golden ratio (modulo 1) in each

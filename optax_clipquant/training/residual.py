@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_clipquant.lowering.noise import dither
+from optax_clipquant.lowering.noise import noise
 from optax_clipquant.lowering.reduce import Span, extremes, in_groups
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.groups import groups_of
@@ -39,7 +39,7 @@ def advance(
     step: jax.typing.ArrayLike,
 ) -> QArray:
     """As ``start``, rounded stochastically; ``before`` was kept in the step before."""
-    return _keep(latent, level, grid, before.grid, dither(latent, stream, step))
+    return _keep(latent, level, grid, before.grid, noise(latent, stream, step))
 
 
 def _keep(

@@ -11,7 +11,7 @@ import optax
 from jax.extend.core import Literal
 
 from optax_clipquant._tree import path_of, unboxed
-from optax_clipquant.lowering.noise import dither
+from optax_clipquant.lowering.noise import noise
 from optax_clipquant.quant.companding import CompandedArray, block_of, compand, has_rows
 from optax_clipquant.quant.params import PyTree, Where, is_quantized
 from optax_clipquant.quant.quantizers import is_int
@@ -47,9 +47,11 @@ def quantize_state(
     It takes any optimizer, or chain of them. Put transforms of the weights after it:
     ``optax.chain(quantize_state(optax.adamw(1e-3)), quantize_weights(quantizer))``.
 
-    Not every state can be rounded. Iterates cannot, such as the ``z`` of ``optax.contrib.schedule_free``: a
-    leaf that ``init`` computes from the values of the params is refused by name, and ``where`` leaves it
-    as it is.
+    Not every state can be rounded. Iterates cannot, such as the ``z`` of ``optax.contrib.schedule_free``, nor
+    can differences of iterates, as in the memory of L-BFGS: a leaf that ``init`` computes from the values
+    of the params, and the state of L-BFGS and of line searches, are refused by name, and ``where`` leaves
+    them as they are. The README of the benchmarks lists each optimizer of optax and optax.contrib as
+    fine or refused.
 
     Blocks lie along the last axis but one, where that has 64 elements and more, else along the axis that
     gives the largest. Arrays keep their rank, and on a mesh their sharding; devices exchange at most
@@ -70,7 +72,7 @@ def quantize_state(
 
     Raises:
       ValueError: ``bits`` is neither 4 nor 8, or ``block_size`` is below 16; in ``init``, ``optimizer``
-        quantizes weights, or its state holds the params; in ``update``, the state was made with other
+        quantizes weights, or its state holds iterates; in ``update``, the state was made with other
         ``bits`` or another ``block_size``.
 
     Warns:
@@ -105,8 +107,8 @@ def quantize_state(
                 "quantize_state: the optimizer quantizes weights, whose state must be exact; put that "
                 "transform after: optax.chain(quantize_state(optimizer), quantize_weights(quantizer))"
             )
-        copies = _iterates(optimizer, params)
-        found = False
+        iterates = _iterates(optimizer, params, inner)
+        found, refused = False, []
 
         def shrink(path: jax.tree_util.KeyPath, x: Any, is_iterate: bool) -> Any:
             nonlocal found
@@ -115,17 +117,16 @@ def quantize_state(
             block = block_of(x.shape, block_size)
             if _bytes(x.shape, block, bits) >= x.size * x.dtype.itemsize:
                 return x
-            if is_iterate:
-                raise ValueError(
-                    f"quantize_state: {path_of(path)!r} of the optimizer's state is made of the params "
-                    f"themselves, which {bits} bits would round in each step; leave it as it is with "
-                    f"where=lambda path, leaf: path != {path_of(path)!r}, or do not quantize this state"
-                )
             found = True
+            if is_iterate:
+                refused.append(path)
+                return x
             # Under jit these are mostly constants, which the compiler would take seconds to fold.
             return compand(jax.lax.optimization_barrier(x), block, bits)
 
-        inner = jax.tree_util.tree_map_with_path(shrink, inner, copies, is_leaf=is_quantized)
+        inner = jax.tree_util.tree_map_with_path(shrink, inner, iterates, is_leaf=is_quantized)
+        if refused:
+            raise ValueError(_refusal(refused, bits))
         if not found:
             warnings.warn(
                 f"quantize_state: the optimizer's state has no floating array of {min_size} and more "
@@ -151,10 +152,11 @@ def quantize_state(
             return x.decode()
 
         inner = jax.tree_util.tree_map_with_path(widen, state.inner_state, is_leaf=_is_companded)
-        # The state is that of bare arrays; NNX's variables are put around the updates again.
-        boxes = jax.tree.structure(updates)
-        updates, inner = optimizer.update(unboxed(updates), inner, unboxed(params), **extra_args)
-        if jax.tree.structure(updates) != boxes:
+        # The state is that of bare arrays; NNX's variables are put around the updates again. What else
+        # changes the structure is meant to: lookahead takes gradients of the half of its params.
+        boxes, bare = jax.tree.structure(updates), unboxed(updates)
+        updates, inner = optimizer.update(bare, inner, unboxed(params), **extra_args)
+        if jax.tree.structure(updates) == jax.tree.structure(bare) != boxes:
             updates = jax.tree.unflatten(boxes, jax.tree.leaves(updates))
         streams = itertools.count()
 
@@ -162,8 +164,8 @@ def quantize_state(
             if not _is_companded(before):
                 return x
             # A number for each element would cost a TPU 4 bytes a weight and step more.
-            noise = dither(before.scale, next(streams), state.count)
-            return compand(x, before.block, before.bits, noise)
+            rounding = noise(before.scale, next(streams), state.count)
+            return compand(x, before.block, before.bits, rounding)
 
         inner = jax.tree.map(keep, state.inner_state, inner, is_leaf=_is_companded)
         return updates, QuantizeStateState(optax.safe_increment(state.count), inner)
@@ -189,14 +191,50 @@ def _bytes(shape: tuple[int, ...], block: tuple[int, int], bits: int) -> float:
     return math.prod(shape) * bits / 8 + 4 * (scales + rows)
 
 
-def _iterates(optimizer: optax.GradientTransformation, params: PyTree) -> PyTree:
-    """For each leaf of the state at ``init`` whether it is computed from the values of the params.
+# They keep iterates, gradients and their differences, from which the next step is computed.
+_EXACT = (
+    optax.ScaleByLBFGSState,
+    optax.ScaleByZoomLinesearchState,
+    optax.ScaleByBacktrackingLinesearchState,
+)
 
-    From the program of ``init``, so that it holds for params that are all zero, and under tracing.
+
+def _refusal(paths: list[jax.tree_util.KeyPath], bits: int) -> str:
+    fields = tuple(dict.fromkeys(path_of(_field(path)) for path in paths))
+    fields = repr(fields[0] if len(fields) == 1 else fields)
+    return (
+        f"quantize_state: {path_of(paths[0])!r} of the optimizer's state holds params or gradients of one "
+        f"step, or their differences, which {bits} bits would spoil; leave such arrays as they are with "
+        f"where=lambda path, leaf: not path.startswith({fields}), or do not quantize this state"
+    )
+
+
+def _field(path: jax.tree_util.KeyPath) -> jax.tree_util.KeyPath:
+    """The start of ``path`` that ends with the last field of a named tuple, before names of params."""
+    ends = [i for i, key in enumerate(path, 1) if isinstance(key, jax.tree_util.GetAttrKey)]
+    return path[: ends[-1]] if ends else path
+
+
+def _iterates(optimizer: optax.GradientTransformation, params: PyTree, state: PyTree) -> PyTree:
+    """For each leaf of ``state``, that of ``init``, whether it is made of iterates.
+
+    Either it is computed from the values of the params, in the program of ``init``, so that it holds for
+    params that are all zero, and under tracing. Or it belongs to L-BFGS or a line search, which start at
+    zero.
     """
-    traced, shape = jax.make_jaxpr(optimizer.init, return_shape=True)(unboxed(params))
+    traced = jax.make_jaxpr(optimizer.init)(unboxed(params))
     depends = _dependent(traced.jaxpr, [True] * len(traced.jaxpr.invars))
-    return jax.tree.unflatten(jax.tree.structure(shape), depends)
+
+    def is_exact(x: Any) -> bool:
+        return isinstance(x, _EXACT)
+
+    memory = [
+        is_exact(node)
+        for node in jax.tree.leaves(state, is_leaf=is_exact)
+        for _ in jax.tree.leaves(node)
+    ]
+    marks = [a or b for a, b in zip(depends, memory, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(state), marks)
 
 
 def _dependent(jaxpr: Any, inputs: list[bool]) -> list[bool]:

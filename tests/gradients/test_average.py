@@ -264,3 +264,14 @@ def test_gradients_that_are_summed_already_are_refused():
         run(params, jnp.ones((8, 64)))
     with pytest.raises(ValueError, match="bits must be 8 or 4, got 1"):
         average_gradients("data", bits=1)
+
+
+@pytest.mark.parametrize("error_feedback", [True, False])
+def test_init_on_shapes_gives_the_shapes_of_init(error_feedback):
+    """Given ShapeDtypeStructs, which hold no values, and under ``eval_shape``."""
+    params = {"a": jnp.ones((64, 70)), "b": jnp.ones(3)}
+    tx = average_gradients("data", error_feedback=error_feedback)
+    expected = tx.init(params)
+    shapes = jax.eval_shape(lambda: params)
+    for made in (jax.eval_shape(tx.init, params), jax.eval_shape(tx.init, shapes), tx.init(shapes)):
+        chex.assert_trees_all_equal_shapes_and_dtypes(made, expected)

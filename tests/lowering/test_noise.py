@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from optax_clipquant.lowering.noise import dither
+from optax_clipquant.lowering.noise import noise
 
 
 def numbers(shape, steps, stream=0):
-    fn = jax.jit(lambda step: dither(jnp.zeros(shape), stream, step))
+    fn = jax.jit(lambda step: noise(jnp.zeros(shape), stream, step))
     return np.array([fn(step) for step in steps], np.float64)
 
 
 def test_uniform_in_each_step(platform, variant):
-    fn = variant(lambda step: dither(jnp.zeros((512, 300)), 0, step))
+    fn = variant(lambda step: noise(jnp.zeros((512, 300)), 0, step))
     values = np.array([fn(step) for step in (0, 1, 2, 1000, 2**31 - 1)], np.float64)
     assert values.min() >= 0
     assert values.max() < 1
@@ -39,7 +39,7 @@ def test_neighbours_and_streams_are_independent():
     for name, (x, y) in pairs.items():
         correlation = np.corrcoef(x.ravel(), y.ravel())[0, 1]
         assert abs(correlation) < 5 / x.size**0.5, name
-    assert dither(jnp.zeros(()), 0, 3).shape == ()
+    assert noise(jnp.zeros(()), 0, 3).shape == ()
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 10])

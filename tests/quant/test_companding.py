@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optax_clipquant.lowering.noise import dither
+from optax_clipquant.lowering.noise import noise
 from optax_clipquant.quant.companding import block_of, compand
 
 BITS = [8, 4]
@@ -83,7 +83,7 @@ def test_rounding_is_right_on_the_average(bits, positive):
     @jax.jit
     @jax.vmap
     def once(step):
-        return compand(x, (-1, 64), bits, dither(x, 0, step)).decode()
+        return compand(x, (-1, 64), bits, noise(x, 0, step)).decode()
 
     mean = np.asarray(once(jnp.arange(2000)), np.float64).mean(0)
     largest = np.abs(x).max(1, keepdims=True)

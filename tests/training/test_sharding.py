@@ -32,7 +32,7 @@ from optax_clipquant import (
     round_weights,
     softness_schedule,
 )
-from optax_clipquant.lowering.noise import dither
+from optax_clipquant.lowering.noise import noise
 
 P = jax.P
 # The gate runs on axes of one kind; where a case depends on the kind, it names it.
@@ -614,11 +614,11 @@ def test_quantized_state(bits, shape, spec, block, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_noise_does_not_depend_on_the_number_of_devices(kind):
-    expected = dither(jnp.zeros((16, 6)), 2, 7)
+    expected = noise(jnp.zeros((16, 6)), 2, 7)
     on = mesh((8, 1), kind)
     with jax.set_mesh(on):
         like = jax.device_put(jnp.zeros((16, 6)), jax.NamedSharding(on, P("x", None)))
-        compiled = jax.jit(dither, static_argnums=1).lower(like, 2, 7).compile()
+        compiled = jax.jit(noise, static_argnums=1).lower(like, 2, 7).compile()
         found = compiled(like, 7)
     np.testing.assert_array_equal(np.asarray(found), expected)
     assert not collectives(compiled.as_text())

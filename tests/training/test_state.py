@@ -1,3 +1,4 @@
+import re
 import warnings
 
 import chex
@@ -353,6 +354,7 @@ def test_scalars_and_empty_arrays_stay_as_they_are():
         ("x0", optax.contrib.mechanize(optax.adam(1e-2))),
         ("init_particles", optax.contrib.cocob()),
         ("params0", optax.contrib.prodigy()),
+        ("diff_params_memory", optax.scale_by_lbfgs(memory_size=2)),
     ],
 )
 @pytest.mark.parametrize("traced", [False, True])
@@ -360,8 +362,30 @@ def test_iterates_are_refused_by_name(name, tx, traced):
     """Also of params that are zero, as momentum is, and where nothing is computed."""
     params = {"w": jnp.zeros((64, 64))}
     init = quantize_state(tx).init
-    with pytest.raises(ValueError, match=rf"'[^']*{name}[^']*' of the optimizer's state.*where="):
+    with pytest.raises(ValueError, match=rf"of the optimizer's state.*where=.*{name}"):
         jax.eval_shape(init, params) if traced else init(params)
+
+
+@pytest.mark.parametrize(
+    ("tx", "keeps"),
+    [
+        (optax.contrib.schedule_free_adamw(1e-2), {"z"}),
+        (
+            optax.lbfgs(memory_size=2),
+            {"params", "updates", "diff_params_memory", "diff_updates_memory", "grad"},
+        ),
+    ],
+)
+def test_one_refusal_names_all_that_must_stay(tx, keeps):
+    params = {"w": jnp.zeros((64, 64)), "v": jnp.zeros((64, 64))}
+    with pytest.raises(ValueError, match="where=") as caught:
+        quantize_state(tx).init(params)
+    where = eval(re.search(r"where=(lambda.*?), or do not", str(caught.value))[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # nothing of L-BFGS is left to quantize
+        state = quantize_state(tx, where=where).init(params)
+    for field in keeps:
+        assert not isinstance(optax.tree.get(state, field)["w"], CompandedArray), field
 
 
 def test_where_chooses_what_is_quantized():
@@ -393,3 +417,23 @@ def test_no_leaf_costs_more_than_in_float():
     assert isinstance(trace["long"], CompandedArray)
     for name in params:
         assert sum(x.nbytes for x in jax.tree.leaves(trace[name])) <= params[name].nbytes
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_init_on_shapes_gives_the_shapes_of_init(bits):
+    """Given ShapeDtypeStructs, which hold no values, as orbax restores into; and under ``eval_shape``."""
+    params = net()
+    tx = quantize_state(optax.adamw(1e-2), bits=bits, min_size=0)
+    expected = tx.init(params)
+    shapes = jax.eval_shape(lambda: params)
+    for made in (jax.eval_shape(tx.init, params), jax.eval_shape(tx.init, shapes), tx.init(shapes)):
+        chex.assert_trees_all_equal_shapes_and_dtypes(made, expected)
+
+
+def test_updates_of_another_structure_than_the_gradients():
+    """Lookahead takes gradients of its fast params, and gives updates of both."""
+    params = optax.LookaheadParams.init_synced({"w": jnp.ones((64, 64))})
+    tx = quantize_state(optax.lookahead(optax.adam(1e-2), 5, 0.5))
+    updates, _ = tx.update({"w": jnp.ones((64, 64))}, tx.init(params), params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    np.testing.assert_allclose(updates.fast["w"], -1e-2, rtol=1e-2)

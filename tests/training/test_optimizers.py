@@ -1,0 +1,29 @@
+"""The table of optimizers in the README of the benchmarks, and whether it is true."""
+
+import pathlib
+import re
+import sys
+
+import pytest
+from helpers import cases
+
+BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+import optimizers  # noqa: E402
+
+ROW = re.compile(r"^\| `([\w.]+)` +\| (fine|worse|refused|not tried)", re.MULTILINE)
+TABLE = dict(ROW.findall((BENCHMARKS / "README.md").read_text(encoding="utf-8")))
+
+
+def test_the_table_lists_each_optimizer_of_optax():
+    assert set(TABLE) == optimizers.optimizers()
+    not_tried = {name for name, verdict in TABLE.items() if verdict == "not tried"}
+    assert not_tried == set(optimizers.NOT_TRIED)
+
+
+@pytest.mark.parametrize(
+    "name", cases(optimizers.OPTIMIZERS, ["adam", "lbfgs", "contrib.dadapt_adamw"])
+)
+def test_the_verdict_is_that_of_training(name):
+    result = optimizers.measure(name)
+    assert result.verdict == TABLE[name], result
