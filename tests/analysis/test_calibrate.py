@@ -84,7 +84,12 @@ LINEAR = {
 }
 
 
-@pytest.mark.parametrize("name", LINEAR)
+FURTHER = ("strided convolution", "transposed convolution")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=pytest.mark.slow) if x in FURTHER else x for x in LINEAR]
+)
 def test_moments_are_the_squares_of_the_jacobian(name):
     fn, shape, x, axes = LINEAR[name]
     w = normal(1, *shape)
@@ -294,7 +299,16 @@ def prepared(name: str) -> tuple:
     return fn, params, batches, methods
 
 
-@pytest.mark.parametrize("name", MODELS)
+IN_THE_GATE = ("scan and remat", "tied", "bfloat16")  # the others compile as much, for other kinds
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in IN_THE_GATE else pytest.param(name, marks=pytest.mark.slow)
+        for name in MODELS
+    ],
+)
 def test_outputs_change_less_than_with_least_squares(name):
     fn, params, batches, methods = prepared(name)
     quantizer = Uniform(bits=3, group_size=16, scale_rule="mse")
@@ -333,9 +347,14 @@ def test_outputs_change_less_than_with_least_squares(name):
 
 @pytest.mark.parametrize(
     "quantizer",
-    [Ternary(group_size=16), NormalFloat(bits=3, group_size=16), Uniform(bits=4, symmetric=False), Uniform(bits=2, group_size=16), Uniform(bits=3, channel_axis=None)],
-    ids=["ternary", "normal float", "affine channels", "mid-rise", "tensor"],
-)  # fmt: skip
+    [
+        pytest.param(Ternary(group_size=16), id="ternary"),
+        pytest.param(Uniform(bits=3, channel_axis=None), id="tensor"),
+        pytest.param(NormalFloat(bits=3, group_size=16), id="book", marks=pytest.mark.slow),
+        pytest.param(Uniform(bits=4, symmetric=False), id="affine", marks=pytest.mark.slow),
+        pytest.param(Uniform(bits=2, group_size=16), id="mid-rise", marks=pytest.mark.slow),
+    ],
+)
 def test_every_quantizer_is_compensated(quantizer):
     x, w = correlated(0, 600, 48), normal(1, 48, 16)
 
@@ -350,6 +369,7 @@ def test_every_quantizer_is_compensated(quantizer):
     assert row.after**2 < 0.5 * row.before**2
 
 
+@pytest.mark.slow
 def test_linen_module_and_a_repeat_is_equal():
     class Model(nn.Module):
         @nn.compact
