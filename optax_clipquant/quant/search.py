@@ -13,7 +13,8 @@ from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.levels import Levels
 from optax_clipquant.quant.scales import round_scale
 
-Total = Callable[[jax.Array], jax.Array]  # the sum over what shares a scale, its axes kept
+# The sum of each array over what shares a scale, the axes kept.
+Totals = Callable[[list[jax.Array]], list[jax.Array]]
 
 
 def nearest_codes(
@@ -43,14 +44,14 @@ def search_scale(
     w: jax.Array,
     importance: jax.Array | float,
     levels: Levels,
-    total: Total,
+    totals: Totals,
     high: jax.Array,
     low: jax.Array,
     *,
     zero_points: bool = False,
     count: int = 24,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The scale, and zero point, with the least ``total(importance * (w - w_hat)**2)`` of those tried.
+    """The scale, and zero point, with the least ``sum(importance * (w - w_hat)**2)`` of those tried.
 
     Tried are ``count`` scales of each sign, of which one end maps the weights of the largest magnitude
     to the outermost levels, and two least-squares fits from the best. The sign is worth as much as the
@@ -61,8 +62,8 @@ def search_scale(
       w: float32 weights.
       importance: of each weight, at least 0; broadcastable to ``w``.
       levels: the static half of the grid.
-      total: sums over what shares a scale.
-      high: the largest weight, or 0, of what shares a scale, as ``total`` gives it.
+      totals: sums over what shares a scale.
+      high: the largest weight, or 0, of what shares a scale, as ``totals`` gives it.
       low: the least weight, or 0.
       zero_points: whether the grid has them.
       count: how many sizes of the scale are tried.
@@ -91,7 +92,7 @@ def search_scale(
         """The error with a scale, and the levels of the nearest codes."""
         steps = w * (1 / jnp.where(scale == 0, 1, scale))
         level = levels_of(levels, nearest_codes(levels, steps, zero), zero)
-        return total(importance * jnp.square(w - level * scale)), level
+        return totals([importance * jnp.square(w - level * scale)])[0], level
 
     def rounded(scale: jax.Array) -> jax.Array:
         return round_scale(scale, largest_level(levels, zero_points), levels.dtype)
@@ -108,21 +109,31 @@ def search_scale(
             ),
         )
 
-    def attempt(best: tuple, choice: tuple[jax.Array, jax.Array]) -> tuple[tuple, None]:
-        ratio, shift = choice
-        scale = rounded(unit * ratio)
-        zero = None if middle is None else jnp.clip(middle + shift, levels.lower, levels.upper)
-        return better(best, fit(scale, zero)[0], scale, zero), None
+    # In units of the largest scale, so that those tried are numbers and not arrays: five times as fast.
+    x = w * (1 / jnp.where(unit == 0, 1, unit))
 
-    start = rounded(unit)
-    best = (jnp.full_like(unit, jnp.inf), start, middle)
-    choices = jnp.asarray(ratios, jnp.float32), jnp.asarray(shifts, jnp.float32)
-    best, _ = jax.lax.scan(attempt, best, choices)
+    def attempt(best: tuple, choices: jax.Array) -> tuple[tuple, None]:
+        errors, tried = [], []
+        for ratio, shift in choices:
+            zero = None if middle is None else jnp.clip(middle + shift, levels.lower, levels.upper)
+            level = levels_of(levels, nearest_codes(levels, x * (1 / ratio), zero), zero)
+            errors.append(importance * jnp.square(x - level * ratio))
+            tried.append((jnp.full_like(unit, ratio), zero))
+        for error, (ratio, zero) in zip(totals(errors), tried, strict=True):
+            best = better(best, error, ratio, zero)
+        return best, None
+
+    choices = jnp.asarray(np.stack([ratios, shifts], axis=1), jnp.float32)
+    choices = choices.reshape(-1, 3, 2)
+    best = (jnp.full_like(unit, jnp.inf), jnp.ones_like(unit), middle)
+    (_, ratio, zero), _ = jax.lax.scan(attempt, best, choices, unroll=2)
+    scale = rounded(unit * ratio)
+    best = (fit(scale, zero)[0], scale, zero)
     for _ in range(2):
         _, scale, zero = best
         _, level = fit(scale, zero)
-        squares = total(importance * jnp.square(level))
-        scale = rounded(total(importance * w * level) / jnp.where(squares == 0, 1, squares))
+        squares, products = totals([importance * jnp.square(level), importance * w * level])
+        scale = rounded(products / jnp.where(squares == 0, 1, squares))
         scale = jnp.where(squares == 0, best[1], scale)
         best = better(best, fit(scale, zero)[0], scale, zero)
     return best[1], best[2]
@@ -145,7 +156,7 @@ def largest_level(levels: Levels, zero_points: bool) -> float:
 
 
 def weighted_least_squares(
-    w: jax.Array, importance: jax.Array, span: Span, grid: Grid, *, count: int = 12
+    w: jax.Array, importance: jax.Array, span: Span, grid: Grid, *, count: int = 9
 ) -> Grid:
     """``grid`` with the scales of the least ``sum(importance * (w - w_hat)**2)`` in each span.
 
@@ -156,22 +167,25 @@ def weighted_least_squares(
       grid: which levels there are, and whether there are zero points; its arrays are not read.
       count: how many sizes of the scale are tried, see ``search_scale``.
     """
-    w = w.astype(jnp.float32)
 
-    def total(x: jax.Array) -> jax.Array:
-        return span.reduce(("sum",), [jnp.broadcast_to(x, w.shape)])[0]
+    def fit(w: jax.Array, importance: jax.Array) -> Grid:
+        w = w.astype(jnp.float32)
 
-    weight = total(importance)
-    importance = jnp.where(weight > 0, importance, 1)
-    high, low = extremes(w, span)
-    has_zero = grid.zero_point is not None
-    scale, zero = search_scale(
-        w, importance, grid.levels, total, high, low, zero_points=has_zero, count=count
-    )
-    scale = jnp.where(jnp.isfinite(high) & jnp.isfinite(low), scale, jnp.maximum(high, -low))
-    return dataclasses.replace(
-        grid, scale=scale, zero_point=None if zero is None else zero.astype(jnp.int8)
-    )
+        def totals(arrays: list[jax.Array]) -> list[jax.Array]:
+            return span.reduce(("sum",) * len(arrays), arrays)
+
+        (weight,) = totals([importance])
+        importance = jnp.where(weight > 0, importance, 1)
+        high, low = extremes(w, span)
+        has_zero = grid.zero_point is not None
+        scale, zero = search_scale(
+            w, importance, grid.levels, totals, high, low, zero_points=has_zero, count=count
+        )
+        scale = jnp.where(jnp.isfinite(high) & jnp.isfinite(low), scale, jnp.maximum(high, -low))
+        zero = None if zero is None else zero.astype(jnp.int8)
+        return dataclasses.replace(grid, scale=scale, zero_point=zero)
+
+    return fit(w, jnp.broadcast_to(importance, w.shape))
 
 
 def aligned(importance: Any, shape: tuple[int, ...]) -> jax.Array:

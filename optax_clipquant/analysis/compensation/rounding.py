@@ -140,7 +140,9 @@ def round_groups(
     multiples = _multiples(levels, zero_points, size) if compensate else (1.0,)
     tries = len(multiples)
     there = factor.sorted(jnp.ones((length, 1)))
-    total = partial(jnp.sum, axis=0, keepdims=True)
+
+    def totals(arrays: list[jax.Array]) -> list[jax.Array]:
+        return [jnp.sum(x, axis=0, keepdims=True) for x in arrays]
 
     def group(i: jax.Array, carry: tuple) -> tuple:
         w, codes, scales, zeros = carry
@@ -152,7 +154,7 @@ def round_groups(
         square = part(wide, 1)
         cost = mask / jnp.square(jnp.diagonal(square))[:, None]
         high, low = (jnp.max(x, axis=0, initial=0, keepdims=True) for x in (rows, -rows))
-        scale, zero = search_scale(rows, cost, levels, total, high, -low, zero_points=zero_points)
+        scale, zero = search_scale(rows, cost, levels, totals, high, -low, zero_points=zero_points)
         largest = largest_level(levels, zero_points)
         tried = [round_scale(scale * m, largest, levels.dtype) for m in multiples]
         tried = jnp.concatenate(tried, axis=1)
@@ -164,7 +166,8 @@ def round_groups(
             levels,
             compensate,
         )
-        best = jnp.argmin(total(mask * jnp.square(errors)).reshape(tries, columns), axis=0)
+        loss = jnp.sum(mask * jnp.square(errors), axis=0)
+        best = jnp.argmin(loss.reshape(tries, columns), axis=0)
 
         def kept(x: jax.Array) -> jax.Array:
             x = x.reshape(-1, tries, columns)
