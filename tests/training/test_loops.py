@@ -237,6 +237,10 @@ def test_follows_the_loop_in_float_to_within_the_grid(loop, kind):
     tx = optax.chain(optax.sgd(0.3), make(**options))
     found, step = run(loop, tx, dtype)
     off = np.abs(found - expected).max((1, 2)) / step
+    if kind == "rounded":
+        # Nothing is kept between the levels: each weight walks about the float one, and their root
+        # mean square stays within the 0.5 of one stochastic rounding and what gradients leave of more.
+        off = np.sqrt(np.square((found - expected) / step).mean((1, 2))) * (1.2 / 0.7)
     curves = "\n".join(
         f"{i:3d}  {loss(f):8.3f}  {loss(e):8.3f}  {o:6.2f}"
         for i, (f, e, o) in enumerate(zip(found, expected, off, strict=True))

@@ -104,12 +104,14 @@ def test_codes_are_read_packed_and_dequantized_in_the_matmul(found, name, bits, 
     assert program["accessed"] <= 1.01 * codes + 10 * (2 * scales + 2 * x)
 
 
-def test_a_step_reads_and_writes_the_latent_weights_once_and_reads_them_again(found):
-    """The second reading is that of the rounding: the scales are known only after the first."""
+def test_a_step_reads_the_latent_weights_twice_and_the_params_once(found):
+    """Latent weights are read again for the rounding, since the scales are known only after the first
+    reading; params, to see what was changed outside the chain.
+    """
     latent = 2 * SIZE * SIZE * 4
     for plain, program in (("adam", "on a grid"), ("optax.clip", "clip, on a grid")):
         extra = found[program]["accessed"] - found[plain]["accessed"]
-        assert extra <= 3.05 * latent, program
+        assert extra <= 4.05 * latent, program
         assert found[program]["temporaries"] <= 0.01 * latent
         arguments = found[program]["arguments"] - found[plain]["arguments"]
         assert latent <= arguments <= 1.01 * latent
