@@ -7,8 +7,8 @@ import random
 import struct
 import zlib
 
-import jax.numpy as jnp
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from format_page import read
