@@ -48,7 +48,7 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "lookahead": lambda: optax.lookahead(optax.adam(0.03), 5, 0.5),
     "nadam": lambda: optax.nadam(0.03),
     "nadamw": lambda: optax.nadamw(0.03),
-    "noisy_sgd": lambda: optax.noisy_sgd(0.1, eta=1e-6, seed=0),
+    "noisy_sgd": lambda: optax.noisy_sgd(0.1, eta=1e-6, key=jax.random.key(0)),
     "novograd": lambda: optax.novograd(0.03),
     "optimistic_adam": lambda: optax.optimistic_adam(0.03),
     "optimistic_adam_v2": lambda: optax.optimistic_adam_v2(0.03),
@@ -176,6 +176,7 @@ def measure(name: str) -> Result:
     # Optimizers of optax do not hold strict promotion.
     with jax.numpy_dtype_promotion("standard"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "quantize_state: .* nothing is quantized")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)  # of optax, for its old names
         initial = float(loss_of(problem()[2]))
         plain = train(name, OPTIMIZERS[name]())
         try:

@@ -644,8 +644,8 @@ def test_collectives_grow_with_the_scales_alone(place, kind):
         text = jax.jit(tx.update).lower(params, tx.init(params), params).compile().as_text()
     found = collectives(text)
     assert found.pop(("all-reduce", "s32[]")) == 3
-    # Of the bits of weights, both extremes, and the largest magnitude beside the sums for a scale.
-    rows = {("all-reduce", "s32[128]"): 2 + 1, ("all-reduce", "f32[128]"): 2}
+    # Both extremes of the weights, for each leaf whose rows are split, and the sums for a scale.
+    rows = {("all-reduce", "s32[128]"): 2 + 2, ("all-reduce", "f32[128]"): 2}
     assert found == (rows if place == "rows" else {})
 
 
