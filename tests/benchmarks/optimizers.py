@@ -176,7 +176,9 @@ def measure(name: str) -> Result:
     # Optimizers of optax do not hold strict promotion.
     with jax.numpy_dtype_promotion("standard"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "quantize_state: .* nothing is quantized")
-        warnings.filterwarnings("ignore", category=DeprecationWarning)  # of optax, for its old names
+        warnings.filterwarnings(
+            "ignore", category=DeprecationWarning
+        )  # of optax, for its old names
         initial = float(loss_of(problem()[2]))
         plain = train(name, OPTIMIZERS[name]())
         try:
