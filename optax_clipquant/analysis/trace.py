@@ -40,7 +40,7 @@ def trace_weights(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: 
     Examples:
       >>> def loss(params, x):
       ...     hidden = jax.nn.relu(x @ params["in"] + params["bias"])
-      ...     return jnp.sum(hidden @ params["out"].T)
+      ...     return jax.numpy.sum(hidden @ params["out"].T)
       >>> shapes = {"in": (4, 8), "bias": (1, 8), "out": (3, 8)}
       >>> params = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
       >>> print(trace_weights(loss, params, jax.numpy.ones((2, 4))))
