@@ -1,8 +1,8 @@
 """Clamp gradients, train on a quantization grid, ship a small model.
 
-The public names are in ``__init__.pyi``. Each is imported when it is first asked for: the command
-``optax-clipquant`` then starts in a fifth of the time that JAX takes. ``plots``, which
-needs matplotlib, is the module ``optax_clipquant.report.plots``.
+The public names are in ``__init__.pyi``. Each is imported on first access, so that the command
+``optax-clipquant`` starts in a fifth of the time it takes to import JAX. ``plots``, which needs
+matplotlib, is the module ``optax_clipquant.report.plots``.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Files that are replaced whole or not at all."""
+"""Atomic replacement of files."""
 
 import contextlib
 import os
@@ -10,23 +10,23 @@ from typing import BinaryIO
 
 try:
     import fcntl
-except ImportError:  # Windows: what a killed writer left stays there
+except ImportError:  # on Windows, the temporary files of killed writers stay behind
     fcntl = None
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A new file, which takes the place of ``path`` once whole.
+    """Opens a new file, which replaces ``path`` when the block ends without an exception.
 
-    It is written beside ``path``, synced and renamed: an exception or a crash leaves ``path`` as it
-    was. The file keeps the mode of the one it replaces, and its owner where the system allows that; a
-    symbolic link stays, and what it points to is replaced. What killed writers of the same file left
-    behind is removed.
+    It is written beside ``path``, synced and renamed, so that an exception or a crash leaves ``path``
+    unchanged. It keeps the mode of the file it replaces, and the owner where the system allows that. A
+    symbolic link stays, and its target is replaced. Temporary files that killed writers of the same
+    ``path`` left behind are removed.
 
     Raises:
-      FileNotFoundError: there is no such folder.
+      FileNotFoundError: the folder of ``path`` does not exist.
       IsADirectoryError: ``path`` is a folder.
-      ValueError: it is a device, a pipe or a socket, which a file would take the place of.
+      ValueError: ``path`` is a device, a pipe or a socket, or a link that leads to itself.
     """
     path = os.fspath(path)
     check_replaceable(path)
@@ -40,19 +40,19 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            # While the lock is held, or another writer would take it for abandoned.
+            # While the lock is held, or another writer would take the file for abandoned.
             os.replace(temporary, target)
         _sync(folder)
     except BaseException as error:
         if isinstance(error, OSError) and error.errno and error.filename is None:
-            error.filename = path  # as of a full disk
+            error.filename = path  # as when the disk is full
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
         raise
 
 
 def check_replaceable(path: str) -> None:
-    """Raises at once as ``replacing`` does."""
+    """Raises what ``replacing`` would raise, without creating a file."""
     target = os.path.realpath(path)
     if os.path.isdir(target):
         raise IsADirectoryError(f"{path} is a folder; name a file")
@@ -66,12 +66,12 @@ def check_replaceable(path: str) -> None:
 
 
 def _create(folder: str, name: str) -> tuple[BinaryIO, str]:
-    """A new temporary file, which is locked as long as it is open."""
+    """Creates a temporary file, which stays locked while it is open; returns it and its path."""
     while True:
         temporary = os.path.join(folder, f".{name[:32]}.{secrets.token_hex(6)}.tmp")
         file = open(temporary, "xb")  # noqa: SIM115 (the caller closes it)
         _lock(file.fileno(), wait=True)
-        # Another writer may have found it before it was locked.
+        # Another writer may have removed it as abandoned before it was locked.
         if fcntl is None or os.fstat(file.fileno()).st_nlink:
             return file, temporary
         file.close()
@@ -95,7 +95,7 @@ def _remove_abandoned(folder: str, name: str) -> None:
 
 
 def _lock(descriptor: int, *, wait: bool) -> bool:
-    """Whether the file is locked now. The lock ends with the process, however that ends."""
+    """Locks the file, and returns whether that succeeded. The lock ends with the process, however it ends."""
     if fcntl is None:
         return False
     try:
@@ -109,7 +109,7 @@ def _keep_mode_and_owner(file: BinaryIO, target: str) -> None:
     if os.name != "posix" or not os.path.exists(target):
         return
     old, descriptor = os.stat(target), file.fileno()
-    # First the owner: a change of owner clears bits of the mode.
+    # The owner first, since changing it clears bits of the mode.
     for owner, group in ((old.st_uid, old.st_gid), (-1, old.st_gid)):
         with contextlib.suppress(PermissionError):
             os.fchown(descriptor, owner, group)
@@ -119,7 +119,7 @@ def _keep_mode_and_owner(file: BinaryIO, target: str) -> None:
 
 def _sync(folder: str) -> None:
     if os.name != "posix":
-        return  # only there a folder can be opened
+        return  # elsewhere a folder cannot be opened
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

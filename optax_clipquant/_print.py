@@ -1,4 +1,4 @@
-"""How results are shown: tables, and progress bars. Rich is imported only where something is shown."""
+"""Tables and progress bars. Rich is imported only when something is shown."""
 
 import abc
 import io
@@ -19,7 +19,7 @@ class Printed(abc.ABC):
         import rich.console
 
         buffer = io.StringIO()
-        # In a notebook, rich would show it there and leave no text, or text with colours.
+        # In a notebook, rich would display the table and leave the buffer empty, or write colour codes.
         console = rich.console.Console(
             file=buffer, width=120, force_jupyter=False, force_terminal=False
         )
@@ -28,7 +28,7 @@ class Printed(abc.ABC):
 
 
 def compact_table(*, show_footer: bool = False) -> "rich.table.Table":
-    """An empty table that leaves the room to its content."""
+    """An empty table with little padding, which leaves the width to its contents."""
     import rich.box
     import rich.table
 
@@ -43,9 +43,9 @@ def progress_bar(
     """A progress bar on stderr, since stdout is for results.
 
     Args:
-      count_bytes: whether it counts bytes, and shows the time that remains rather than the time elapsed.
-      transient: whether it disappears at the end.
-      shown: whether there is a bar at all; tasks can be added and advanced without one.
+      count_bytes: whether to count bytes, and show the remaining time rather than the elapsed time.
+      transient: whether the bar disappears at the end.
+      shown: whether the bar is displayed; if not, tasks can still be added and advanced.
     """
     import rich.console
     import rich.progress

@@ -1,4 +1,4 @@
-"""Leaves, and names for them, whatever boxes they come in."""
+"""Leaves of trees and their paths, whatever boxes hold them."""
 
 import functools
 import sys
@@ -15,7 +15,7 @@ def path_of(path: jax.tree_util.KeyPath) -> str:
     """A path as text, such as ``"Dense_0/kernel"``.
 
     Boxes around a param (Flax NNX's variables, linen's ``Partitioned``) add a last part ``value``
-    in some places and not in others, so it is dropped. It is an attribute: a key of a dict stays.
+    in some places and not in others, so it is dropped. Only an attribute is: a dict's key stays.
     """
     if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
         path = path[:-1]
@@ -23,26 +23,26 @@ def path_of(path: jax.tree_util.KeyPath) -> str:
 
 
 def is_float0(x: Any) -> bool:
-    """Whether ``x`` is the gradient of an integer param, which holds nothing."""
+    """Whether ``x`` is a ``float0`` array: the gradient of an integer param, which holds no data."""
     return getattr(x, "dtype", None) == jax.dtypes.float0
 
 
 def unboxed(tree: Any) -> Any:
-    """``tree`` with the arrays in place of NNX's variables.
+    """``tree`` with arrays in place of NNX's variables.
 
-    ``nnx.Optimizer`` shows the variables to ``init`` alone, and cannot hold a ``Grid`` in one.
+    ``nnx.Optimizer`` passes variables to ``init`` but arrays to ``update``, and a variable cannot hold a
+    ``Grid``.
     """
-    # Who has variables has imported this; for others it would only lengthen the start.
+    # A caller who has variables has imported flax.nnx; for others, importing it would only cost time.
     nnx = sys.modules.get("flax.nnx")
     return tree if nnx is None else nnx.as_pure(tree)
 
 
 def on_shapes(init: Callable[..., Any]) -> Callable[..., Any]:
-    """``init``, which of ``jax.ShapeDtypeStruct`` leaves gives a state of them, as ``jax.eval_shape``.
+    """Wraps ``init`` to accept ``jax.ShapeDtypeStruct`` leaves, for which it returns an abstract state.
 
-    Raises:
-      TypeError: in ``optax.tree_map_params``, whose way of telling which parts of a state are like the
-        params does not find them here.
+    The wrapped function raises a ``TypeError`` under ``optax.tree_map_params``, which cannot tell which
+    parts of such a state correspond to the params.
     """
 
     @functools.wraps(init)
@@ -52,8 +52,8 @@ def on_shapes(init: Callable[..., Any]) -> Callable[..., Any]:
             raise TypeError(
                 f"{init.__qualname__.split('.')[0]}: optax.tree_map_params cannot map this state, which "
                 "holds more for a leaf of params than an array of its shape. To shard it, put the params "
-                "on the mesh: state = tx.init(params) is sharded as they are, and "
-                "jax.tree.map(lambda x: x.sharding, state) tells how"
+                "on the mesh: state = tx.init(params) is then sharded like them, and "
+                "jax.tree.map(lambda x: x.sharding, state) gives its shardings"
             )
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(unboxed(params))):
             return jax.eval_shape(init, params)
@@ -65,19 +65,19 @@ def on_shapes(init: Callable[..., Any]) -> Callable[..., Any]:
 def check_unchanged(
     transform: str, what: str, path: str, leaf: Any, shape: tuple[int, ...], dtype: Any = None
 ) -> None:
-    """Raises where a leaf has not the ``shape``, or not the ``dtype`` if given, that it had in ``init``.
+    """Raises if a leaf's shape, or its dtype if one is given, is not the one it had in ``init``.
 
     Args:
-      transform: the name of the function to call, for the message.
+      transform: the name of the public function, for the message.
       what: ``"params"`` or ``"updates"``.
-      path: of the leaf.
+      path: the leaf's path.
       leaf: an array.
-      shape: the shape in ``init``. Shapes that broadcast would pass unseen.
+      shape: the shape in ``init``. A shape that merely broadcasts would otherwise go unnoticed.
       dtype: the dtype in ``init``.
 
     Raises:
-      ValueError: another shape.
-      TypeError: another dtype. ``p + u`` of half precision and float32 gives float32.
+      ValueError: the shape differs.
+      TypeError: the dtype differs, as after ``p + u`` of half-precision params and float32 updates.
     """
     if np.shape(leaf) != tuple(shape):
         raise ValueError(
@@ -93,10 +93,19 @@ def check_unchanged(
 
 
 def check_known(transform: str, paths: Iterable[str], known: Iterable[str]) -> None:
-    """Raises where ``paths`` of the params are not all ``known`` from ``init``."""
+    """Raises if params have a leaf that they did not have in ``init``.
+
+    Args:
+      transform: the name of the public function, for the message.
+      paths: the paths of the params.
+      known: the paths in ``init``.
+
+    Raises:
+      ValueError: one of ``paths`` is not ``known``.
+    """
     if new := sorted(set(paths) - set(known)):
         raise ValueError(
-            f"{transform}: params have a leaf {new[0]!r} that they had not in init"
+            f"{transform}: params have a leaf {new[0]!r} that they did not have in init"
             + (f", and {len(new) - 1} more" if len(new) > 1 else "")
             + "; call tx.init again, or leave it out with optax.masked in both"
         )

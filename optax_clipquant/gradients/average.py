@@ -1,4 +1,4 @@
-"""Gradients of many devices in, their mean out, sent in 8 or 4 bits a number."""
+"""The mean of gradients over devices, communicated in 8 or 4 bits per number."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -22,8 +22,8 @@ class AverageGradientsState(NamedTuple):
 
     Attributes:
       count: the number of updates so far.
-      error: a tree with what this device has left to send of each large leaf, a float32 array with an
-        axis for the device before the leaf's; None at others, or without error feedback.
+      error: a tree with the rounding error that this device has yet to send of each large leaf, a float32
+        array with a leading axis for the device; None at small leaves, or without error feedback.
     """
 
     count: jax.typing.ArrayLike
@@ -33,31 +33,31 @@ class AverageGradientsState(NamedTuple):
 def average_gradients(
     axis_name: AxisName, *, bits: int = 8, error_feedback: bool = True
 ) -> optax.GradientTransformation:
-    """The mean of the gradients over the devices of a mesh axis, with a quarter of the traffic.
+    """Averages gradients over the devices of a mesh axis, with a quarter of the traffic of float32.
 
     For data-parallel loops under ``jax.shard_map``; put it first in the chain, in place of
-    ``jax.lax.pmean``. Each leaf is cut into a part for each device; the parts are encoded (as a
-    ``CompandedArray``) and sent to their owners (all-to-all), who take the mean in float32, encode
-    it, and send it to all (all-gather). So every device gets the same bits. Leaves of fewer than
-    4,096 elements go through ``jax.lax.pmean``.
+    ``jax.lax.pmean``. Each leaf is cut into one part per device. The parts are encoded (as a
+    ``CompandedArray``) and sent to their owners (all-to-all), which average them in float32, encode
+    the mean, and send it to all (all-gather), so that every device gets the same bits. Leaves of fewer
+    than 4,096 elements go through ``jax.lax.pmean``.
 
     With error feedback, the rounding error is added to the next gradients. A device keeps the error ``e`` of
     what it sent and, for the part of the mean ``m`` that it computes for all ``n`` devices, ``n`` times that error::
 
         x = g + e;   e <- x - decode(encode(x)),   in that part + n * (m - decode(encode(m)))
 
-    so the sum of all updates stays within a rounding of the sum of all means, however long the run.
-    Without it, rounding is stochastic.
+    so the sum of all updates stays within one rounding of the sum of all means, however long the run.
+    Without error feedback, rounding is stochastic.
 
-    The errors differ by device: they have a leading axis for it, along which ``jax.shard_map`` splits
-    them. ``state_specs`` gives the specs for the whole state. Gradients must be each device's own;
-    those at replicated params are summed by JAX, so take them at
-    ``jax.lax.pcast(params, axis_name, to="varying")``.
+    The errors differ between devices, so they have a leading axis for the device, along which
+    ``jax.shard_map`` splits them. ``state_specs`` gives the specs for the whole state. Each device must
+    pass its local gradients. JAX sums gradients with respect to replicated params over the devices, so
+    differentiate with respect to ``jax.lax.pcast(params, axis_name, to="varying")``.
 
     Args:
       axis_name: the mesh axis, or axes, over which the batch is split.
       bits: 8, or 4.
-      error_feedback: whether errors are kept, in 4 bytes a weight.
+      error_feedback: whether to keep the rounding errors, at 4 bytes per weight.
 
     Returns:
       A ``GradientTransformation`` with an ``AverageGradientsState``. Updates keep their dtypes. Where
@@ -133,12 +133,13 @@ def average_gradients(
 
 
 def state_specs(opt_state: PyTree, axis_name: AxisName) -> PyTree:
-    """Specs of an optimizer's state for ``jax.shard_map``: errors split along ``axis_name``, the rest
-    the same on all devices.
+    """Partition specs of an optimizer's state, for ``jax.shard_map``.
+
+    The errors of ``average_gradients`` are split along ``axis_name``; the rest is replicated.
 
     Args:
-      opt_state: the state, or its shapes, as ``jax.eval_shape(tx.init, params)`` gives them.
-      axis_name: that of ``average_gradients``.
+      opt_state: the state, or its shapes, as from ``jax.eval_shape(tx.init, params)``.
+      axis_name: the one given to ``average_gradients``.
 
     Returns:
       The tree with a ``jax.P`` in place of each array.
@@ -167,13 +168,13 @@ def _is_large(x: Any) -> bool:
 
 def _check_differs(g: jax.Array, axis_name: AxisName) -> None:
     names = {axis_name} if isinstance(axis_name, str) else set(axis_name)
-    # Where shard_map does not check this, an index does not vary either.
+    # Where shard_map does not track this (check_vma=False), not even an axis index varies.
     checked = _varying(jax.lax.axis_index(axis_name))
     if names & checked and not names <= _varying(g):
         raise ValueError(
-            f"average_gradients: the gradients are the same on all devices of {axis_name!r}, as JAX "
-            "sums them at replicated params; take each device's own, at "
-            f"jax.lax.pcast(params, {axis_name!r}, to='varying')"
+            f"average_gradients: the gradients are the same on all devices of {axis_name!r}, since JAX "
+            "sums gradients with respect to replicated params; for each device's own, differentiate with "
+            f"respect to jax.lax.pcast(params, {axis_name!r}, to='varying')"
         )
 
 
@@ -201,7 +202,7 @@ def _mean(
     def encode(x: jax.Array, stage: int) -> CompandedArray:
         if error is not None:
             return compand(x, (-1, _BLOCK), bits, keep_nan=True)
-        # Each leaf, stage and device draws other numbers.
+        # Noise that is independent between leaves, stages and devices.
         number = (2 * stream + stage) * devices + device
         return compand(x, (-1, _BLOCK), bits, noise(x, number, count), keep_nan=True)
 
@@ -225,7 +226,7 @@ def _mean(
 
 
 def _pack(x: CompandedArray) -> CompandedArray:
-    """With two codes of 4 bits in a byte: XLA's CPU backend sends an int4 array as bytes."""
+    """Packs two 4-bit codes into a byte, since XLA's CPU backend sends an int4 array as bytes."""
     if x.bits == 8:
         return x
     low, high = jnp.split(x.codes.astype(jnp.int8), 2, axis=-1)

@@ -1,4 +1,4 @@
-"""Gradients in, clamped gradients out."""
+"""Gradients clamped to a bound that is given or scheduled."""
 
 import functools
 from collections.abc import Iterable
@@ -32,7 +32,7 @@ class ClipByValueState(NamedTuple):
 def clip_by_value(c: Bound, *, telemetry: bool = True) -> optax.GradientTransformation:
     """Clamps each element of the gradients: ``g -> min(max(g, -c), c)``.
 
-    The bound is rounded to each leaf's dtype, whose gradients keep their dtype. NaN passes, so that
+    The bound is rounded to each leaf's dtype, which the gradients keep. NaN passes through, so that
     ``optax.apply_if_finite`` and ``optax.zero_nans`` still see it; an infinity becomes the bound, unless
     that is infinite too. The real and imaginary parts of complex gradients are clamped separately.
 
@@ -46,12 +46,12 @@ def clip_by_value(c: Bound, *, telemetry: bool = True) -> optax.GradientTransfor
 
     Returns:
       A ``GradientTransformation`` with a ``ClipByValueState``. ``None``, ``optax.MaskedNode`` and
-      ``float0`` leaves pass.
+      ``float0`` leaves pass through.
 
     Raises:
       ValueError: a concrete bound is not positive, is NaN, or is not a scalar; in ``update``, a
-        schedule gives no scalar. A traced or scheduled bound that is negative or NaN, for which
-        nothing can be raised inside ``jax.jit``, turns the updates into NaN.
+        schedule returns something other than a scalar. A traced or scheduled bound that is negative or
+        NaN turns the updates into NaN, since nothing can be raised inside ``jax.jit``.
       TypeError: a bound is not a number, or a gradient is an integer.
 
     Examples:
@@ -114,7 +114,7 @@ def clip_by_value(c: Bound, *, telemetry: bool = True) -> optax.GradientTransfor
 def clip_fractions(opt_state: PyTree) -> list[jax.Array]:
     """The clip fractions in an optimizer's state, in the order of the chain.
 
-    ``optax.tree.get`` finds one; where there are several it raises.
+    ``optax.tree.get`` raises where there are several.
 
     Examples:
       >>> tx = optax.chain(clip_by_value(2.0), clip_by_value(1.0))
@@ -129,13 +129,11 @@ def clip_fractions(opt_state: PyTree) -> list[jax.Array]:
     ]
 
 
-_BOUND_HELP = (
-    "; for a leaf that is not to be clamped give math.inf, for a bound a leaf a tree of scalars"
-)
+_BOUND_HELP = "; give math.inf for a leaf that is not to be clamped, or a tree of scalars for a bound per leaf"
 
 
 def check_positive(transform: str, name: str, value: Any, help: str = "") -> None:
-    """Raises where ``value`` is concrete and no positive scalar."""
+    """Raises if ``value`` is concrete and not a positive scalar."""
     if isinstance(value, Tracer):
         return
     if not isinstance(value, (int, float, np.generic, np.ndarray, jax.Array)) or isinstance(
@@ -151,7 +149,7 @@ def check_positive(transform: str, name: str, value: Any, help: str = "") -> Non
 
 
 def weak(value: Any) -> Any:
-    """A Python number as it is, and any other in float32: float64 would change the state's dtypes."""
+    """``value``, in float32 unless it is a Python number: float64 would change the state's dtypes."""
     return value if type(value) in (int, float) else jnp.asarray(value, jnp.float32)
 
 
@@ -163,10 +161,10 @@ def check_gradient(transform: str, g: jax.Array) -> None:
         )
 
 
-# Leaves of one shape are traced once.
+# Jitted so that leaves of equal shapes are traced once.
 @functools.partial(jax.jit, static_argnames="transform")
 def clamp(transform: str, g: jax.Array, c: Any) -> tuple[jax.Array, Mask]:
-    """``g`` clamped to ``[-c, c]``, and where elements were outside."""
+    """``g`` clamped to ``[-c, c]``, and a mask of the elements that were outside."""
     check_gradient(transform, g)
     if jnp.issubdtype(g.dtype, jnp.complexfloating):
         real, _ = clamp(transform, jnp.real(g), c)
@@ -175,7 +173,7 @@ def clamp(transform: str, g: jax.Array, c: Any) -> tuple[jax.Array, Mask]:
         # NaN differs from itself, but was not clamped.
         return clipped, ((clipped != g) & ~jnp.isnan(g),)
     wide = jnp.asarray(c, g.dtype if g.dtype.itemsize > 4 else jnp.float32)
-    # A finite bound must stay finite in half precision for an infinity to become it.
+    # A finite bound must stay finite in half precision, so that infinities are clamped to it.
     largest = float(jnp.finfo(g.dtype).max)
     bound = jnp.where(jnp.isinf(wide), wide, jnp.minimum(wide, largest)).astype(g.dtype)
     bound = jnp.where(bound >= 0, bound, jnp.nan)
@@ -183,7 +181,7 @@ def clamp(transform: str, g: jax.Array, c: Any) -> tuple[jax.Array, Mask]:
 
 
 def fraction_of(number: jax.Array, sizes: Iterable[int]) -> jax.Array:
-    # A float, for an integer beyond 32 bits would overflow.
+    # A float, since an integer beyond 32 bits would overflow.
     return number / float(max(sum(sizes), 1))
 
 

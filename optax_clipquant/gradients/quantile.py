@@ -17,8 +17,8 @@ class ClipByQuantileState(NamedTuple):
     """State of ``clip_by_quantile``.
 
     Attributes:
-      threshold: the bound of the next update, a float32 scalar; with ``per_leaf`` a dict with one for
-        each leaf, by its path.
+      threshold: the bound of the next update, a float32 scalar; with ``per_leaf``, a dict of them by the
+        path of the leaf.
       clip_fraction: the fraction of all elements that the last update clamped, a float32 scalar.
     """
 
@@ -29,35 +29,35 @@ class ClipByQuantileState(NamedTuple):
 def clip_by_quantile(
     q: float = 0.99, *, learning_rate: float = 0.2, initial: float = 1.0, per_leaf: bool = False
 ) -> optax.GradientTransformation:
-    """Clamps each element of the gradients to a bound that is adapted automatically.
+    """Clamps each element of the gradients to a bound that follows a quantile of their magnitudes.
 
-    The bound ``c`` follows the quantile ``q`` of the magnitudes of those elements that are not zero: a
-    fraction ``1 - q`` of these is clamped. (The gradient of an embedding is zero at all rows but a few:
-    a quantile of all its elements would be zero.) After each update the bound takes a geometric step,
-    where ``n`` elements are not zero and ``m`` of them were clamped::
+    The bound ``c`` follows the quantile ``q`` of the magnitudes of the non-zero elements, so that a
+    fraction ``1 - q`` of these is clamped. (The gradient of an embedding is zero in all but a few rows:
+    a quantile of all its elements would be zero.) After each update with ``n`` non-zero elements, of
+    which ``m`` were clamped, the bound takes a geometric step::
 
         g -> min(max(g, -c), c)
         c <- c * exp(learning_rate * clip(k * (m - n * (1 - q)) / max(n * min(q, 1 - q), 1), -1, 1))
 
-    It needs one look at the gradients and no sort, and arrives from 1000 times too small or too
-    large within about 100 steps at any ``q``. ``k`` is 1, except for a ``learning_rate`` with which
-    ``c`` would swing about the quantile of normal gradients (at the default, for ``q`` from 0.994):
-    it is smaller there. The bound stays where the gradients are all zero or some are not finite, and
-    is always a positive, finite float32.
+    This reads the gradients once and needs no sort. A bound that is 1000 times too small or too large
+    converges within about 100 steps at any ``q``. ``k`` is 1, or smaller where ``c`` would otherwise
+    oscillate about the quantile of normally distributed gradients (at the default ``learning_rate``, for
+    ``q`` from 0.994). The bound does not move when the gradients are all zero or some are not finite,
+    and is always a positive, finite float32.
 
-    This leaves the paper in three points: zeros are not counted; the step is in units of the rarer
-    side, so that bounds at any ``q`` arrive as fast, and cut to ``learning_rate``, so that one update
-    moves the bound by no more; and no noise is added, for there is no privacy to keep.
+    This departs from the paper in three points: zeros are not counted; the step is measured in units of
+    the rarer side, so that bounds converge equally fast at any ``q``, and is limited to
+    ``learning_rate``; and no noise is added, since there is no privacy to protect.
 
     Args:
-      q: the quantile of the magnitudes that are not zero, in (0, 1).
+      q: the quantile of the non-zero magnitudes, in (0, 1).
       learning_rate: the largest change of ``log(c)`` in a step.
       initial: the first bound.
       per_leaf: whether each leaf has a separate bound.
 
     Returns:
       A ``GradientTransformation`` with a ``ClipByQuantileState``. Dtypes, NaN, infinities, complex
-      gradients and leaves that pass are as in ``clip_by_value``; elements are counted as there.
+      gradients and other leaves are treated as in ``clip_by_value``; elements are counted as there.
 
     Raises:
       ValueError: ``q`` is outside (0, 1), or ``learning_rate`` or ``initial`` is not positive and
@@ -85,7 +85,7 @@ def clip_by_quantile(
 
     def init(params: PyTree) -> PyTree:
         def start() -> jax.Array:
-            return jnp.array(initial, jnp.float32, copy=True)  # so that all can be donated
+            return jnp.array(initial, jnp.float32, copy=True)  # a copy, which can be donated
 
         threshold: jax.Array | dict[str, jax.Array] = start()
         if per_leaf:
@@ -113,7 +113,7 @@ def clip_by_quantile(
             name = path_of(path) if per_leaf else ""
             if name not in thresholds:
                 raise ValueError(
-                    f"clip_by_quantile: updates have a leaf {name!r}, which the params of init had not"
+                    f"clip_by_quantile: updates have a leaf {name!r} that params did not have in init"
                 )
             g = jnp.asarray(g)
             clipped, outside = clamp("clip_by_quantile", g, thresholds[name])
@@ -143,10 +143,10 @@ _HUGE = float(jnp.finfo(jnp.float32).max)
 
 
 def _quantile_gain(fraction: Any, learning_rate: Any) -> jax.Array:
-    """1, or less where the tracking of a bound would swing about the quantile of normal gradients.
+    """The gain ``k``: 1, or less where the bound would oscillate about the quantile of normal gradients.
 
-    The tracking is a fixed-point iteration: near the quantile, a step takes ``learning_rate * slope``
-    of the distance away, which must be below 2.
+    The tracking is a fixed-point iteration: near the quantile, a step removes a fraction
+    ``learning_rate * slope`` of the distance, which must be below 2.
     """
     z = -jax.scipy.special.ndtri(jnp.asarray(fraction, jnp.float32) / 2)
     density = jnp.exp(-jnp.square(z) / 2) * (2 / math.pi) ** 0.5

@@ -1,4 +1,4 @@
-"""Gradients whose norm is a spike, rescaled."""
+"""Gradients rescaled where their norm spikes."""
 
 import operator
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ class ClipByZScoreState(NamedTuple):
       variance: their running variance.
       norm: the global norm of the last gradients, before clipping.
       threshold: the norm above which the last gradients would have been rescaled.
-      clipped: whether they were, a bool.
+      clipped: whether the last gradients were rescaled, a bool.
     """
 
     count: jax.typing.ArrayLike
@@ -35,43 +35,43 @@ class ClipByZScoreState(NamedTuple):
 def clip_by_zscore(
     z: float = 2.5, *, decay: float = 0.97, warmup_steps: int = 25, max_norm: float = 1.0
 ) -> optax.GradientTransformation:
-    """Rescales gradients whose global norm is a spike among the norms before (ZClip).
+    """Rescales gradients whose global norm spikes above the norms of previous steps (ZClip).
 
-    With ``m`` and ``s`` the running mean and standard deviation of the norms, gradients of a norm
+    With ``m`` and ``s`` the running mean and standard deviation of the norms, gradients with a norm
     ``g > m + z * s`` are rescaled to the norm::
 
         m + z * s / ((g - m) / (s * z))
 
-    which is the smaller the larger the spike. The running moments then take the norm, cut a little above
+    which is smaller the larger the spike. The running moments then take in the norm, capped a little above
     the threshold: with ``t = min(g, m + 1.5 * z * s)``, ``m <- decay * m + (1 - decay) * t``, and the same
-    for the variance, from the new mean. During the first ``warmup_steps`` the norms are only collected,
+    for the variance, about the new mean. During the first ``warmup_steps`` the norms are only collected,
     and norms above ``max_norm`` are rescaled to it. The mean and variance of the collected norms are the
     initial moments.
 
-    This leaves the paper, whose moments take the norm after clipping, which is the nearer to the mean
-    the larger the spike: after a lasting rise of the norm, all later steps would be cut. Here the moments
-    grow until such norms pass: after a rise to 3 times the norm in about 20 steps, to 10 times in
-    about 30. A single spike is cut as in the paper.
+    This departs from the paper, whose moments take in the norm after clipping. That is closer to the mean
+    the larger the spike, so that after a lasting rise of the norm all later steps would be clipped. Here
+    the moments grow until such norms pass: within about 20 steps of a rise to 3 times the norm, and about
+    30 of a rise to 10 times. A single spike is clipped as in the paper.
 
     Norms that are zero or not finite are not recorded. Gradients with NaN pass unchanged. Where the
     norm is infinite, finite gradients become 0 and infinite ones NaN, so that
     ``optax.apply_if_finite`` and ``optax.zero_nans`` still see them. Norms are summed in float32 in
-    units of the running mean: one 1e19 times as large counts as infinite.
+    units of the running mean: a norm 1e19 times as large counts as infinite.
 
     Args:
-      z: how many standard deviations above the mean a norm is a spike.
-      decay: of the running moments, in [0, 1).
+      z: how many standard deviations above the mean make a norm a spike.
+      decay: the decay of the running moments, in [0, 1).
       warmup_steps: how many norms are collected first, at least 2.
-      max_norm: the largest norm meanwhile; ``math.inf`` for none.
+      max_norm: the largest norm during the warmup; ``math.inf`` for no limit.
 
     Returns:
       A ``GradientTransformation`` with a ``ClipByZScoreState``. Gradients keep their dtypes; ``None``,
-      ``optax.MaskedNode`` and ``float0`` leaves pass.
+      ``optax.MaskedNode`` and ``float0`` leaves pass through.
 
     Raises:
       ValueError: ``z`` or ``max_norm`` is not positive, ``decay`` is outside [0, 1), or
         ``warmup_steps`` is below 2.
-      TypeError: ``warmup_steps`` is no integer, or a gradient is one.
+      TypeError: ``warmup_steps`` is not an integer, or a gradient is.
 
     Examples:
       >>> tx = clip_by_zscore(warmup_steps=2, max_norm=10.0)
@@ -85,7 +85,7 @@ def clip_by_zscore(
       Kumar et al., ZClip: adaptive spike mitigation for LLM pre-training, 2025 (arXiv:2504.02507).
     """
     check_positive("clip_by_zscore", "z", z)
-    check_positive("clip_by_zscore", "max_norm", max_norm, "; for no bound give math.inf")
+    check_positive("clip_by_zscore", "max_norm", max_norm, "; give math.inf for no limit")
     if not isinstance(decay, Tracer) and not 0 <= decay < 1:
         raise ValueError(f"clip_by_zscore: decay must be in [0, 1), got {decay}")
     if not isinstance(warmup_steps, Tracer):
@@ -108,7 +108,7 @@ def clip_by_zscore(
         return ClipByZScoreState(
             count=jnp.zeros((), jnp.int32),
             mean=zero,
-            variance=zero + 0,  # an array each, so that all can be donated
+            variance=zero + 0,  # distinct arrays, so that each can be donated
             norm=zero + 0,
             threshold=jnp.array(max_norm, jnp.float32, copy=True),
             clipped=jnp.zeros((), bool),
@@ -136,7 +136,7 @@ def clip_by_zscore(
             wide = g.astype(jnp.float32) if g.dtype.itemsize < 4 else g
             return (wide * scale.astype(wide.dtype)).astype(g.dtype)
 
-        # While they are collected, moments of all norms; then exponential ones of those clipped.
+        # During the warmup, the plain moments of all norms; then exponential ones of the capped norms.
         taken = jnp.where(warming, norm, jnp.minimum(norm, mean + 1.5 * (threshold - mean)))
         keep = jnp.where(warming, count / (count + 1), decay)
         new_mean = keep * mean + (1 - keep) * taken
@@ -156,7 +156,7 @@ def clip_by_zscore(
 
 
 def _norm(updates: PyTree, unit: jax.Array) -> jax.Array:
-    """The global norm, from squares in units of the power of two at ``unit``."""
+    """The global norm, from squares in units of a power of two near ``unit``."""
     unit = jax.lax.reduce_precision(unit, 8, 0)
     total = jnp.zeros((), jnp.float32)
     for g in jax.tree.leaves(updates):

@@ -1,9 +1,9 @@
-"""Pictures of weights on their grids, of sizes, clipping and sweeps (needs the extra ``plot``).
+"""Plots of weights on their grids, leaf sizes, clipping and sweeps (needs the extra ``plot``).
 
-Each function draws into the axes that it is given, so that pictures can be combined, and leaves
-matplotlib's settings alone. ``subplots`` makes axes in the common style. The colours are Okabe and Ito's, which
-colour-blind people can tell apart, and cividis; their line styles and markers differ too, so that
-pictures can be read in grey.
+Each function draws into the axes it is given, so that plots can be combined, and leaves matplotlib's
+settings alone. ``subplots`` makes axes in the common style. The colours, Okabe and Ito's palette and
+cividis, are distinguishable to colour-blind readers; line styles and markers differ too, so that
+plots can be read in greyscale.
 
 Examples:
   >>> import jax
@@ -58,16 +58,16 @@ def against_bits(
     reference: float | None = None,
     mode: Mode = "max",
 ) -> None:
-    """Accuracy, signal-to-noise ratio or the like against bits per weight, with the Pareto line.
+    """Plots accuracy, signal-to-noise ratio or another metric against bits per weight, with the Pareto line.
 
     The Pareto line joins the points of all series that no other point beats in both size and value.
 
     Args:
-      axes: to draw into.
+      axes: the axes to draw into.
       series: for each name, pairs of bits per weight and value.
       ylabel: the label of the values, with their unit.
-      reference: the value in float.
-      mode: whether more is better, or less.
+      reference: the value of the float model, drawn as a horizontal line.
+      mode: ``"max"`` if larger values are better, ``"min"`` if smaller ones are.
     """
     everything = [p for points in series.values() for p in points if all(map(math.isfinite, p))]
     sign = sign_of(mode)
@@ -98,10 +98,10 @@ def clipping(
     fractions: Sequence[float] | np.ndarray,
     thresholds: Sequence[float] | np.ndarray | None = None,
 ) -> None:
-    """The fraction of elements that were clamped in each step, and the bound.
+    """Plots the fraction of elements that each step clamped, and the bound.
 
     Args:
-      axes: to draw into.
+      axes: the axes to draw into.
       fractions: the clip fraction of each step.
       thresholds: the bound of each step, on a second axis to the right.
     """
@@ -120,7 +120,7 @@ def clipping(
         right.set_yscale("log")
         right.set_ylabel("bound")
         handles += right.get_lines()
-    # Above the axes, where no line passes.
+    # Above the axes, where the legend hides no line.
     axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
 
 
@@ -133,17 +133,17 @@ def heat_map(
     *,
     mode: Mode = "max",
 ) -> None:
-    """A metric over two hyperparameters, such as ``sweep(...).rows``; the best cell is framed.
+    """Draws a metric over two hyperparameters, such as ``sweep(...).rows``, and frames the best cell.
 
     Cells whose value is missing or not finite are hatched.
 
     Args:
-      axes: to draw into.
+      axes: the axes to draw into.
       rows: dicts with the keys ``x``, ``y`` and ``value``.
       x: the hyperparameter along the horizontal axis.
       y: the hyperparameter along the vertical axis.
       value: the metric.
-      mode: whether more is better, or less.
+      mode: ``"max"`` if larger values are better, ``"min"`` if smaller ones are.
 
     Raises:
       ValueError: there are no rows, a key is missing, or two rows have the same ``x`` and ``y``.
@@ -153,7 +153,7 @@ def heat_map(
         raise ValueError("heat_map: there are no rows")
     for key in (x, y, value):
         if key not in rows[0]:
-            raise ValueError(f"heat_map: rows have no {key!r}, but {', '.join(rows[0])}")
+            raise ValueError(f"heat_map: rows have no {key!r}; choose from {', '.join(rows[0])}")
     across, up = (sorted({row[key] for row in rows}) for key in (x, y))
     cells = np.full((len(up), len(across)), np.nan)
     taken = set()
@@ -161,7 +161,7 @@ def heat_map(
         place = up.index(row[y]), across.index(row[x])
         if place in taken:
             raise ValueError(
-                f"heat_map: two rows have {x} {row[x]} and {y} {row[y]}; choose among the others first"
+                f"heat_map: two rows have {x} {row[x]} and {y} {row[y]}; filter on the other columns first"
             )
         taken.add(place)
         cells[place] = np.nan if row[value] is None else row[value]
@@ -198,11 +198,11 @@ def curves(
     x: Sequence[float] | np.ndarray | None = None,
     xlabel: str = "step",
 ) -> None:
-    """Lines over the steps of training.
+    """Plots values over training steps.
 
     Args:
-      axes: to draw into.
-      series: for each name the values, or an array of several runs by values.
+      axes: the axes to draw into.
+      series: for each name the values, or an array ``[runs, values]`` for several runs.
       ylabel: the label of the values, with their unit.
       x: the positions of the values; 1, 2, ... by default.
       xlabel: the label of ``x``.

@@ -1,4 +1,4 @@
-"""Size and error of leaves, as data and as a table."""
+"""The size and error of each leaf, as data and as a table."""
 
 import dataclasses
 import math
@@ -17,14 +17,14 @@ class Row:
     """One leaf of a ``Summary``.
 
     Attributes:
-      path: its path in the tree.
+      path: the leaf's path in the tree.
       shape: its shape.
-      bits: bits of a code; of an element if the leaf is not quantized.
-      bytes_before: its bytes in ``params``.
-      bytes_after: its bytes on disk, scales included.
-      max_error: the largest absolute error; None if there is nothing to compare with.
+      bits: bits per code, or per element if the leaf is not quantized.
+      bytes_before: its size in ``params``, in bytes.
+      bytes_after: its size on disk in bytes, scales included.
+      max_error: the largest absolute error; None without an original to compare with.
       snr_db: signal-to-noise ratio, ``10 log10(sum(w**2) / sum((w - w')**2))``; inf without error,
-        None if there is nothing to compare with.
+        None without an original to compare with.
     """
 
     path: str
@@ -52,14 +52,14 @@ class Summary(Printed):
 
     @property
     def ratio(self) -> float:
-        """How many times smaller the tree has become."""
+        """The compression ratio, ``bytes_before / bytes_after``."""
         return self.bytes_before / max(self.bytes_after, 1)
 
     def __rich__(self) -> "rich.table.Table":
         import rich.text
 
         table = compact_table(show_footer=True)
-        # Digits are folded for lack of room, never left out.
+        # Where there is no room, digits wrap rather than being cut off.
         table.add_column("leaf", "total", overflow="fold")
         compared = any(row.max_error is not None for row in self.rows)
         for header, footer in (
@@ -95,8 +95,14 @@ def row_of(
     """Compares one leaf with its original.
 
     Args:
-      bits: bits of a code; by default those of an element of ``after``.
-      size: its bytes on disk; by default those of ``after``.
+      path: the leaf's path.
+      before: the original.
+      after: the leaf, dequantized.
+      bits: bits per code; by default, per element of ``after``.
+      size: the bytes on disk; by default those of ``after``.
+
+    Raises:
+      ValueError: the shapes differ.
     """
     if before.shape != after.shape:
         raise ValueError(
@@ -115,9 +121,9 @@ def row_of(
 
 
 def errors(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
-    """Largest absolute error, and signal-to-noise ratio in dB: NaN and -inf where a value is NaN.
+    """The largest absolute error, and the signal-to-noise ratio in dB; NaN and -inf if a value is NaN.
 
-    Computed in float64, and exactly for integers, a block at a time that stays in a cache.
+    Computed in float64, exactly for integers, and in blocks that fit a cache.
     """
     largest = noise = signal = 0.0
     before, after = before.ravel(), after.ravel()
@@ -126,7 +132,7 @@ def errors(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
         reach = max(
             (float(_magnitude(x).max()) for x in map(before.__getitem__, blocks)), default=0.0
         )
-        unit = reach if 0 < reach < math.inf else 1.0  # so that no square of it overflows
+        unit = reach if 0 < reach < math.inf else 1.0  # so that no square overflows
         for block in blocks:
             x = before[block]
             distance = _distance(x, after[block])
@@ -144,10 +150,10 @@ _BLOCK = 2**16
 
 def _distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     if x.dtype == y.dtype and x.dtype.kind in "iu":
-        # The difference modulo 2**bits: an unsigned integer has room for it.
+        # A signed difference wraps modulo 2**bits; as an unsigned integer it is right.
         distance = np.maximum(x, y) - np.minimum(x, y)
         return distance.view(f"u{x.itemsize}").astype(np.float64)
-    # Equal infinities have no difference.
+    # Equal infinities differ by 0, not by NaN.
     return np.where(x == y, 0, np.abs(_wide(x) - _wide(y)))
 
 

@@ -1,4 +1,4 @@
-"""The common style of pictures: axes, colours, lines and markers."""
+"""The common style of the plots: axes, colours, lines and markers."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -23,16 +23,16 @@ Mode = Literal["max", "min"]
 def subplots(
     columns: int = 1, rows: int = 1, *, width: float = 5.2, height: float = 4.0
 ) -> tuple[matplotlib.figure.Figure, list[Axes]]:
-    """A figure with axes in the common style.
+    """Makes a figure with axes in the common style.
 
     Args:
-      columns: of axes.
-      rows: of axes.
-      width: of each, in inches.
-      height: of each, in inches.
+      columns: the number of columns of axes.
+      rows: the number of rows of axes.
+      width: the width of each axes, in inches.
+      height: the height of each axes, in inches.
 
     Returns:
-      The figure, which ``figure.savefig(path)`` writes with no window or backend, and its axes.
+      The figure, which ``figure.savefig(path)`` writes without a window or backend, and its axes.
     """
     size = (width * columns, height * rows)
     figure = matplotlib.figure.Figure(figsize=size, layout="constrained", dpi=120)
@@ -44,7 +44,7 @@ def subplots(
 
 
 def styled(series: Mapping[str, Any]) -> Iterable[tuple[tuple[str, Any], Style]]:
-    """Each name and its values, with its style."""
+    """Pairs each name and its values with a style."""
     return ((item, STYLES[i % len(STYLES)]) for i, item in enumerate(series.items()))
 
 

@@ -1,4 +1,4 @@
-"""Size and error of each leaf of a tree beside another, and bits per weight."""
+"""The size and error of each leaf of a quantized tree, and its bits per weight."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from optax_clipquant.report.rows import Row, Summary, row_of
 
 
 def summarize(params: PyTree, qparams: PyTree) -> Summary:
-    """Bytes, error and signal-to-noise ratio of each leaf of ``qparams`` against ``params``.
+    """Compares ``qparams`` with ``params``: size, error and signal-to-noise ratio of each leaf.
 
     Computed on the host, in float64.
 
@@ -21,7 +21,7 @@ def summarize(params: PyTree, qparams: PyTree) -> Summary:
       qparams: the same tree, with ``QArray`` leaves.
 
     Raises:
-      ValueError: the trees have different leaves, or a leaf has another shape.
+      ValueError: the trees have different leaves, or leaves of different shapes.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -52,7 +52,7 @@ def summarize(params: PyTree, qparams: PyTree) -> Summary:
 
 
 def bits_per_param(qparams: PyTree) -> float:
-    """The mean bits of a quantized weight on disk, scales included; of all weights if none is quantized.
+    """Mean bits per quantized weight on disk, scales included; over all weights if none is quantized.
 
     Args:
       qparams: a tree with ``QArray`` leaves, which may be abstract, as from ``jax.eval_shape``.

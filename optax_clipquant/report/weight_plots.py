@@ -1,4 +1,4 @@
-"""Pictures of weights on their grids, and of the size and error of each leaf."""
+"""Plots of weights on their grids, and of the size and error of each leaf."""
 
 import dataclasses
 import math
@@ -16,14 +16,14 @@ from optax_clipquant.report.style import BLUE, GREEN, ORANGE, SKY
 
 
 def weight_histogram(axes: Axes, before: jax.typing.ArrayLike, after: QArray) -> None:
-    """Weights before and after quantization, counted along their grid.
+    """Plots a histogram of weights before quantization, with stems at the levels they moved to.
 
-    Each weight is divided by the step of its channel's or group's grid, so that all weights share one picture.
+    Each weight is divided by the step of its channel's or group's grid, so that all weights fit one plot.
     Bars and stems are both densities per step: a stem holds the weights of the bars around it, moved onto one level.
 
     Args:
-      axes: to draw into.
-      before: the weights, such as those of ``latent_params``.
+      axes: the axes to draw into.
+      before: the weights, such as a leaf of ``latent_params``.
       after: the quantized weights.
 
     Raises:
@@ -32,7 +32,7 @@ def weight_histogram(axes: Axes, before: jax.typing.ArrayLike, after: QArray) ->
     weights = np.asarray(before, np.float32)
     if weights.shape != after.shape:
         raise ValueError(f"before has shape {weights.shape}, after {after.shape}")
-    # In float32: rounded to half precision, levels would not lie evenly.
+    # In float32, since levels rounded to half precision are not evenly spaced.
     after = QArray(after.qvalue, dataclasses.replace(after.grid, dtype=np.dtype(np.float32)))
     grid = after.grid
     ends = [grid.decode(jnp.full(after.shape, k, jnp.int8)) for k in (grid.lower, grid.upper)]
@@ -45,11 +45,11 @@ def weight_histogram(axes: Axes, before: jax.typing.ArrayLike, after: QArray) ->
         return_counts=True,
     )
     if grid.codebook is not None and levels.size > 1:
-        counts = counts / np.gradient(levels)  # the levels of a code book are not one step apart
+        counts = counts / np.gradient(levels)  # the levels of a codebook are not one step apart
     bars = 4  # per step
     if position.size:
         first, last = math.floor(position.min()) - 0.5, math.ceil(position.max()) + 0.5
-        # Some weights may be thousands of steps away.
+        # Capped, since some weights may be thousands of steps away.
         edges = np.linspace(first, last, min(round(bars * (last - first)), 400) + 1)
         axes.hist(
             position,
@@ -66,15 +66,15 @@ def weight_histogram(axes: Axes, before: jax.typing.ArrayLike, after: QArray) ->
 
 
 def leaf_bars(axes: Sequence[Axes], summary: Summary, *, most: int = 40) -> None:
-    """Size and signal-to-noise ratio of each leaf.
+    """Plots the size and signal-to-noise ratio of each leaf.
 
     Args:
-      axes: two, for sizes and for ratios.
+      axes: two axes, for sizes and for ratios.
       summary: the result of ``summarize``.
-      most: how many leaves to show, the largest; the others are summed in one bar.
+      most: how many leaves to show; the smaller ones share one bar.
 
     Raises:
-      ValueError: ``axes`` are not two.
+      ValueError: ``axes`` does not hold exactly two axes.
     """
     if len(axes) != 2:
         raise ValueError(f"leaf_bars needs two axes, for sizes and ratios, got {len(axes)}")
@@ -101,7 +101,7 @@ def leaf_bars(axes: Sequence[Axes], summary: Summary, *, most: int = 40) -> None
     left.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter("B"))
     left.set_yticks(at, names, parse_math=False)
     left.set(
-        xlabel=f"bytes; in all {summary.bytes_before:,} to {summary.bytes_after:,}",
+        xlabel=f"bytes; total {summary.bytes_before:,} to {summary.bytes_after:,}",
         ylabel="leaf (bits)",
     )
     left.legend(fontsize=9)

@@ -1,4 +1,4 @@
-"""A bit width for each leaf, so that a tree fits a size and loses least."""
+"""Bit widths that minimise the error of a tree within a size budget."""
 
 import dataclasses
 import functools
@@ -37,42 +37,44 @@ def allocate_bits(
     uses: Uses | None = None,
     evaluate: Callable[[PyTree], float] | None = None,
 ) -> dict[str, Quantizer]:
-    """The bit width of each leaf that minimises the weighted error of the tree under a size.
+    """Chooses the bit width of each leaf, to minimise the weighted error of the tree within a size budget.
 
     Each leaf ``l`` gets one of ``choices``. Among the assignments whose packed codes, scales and zero points
-    take at most ``bits_per_param`` bits for each quantized weight, this finds the one that minimises::
+    take at most ``bits_per_param`` bits per quantized weight, this finds the one that minimises::
 
         sum over l of sum(sensitivity_l * (w_l - dequantized_l)**2)
 
     The solution is exact: the knapsack is solved as an integer program (HiGHS).
 
-    The sum of errors is a guess at what a user minds, and a poor one for language models. With
-    ``evaluate``, allocations between the same width for all and the full one are tried, of errors
-    ``error**t * size**(1 - t)`` with ``t`` from 1/4 to 1, and the best of them is taken.
+    The sum of errors is only a proxy for the loss, and a poor one for language models. With
+    ``evaluate``, a uniform width and four allocations are tried, and the best by its measure is returned. The
+    allocations minimise the sum of ``error**t * typical**(1 - t)`` for ``t`` from 1/4 to 1, where ``typical``
+    is what the leaf's error would be with the geometric mean over all leaves of the error per weight.
 
     Args:
       params: a tree of arrays.
-      sensitivity: the same tree, with the weight of each squared error: an array that broadcasts to
-        the leaf, not negative and finite. ``squared_gradients`` estimates it. 1 everywhere makes it
-        the plain squared error. Or a ``Calibration``, whose moments are taken.
-      bits_per_param: the budget, on the average over the weights that are quantized.
+      sensitivity: the weights of the squared errors, in a tree like ``params``: non-negative, finite
+        arrays that broadcast to the leaves. ``squared_gradients`` estimates them; ones give the plain
+        squared error. Or a ``Calibration``, whose moments are used.
+      bits_per_param: the budget, averaged over the quantized weights.
       choices: the widths to choose from.
       quantizer: called with ``bits=...``: a class, or ``functools.partial(Uniform, group_size=32)``.
       where: which leaves, as in ``quantize_params``.
-      uses: what the function does with them, as in ``quantize_params``; by default those of a
-        calibration.
-      evaluate: a function of the quantized params that gives what is to be small, such as the loss on
-        held-out data. It is called for the largest width that all leaves can have, and for four
-        allocations; the result is never worse than that width by its measure.
+      uses: how the function uses the leaves, as in ``quantize_params``; by default taken from the
+        calibration, if ``sensitivity`` is one.
+      evaluate: returns a number to minimise for a tree of quantized params, such as the loss on
+        held-out data. It is called for the largest width that all leaves can have, and for up to four
+        allocations; by its measure, the result is never worse than that width.
 
     Returns:
-      The rules, from the path of each leaf (as a regular expression) to its quantizer, for
-      ``quantize_params``, ``quantize_weights`` and all that take rules.
+      Rules that map each leaf's path (as a regular expression) to its quantizer, for
+      ``quantize_params``, ``quantize_weights`` and every other function that takes rules.
 
     Raises:
       ValueError: the budget is below the smallest size; ``choices`` is empty or has duplicates; a leaf
-        of ``sensitivity`` is missing, of another shape, negative or not finite; a leaf of ``params``
-        is not finite; ``evaluate`` gives no finite number for any; or as ``quantize_params`` does.
+        of ``sensitivity`` is missing, does not broadcast, or is negative or not finite somewhere; a leaf of
+        ``params`` is not finite; ``evaluate`` returns no finite number for any allocation; or as
+        ``quantize_params`` does.
 
     References:
       Dong et al., HAWQ-V2, 2020 (arXiv:1911.03852), for the weighted error.
@@ -86,7 +88,7 @@ def allocate_bits(
       {'^first$': 8, '^second$': 2}
     """
     if not choices or len(set(choices)) < len(choices):
-        raise ValueError(f"choices must be widths, each once, got {tuple(choices)}")
+        raise ValueError(f"choices must be distinct bit widths, got {tuple(choices)}")
     if not 0 < bits_per_param < float("inf"):
         raise ValueError(f"bits_per_param must be a positive number, got {bits_per_param}")
     rules = [quantizer(bits=bits) for bits in choices]
@@ -116,19 +118,19 @@ def allocate_bits(
             tried[tuple(chosen)] = loss if math.isfinite(loss) else math.inf
     best = min(tried, key=tried.__getitem__)
     if tried[best] == math.inf:
-        raise ValueError("evaluate gives no finite number for any allocation")
+        raise ValueError("evaluate returned no finite number for any allocation")
     return rules_of(np.array(best))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Table:
-    """What each choice for each leaf costs.
+    """The size and error of each leaf (row) under each choice (column).
 
     Attributes:
-      sizes: bytes, a row for each leaf.
-      errors: the weighted squared errors.
-      counts: the weights of each leaf.
-      budget: bytes of all leaves.
+      sizes: in bytes.
+      errors: weighted squared errors.
+      counts: the number of weights of each leaf.
+      budget: the largest total size, in bytes.
     """
 
     sizes: np.ndarray
@@ -137,7 +139,7 @@ class _Table:
     budget: int
 
     def uniform(self) -> np.ndarray | None:
-        """The largest choice that all leaves can have, if there is one."""
+        """The largest choice that all leaves can have within the budget, or None."""
         total = self.sizes.sum(0)
         fits = np.flatnonzero(total <= self.budget)
         if not len(fits):
@@ -145,10 +147,10 @@ class _Table:
         return np.full(len(self.sizes), fits[total[fits].argmax()])
 
     def solve(self, t: float = 1.0) -> np.ndarray:
-        """The choices of the least error; of ``t`` below 1, as if leaves were more alike."""
+        """The choices of least total error; with ``t`` below 1, as if leaves differed less."""
         if t == 1:
             return _knapsack(self.sizes, self.errors, self.budget)
-        # Of all leaves together, a weight's error at each choice.
+        # The error per weight at each choice, as the geometric mean over the leaves.
         positive = np.maximum(self.errors, np.finfo(np.float64).tiny)
         alike = np.exp(np.log(positive / self.counts[:, None]).mean(0))
         errors = positive**t * (self.counts[:, None] * alike) ** (1 - t)
@@ -164,17 +166,17 @@ def allocate(
     """``allocate_bits`` for leaves that are read one at a time and not kept.
 
     Args:
-      specs: by path the leaves, or what has their shape and dtype.
-      rules: by path the quantizers to choose from, as many for each leaf.
-      read: gives a leaf and the weight of its squared errors.
+      specs: the leaves by path, or objects with their shape and dtype.
+      rules: the quantizers to choose from by path, the same number for each leaf.
+      read: returns the leaf of a path and the weights of its squared errors.
       bits_per_param: as for ``allocate_bits``.
 
     Returns:
       The quantizer of each leaf, by path.
 
     Raises:
-      ValueError: the budget is below the smallest size, which shows before anything is read; or a leaf
-        is not finite.
+      ValueError: the budget is below the smallest size, which is noticed before anything is read; or a
+        leaf is not finite.
     """
     chosen = measure(specs, rules, read, bits_per_param).solve()
     return {
@@ -189,10 +191,10 @@ def measure(
     bits_per_param: float,
     uses: Uses | None = None,
 ) -> _Table:
-    """Sizes and errors of all choices, of the arguments of ``allocate``. Raises as it does."""
+    """Sizes and errors of all choices, for the arguments of ``allocate``; raises as it does."""
     sizes = []
     for path, choices in rules.items():
-        # The same quantizer again is a leaf without a choice.
+        # A leaf without a choice repeats one quantizer, which is measured once.
         with naming(path):
             size = {
                 rule: jax.eval_shape(
@@ -217,7 +219,9 @@ def measure(
             rule: _error(rule, leaf, weight, use_of(uses, path)) for rule in dict.fromkeys(choices)
         }
         if not np.all(np.isfinite(list(error.values()))):
-            raise ValueError(f"params leaf {path!r}: its error is not finite, nor are its weights")
+            raise ValueError(
+                f"params leaf {path!r}: its error is not finite, since its weights are not"
+            )
         errors.append([error[rule] for rule in choices])
     counts = np.array([math.prod(specs[path].shape) for path in rules], np.float64)
     return _Table(sizes, np.array(errors, np.float64), counts, budget)
@@ -260,7 +264,7 @@ def _error(rule: Quantizer, w: jax.Array, weight: jax.Array, use: Use | None) ->
 def _relative_error(
     rule: Quantizer, w: jax.Array, weight: jax.Array, use: Use | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The weighted error in units of the largest weight and sensitivity, which float32 has room for."""
+    """The weighted error in units of the largest weight and sensitivity, so that it fits float32; and these units."""
 
     def unit_of(x: jax.Array) -> jax.Array:
         largest = jnp.max(jnp.abs(x), initial=0)
@@ -273,8 +277,8 @@ def _relative_error(
 
 
 def _knapsack(sizes: np.ndarray, errors: np.ndarray, budget: int) -> np.ndarray:
-    """For each row a column, so that the sizes sum to at most ``budget`` and the errors to the least."""
-    import scipy.optimize  # it takes as long to load as half of jax, and only this needs it
+    """The column to take in each row, for the least sum of errors with sizes that sum to at most ``budget``."""
+    import scipy.optimize  # here alone, since it takes half as long to import as jax
     import scipy.sparse
 
     rows, columns = sizes.shape
@@ -284,7 +288,7 @@ def _knapsack(sizes: np.ndarray, errors: np.ndarray, budget: int) -> np.ndarray:
         ),
         scipy.optimize.LinearConstraint(sizes.reshape(1, -1), -np.inf, budget),
     ]
-    # The solver stops at an absolute gap of 1e-6.
+    # Errors are scaled, since the solver stops at an absolute gap of 1e-6.
     unit = errors.max(initial=0) or 1.0
     while True:
         result = scipy.optimize.milp(
@@ -299,6 +303,6 @@ def _knapsack(sizes: np.ndarray, errors: np.ndarray, budget: int) -> np.ndarray:
         chosen = result.x.reshape(rows, columns).argmax(1)
         if sizes[np.arange(rows), chosen].sum() <= budget:
             return chosen
-        # Of billions of bytes, the solver's tolerance lets a few pass: all but this choice, then.
+        # The solver's tolerance lets a few bytes in billions pass: forbid this choice and solve again.
         here = np.eye(columns)[chosen].reshape(1, -1)
         constraints.append(scipy.optimize.LinearConstraint(here, -np.inf, rows - 1))

@@ -22,14 +22,14 @@ class Sweep(Printed):
     """The result of ``sweep``: ``rows`` is plain data, and ``print`` shows a table.
 
     Attributes:
-      rows: for each point of the grid, in the order of ``itertools.product``, a dict of Python numbers:
-        the value of each column, then each metric, then ``failed``: whether a metric is not finite.
+      rows: a dict of Python numbers for each point of the grid, in the order of ``itertools.product``:
+        the value of each column, then each metric, then ``failed``, whether any metric is not finite.
     """
 
     rows: tuple[Row, ...]
 
     def best(self, metric: str, mode: Literal["max", "min"] = "max") -> Row:
-        """The row with the largest ``metric``, or the smallest; the first in the grid among equals.
+        """The row with the largest (or smallest) ``metric``; of equal rows, the first in the grid.
 
         Raises:
           ValueError: ``metric`` or ``mode`` is unknown, or all runs failed.
@@ -52,7 +52,7 @@ class Sweep(Printed):
         Args:
           cost: a column or metric; less is better.
           metric: a column or metric.
-          mode: whether more of ``metric`` is better, or less.
+          mode: ``"max"`` if more of ``metric`` is better, ``"min"`` if less.
 
         Raises:
           ValueError: a name or ``mode`` is unknown.
@@ -105,14 +105,15 @@ def sweep(
 ) -> Sweep:
     """Trains and validates at every point of a grid, in one vmapped and jitted program.
 
-    The program is traced and compiled once, where a loop over the points would compile for each of them,
-    which is most of the time of a small model. The runs of a batch advance together, and need memory together.
+    The program is traced and compiled once. A loop over the points would compile once for each, which takes
+    most of the time for a small model. The runs of a batch advance together, and all hold memory at once.
 
-    The values are traced, so they cannot decide on shapes or Python's control flow: ``c``, ``R``,
-    ``resolution``, learning rates and seeds may be in a grid; for ``bits``, call ``sweep`` with each.
+    The values are traced, so they cannot determine shapes or Python control flow: ``c``, ``R``,
+    ``resolution``, learning rates and seeds may be in a grid; for ``bits``, call ``sweep`` once per value.
 
-    A batch computes sums in another order than a single run does, so that a weight halfway between two levels
-    can go either way. A long training on a grid therefore ends slightly differently, as it does with another seed.
+    A batch computes sums in a different order from a single run, so that a weight halfway between two levels
+    can go either way. Long training on a quantization grid therefore ends slightly differently, as it does with
+    another seed.
 
     Args:
       evaluate: called as ``evaluate(c=..., R=...)`` with a scalar for each column, int32 if the whole
@@ -121,9 +122,9 @@ def sweep(
       grid: a mapping from the name of each column to its values; the points are their product.
       batch_size: how many points run together; all of them by default. On a CPU, small batches may be
         faster (5 rather than 25, with 300,000 weights). A short last batch is padded by repeating a point,
-        so that it needs no other program.
+        so that the same program runs it.
       path: a JSON file for the grid and its rows, written after each batch. If the file exists and has the
-        same grid and metrics, only the missing points are run. It knows nothing of what ``evaluate``
+        same grid and metrics, only the missing points are run. The file does not record what ``evaluate``
         does: delete it when that changes.
       progress: whether to show a progress bar.
 
@@ -200,7 +201,7 @@ def sweep(
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points on the Pareto front, by rising cost: no other costs less at no less value."""
+    """Indices of the Pareto-optimal ``(cost, value)`` points, by rising cost; of equal points, the first."""
     order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
     front: list[int] = []
     for i in order:
@@ -259,15 +260,15 @@ def _metrics(found: Any, columns: Mapping[str, Any]) -> dict[str, jax.Array]:
         if not isinstance(name, str) or name in columns or name == FAILED:
             raise ValueError(
                 f"sweep: evaluate returned a metric {name!r}, which is the name of a column, or not "
-                "text; rename it"
+                "a string; rename it"
             )
         array = isinstance(value, (bool, int, float, np.generic, np.ndarray, jax.Array))
         real = array and jnp.isdtype(jnp.result_type(value), ("bool", "integral", "real floating"))
         if not real or np.shape(value) != ():
             raise ValueError(
-                f"sweep: evaluate returned for {name!r} "
+                f"sweep: evaluate returned {name!r} as "
                 + (f"{jnp.result_type(value)}{np.shape(value)}" if array else f"{value!r}")
-                + "; it must be a real scalar, such as the mean"
+                + "; it must be a real scalar, such as a mean"
             )
         metrics[name] = jnp.asarray(value)
     return metrics

@@ -2,7 +2,7 @@
 
     {"grid": {"c": [0.1, 1.0]}, "rows": [{"c": 0.1, "loss": "nan", "failed": true}]}
 
-Numbers that are not finite have no JSON and are stored as text: "nan", "inf" and "-inf".
+JSON has no numbers that are not finite; they are stored as the strings "nan", "inf" and "-inf".
 """
 
 import json
@@ -23,12 +23,12 @@ Row = dict[str, Any]
 def read(
     path: str | os.PathLike[str], columns: Mapping[str, Sequence[Any]], points: Sequence[Row]
 ) -> list[Row]:
-    """The rows of a file; none if it does not exist.
+    """The rows in a file; an empty list if it does not exist.
 
     Args:
       path: the file.
       columns: the grid.
-      points: the points of the grid; the rows must be the first of them.
+      points: all points of the grid, of which the file must hold the first ones.
 
     Raises:
       ValueError: the file belongs to another grid, is damaged, or was not written by ``sweep``.
@@ -39,7 +39,7 @@ def read(
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file, parse_constant=_refuse)
-        # As text, which tells 1 from 1.0, and one order of columns from another.
+        # Compared as text, which distinguishes 1 from 1.0, and the order of columns.
         grid, expected = json.dumps(content["grid"]), json.dumps(_plain(columns))
         if grid == expected:
             rows = [{name: _number(x) for name, x in row.items()} for row in content["rows"]]
@@ -62,7 +62,7 @@ def read(
 def write(
     path: str | os.PathLike[str], columns: Mapping[str, Sequence[Any]], rows: Sequence[Row]
 ) -> None:
-    """Writes the whole file, or leaves the old one as it was."""
+    """Replaces the file atomically."""
     content = {"grid": _plain(columns), "rows": _plain(rows)}
     with replacing(path) as file:
         file.write(json.dumps(content, indent=1, allow_nan=False).encode())

@@ -169,5 +169,5 @@ def test_an_evaluated_allocation_is_never_worse_than_uniform():
     rules = allocate_bits(params, right, bits_per_param=4.5, uses=uses, evaluate=evaluate)
     assert loss_of({p: rules[f"^{p}$"].bits for p in "abc"}) < loss_of(dict.fromkeys("abc", 4)) / 2
 
-    with pytest.raises(ValueError, match="evaluate gives no finite number"):
+    with pytest.raises(ValueError, match="evaluate returned no finite number"):
         allocate_bits(params, right, bits_per_param=4.5, uses=uses, evaluate=lambda _: jnp.nan)

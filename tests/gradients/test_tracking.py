@@ -138,7 +138,10 @@ def test_tracking_takes_injected_hyperparams():
         (lambda: clip_by_zscore(decay=1.0), r"decay must be in \[0, 1\), got 1.0"),
         (lambda: clip_by_zscore(decay=math.nan), r"decay must be in \[0, 1\), got nan"),
         (lambda: clip_by_zscore(warmup_steps=1), "warmup_steps must be at least 2, .* got 1"),
-        (lambda: clip_by_zscore(max_norm=-1), "max_norm must be positive, got -1; for no bound"),
+        (
+            lambda: clip_by_zscore(max_norm=-1),
+            "max_norm must be positive, got -1; give math.inf for no limit",
+        ),
     ],
 )
 def test_tracking_refuses(make, message):

@@ -167,7 +167,7 @@ def test_heat_map_frames_the_best_cell_and_hatches_failures(mode, best):
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0.1", "1"]
     for bad, message in (
         ([], "no rows"),
-        ([{"c": 1, "R": 1}], "rows have no 'accuracy', but c, R"),
+        ([{"c": 1, "R": 1}], "rows have no 'accuracy'; choose from c, R"),
         ([rows[0], rows[0]], "two rows have c 0.1 and R 1"),
     ):
         with pytest.raises(ValueError, match=message):

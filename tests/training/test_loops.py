@@ -390,7 +390,7 @@ def test_leaves_that_appear_after_init_are_refused(name):
     tx, params = TRANSFORMS[name], start(jnp.float32)
     state = tx.init({**params, "none": None})
     more = {**params, "none": None, "v": params["w"]}
-    with pytest.raises(ValueError, match="leaf 'v' that they had not in init"):
+    with pytest.raises(ValueError, match="leaf 'v' that they did not have in init"):
         tx.update(more, state, more)
 
 

@@ -161,8 +161,8 @@ def test_sensitivity_may_be_scalars_and_other_quantizers_serve():
     [
         ({"bits_per_param": 2.0}, "bits_per_param is 2.0, but with the scales .* take 2.3"),
         ({"bits_per_param": float("nan")}, "bits_per_param must be a positive number, got nan"),
-        ({"choices": ()}, "choices must be widths, each once"),
-        ({"choices": (2, 2)}, "choices must be widths, each once"),
+        ({"choices": ()}, "choices must be distinct bit widths"),
+        ({"choices": (2, 2)}, "choices must be distinct bit widths"),
         ({"choices": (2, 9)}, "bits must be an integer from 1 to 8, got 9"),
         ({"sensitivity": {"a": {"kernel": 1.0}}}, "sensitivity has no leaf 'b/kernel'"),
         ({"a": jnp.ones((3, 8))}, r"leaf 'a/kernel' has shape \(3, 8\), which does not broadcast"),
