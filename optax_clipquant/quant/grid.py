@@ -1,4 +1,4 @@
-"""The grid that weights stand on: encode weights to integer codes, decode codes to levels."""
+"""The grid of a quantized array: it encodes weights to integer codes and decodes codes to levels."""
 
 import dataclasses
 import itertools
@@ -33,15 +33,15 @@ _Fn = Callable[[jax.Array], jax.Array]
 @accepting_code_book
 @dataclasses.dataclass(frozen=True, eq=False)
 class Grid(Levels):
-    """Where the levels of a quantized array lie.
+    """The levels of a quantized array: scales, zero points and the static half, ``Levels``.
 
     The level of code ``k`` is ``(k + offset - zero_point) * scale``; or with a codebook,
     ``codebook[k - lower] * scale``.
 
     Invariants:
-      * ``scale`` and ``zero_point`` have the array's rank, with extent 1 along a reduced axis and
+      * ``scale`` and ``zero_point`` have the array's rank, with extent 1 along each reduced axis and
         ``ceil(n / size)`` along the grouped one.
-      * Every code lies in ``[lower, upper]``, and in ``[-max_code, max_code]`` where that is given.
+      * Every code lies in ``[lower, upper]``, and in ``[-max_code, max_code]`` if that is given.
       * A scale has at most 8 significant bits (the precision of bfloat16), so that a level, and the
         difference of two levels, is exact in float32. (The scale of a constant array under
         ``ZScore`` is the one exception.)
@@ -54,10 +54,10 @@ class Grid(Levels):
       zero_point: the code of the level 0, or None where it is 0.
       max_code: a traced bound on ``abs(code)``, of the shape of ``scale``, or None.
 
-    The static half, ``Levels``, says which levels there are.
+    ``Levels`` documents the static attributes.
 
-    A Grid is small. What must be exact later keeps the Grid and not a rule to fit it again: a fit in
-    another compilation sums in another order and may move a scale by one unit in the last place.
+    A Grid is small. State that must be reproduced exactly stores the Grid rather than refitting it: a fit
+    in another compilation sums in another order, and may move a scale by one unit in the last place.
 
     Examples:
       >>> grid = Grid(scale=jnp.full((1, 1), 0.5), bits=4, lower=-8, upper=7)
@@ -71,21 +71,21 @@ class Grid(Levels):
     max_code: jax.Array | None = None
 
     def __post_init__(self) -> None:
-        # So that ``jnp.bfloat16``, which is no dtype, may be given.
+        # So that ``jnp.bfloat16``, a scalar type and not a dtype, may be given.
         object.__setattr__(self, "dtype", np.dtype(self.dtype))
 
     @jax.jit
     def encode(
         self, w: jax.Array, *, key: jax.Array | None = None, draws: jax.Array | None = None
     ) -> jax.Array:
-        """The codes of ``w``: of the nearest level, or drawn from the two levels around it.
+        """The codes of ``w``, rounded to the nearest level, or stochastically to one of the two around it.
 
         Args:
           w: a floating array of any shape that the grid's scale fits.
           key: a PRNG key for stochastic rounding, which is unbiased: a value between two levels goes
-            to the upper one with the probability of its distance to the lower one. A value on a level
-            stays there.
-          draws: in place of a key, numbers drawn uniformly from [0, 1), of the shape of ``w``.
+            to the upper one with a probability equal to its distance from the lower one, in steps. A value
+            on a level stays there.
+          draws: uniform noise in [0, 1) of the shape of ``w``, to use instead of a key.
 
         Returns:
           int8 codes of the shape of ``w``. The code of NaN is 0 (its scale is not finite, so it
@@ -98,7 +98,7 @@ class Grid(Levels):
             draws = jax.random.uniform(key, w.shape)
         elif draws is not None:
             draws = split(draws)
-        # By the reciprocal, as XLA would divide by what is broadcast, but not by what is not.
+        # By the reciprocal: XLA divides by a broadcast scale that way, but not by one of full shape.
         position = w.astype(jnp.float32) * expand(1 / jnp.where(scale == 0, 1, scale))
         if self.codebook is not None and self.max_code is None and draws is None:
             codes = self.lower + _nearest_in(self.codebook, position)
@@ -112,8 +112,8 @@ class Grid(Levels):
         if draws is None:
             codes = jnp.round(position)
         else:
-            # The reciprocal is rounded, which leaves a level a few units in the last place beside its
-            # code. The margin keeps it from moving.
+            # The reciprocal is rounded, so a value on a level may land a few units in the last place off
+            # its code. The margin keeps it on that code.
             margin = 2.0**-14
             below = jnp.floor(position)
             chance = margin + (1 - 2 * margin) * draws
@@ -147,34 +147,33 @@ class Grid(Levels):
     def _zero_point(self) -> jax.Array:
         assert self.zero_point is not None
         step = jnp.where(self.scale == 0, 1, self.scale).astype(jnp.float32)
-        # By one: what is divided is computed once, and not for each element that it is added to.
+        # Dividing by 1 makes XLA compute this once, rather than for each element it is added to.
         return self.zero_point.astype(jnp.float32) / (step / step)
 
     def round(self, values: jax.Array) -> jax.Array:
-        """``values`` in the grid's dtype, really rounded: a compiler may drop a plain cast."""
+        """Rounds ``values`` to the grid's dtype; a compiler may drop the rounding of a plain cast."""
         if self.dtype.itemsize < 4:
             info = jnp.finfo(self.dtype)
             rounded = jax.lax.reduce_precision(values, 8, info.nmant)
             if info.nexp < 8:
-                # Fewer bits of exponent need not end where IEEE's do: float8_e4m3fn reaches 448, not 240.
+                # Types with fewer exponent bits need not have IEEE's range: float8_e4m3fn reaches 448, not 240.
                 least = float(info.smallest_subnormal)
                 multiple = jnp.round(values / least) * least
                 rounded = jnp.where(jnp.abs(values) < float(info.tiny), multiple, rounded)
                 beyond = float(
                     np.float32(np.inf).astype(self.dtype)
-                )  # NaN, where there is no infinity.
+                )  # NaN where the type has no infinity
                 beyond = jnp.where(values < 0, -beyond, beyond)
                 rounded = jnp.where(jnp.abs(rounded) > float(info.max), beyond, rounded)
             values = rounded
-        # Code 0 times a negative scale is -0, but adding an update to a param gives +0.
+        # Code 0 times a negative scale is -0, but a param plus its update gives +0.
         return jnp.where(values == 0, 0, values).astype(self.dtype)
 
     def _view(self, x: jax.Array) -> tuple[_Fn, _Fn, _Fn]:
-        """What brings an array of the shape of ``x`` into one against which the scales broadcast, what
-        brings a scale there, and what brings the array back.
+        """Functions that split an array like ``x`` into groups, expand a scale to match, and merge the array back.
 
-        Whole groups are an axis of their own, or pieces of groups that lie across devices. Where
-        the last group is shorter, arrays stay and the scales are repeated.
+        Groups become an axis, or pieces of groups where these lie across devices. Where the last
+        group is shorter, arrays keep their shape and the scales are repeated.
         """
 
         def same(y: jax.Array) -> jax.Array:
@@ -197,10 +196,10 @@ class Grid(Levels):
 
 
 def _nearest_in(book: tuple[float, ...], x: jax.Array) -> jax.Array:
-    """The index of the nearest entry, an int32.
+    """The int32 index of the entry of ``book`` nearest to ``x``.
 
-    A binary search among the midpoints between entries, of which each next one is selected by the
-    comparisons before: that fuses, and takes half of the time of a comparison with all of them.
+    A binary search over the midpoints between entries, each selected by the comparisons before it. That
+    fuses, and takes half the time of comparing with all midpoints.
     """
     bounds = [(a + b) / 2 for a, b in itertools.pairwise(book)]
     depth = len(bounds).bit_length()
@@ -221,9 +220,9 @@ def _nearest_in(book: tuple[float, ...], x: jax.Array) -> jax.Array:
 
 
 def _index_in(book: tuple[float, ...], x: jax.Array) -> jax.Array:
-    """Where ``x`` lies among the entries: 1.25 is a quarter of the way from entry 1 to entry 2.
+    """The fractional index of ``x`` in ``book``: 1.25 is a quarter of the way from entry 1 to entry 2.
 
-    A sum over the intervals, which fuses; a search or a gather does not.
+    A sum over the intervals, which fuses where a search or a gather would not.
     """
     return sum(
         (jnp.clip((x - a) * (1 / (b - a)), 0, 1) for a, b in itertools.pairwise(book)),
@@ -232,7 +231,7 @@ def _index_in(book: tuple[float, ...], x: jax.Array) -> jax.Array:
 
 
 def _entry_of(book: tuple[float, ...], index: jax.Array) -> jax.Array:
-    """``book[index]``: exact, for all sums of multiples of 2**-10 are."""
+    """``book[index]``, exactly: sums of multiples of 2**-10 have no rounding error."""
     return sum(
         (jnp.where(index >= k, b - a, 0.0) for k, (a, b) in enumerate(itertools.pairwise(book), 1)),
         start=jnp.full(index.shape, book[0], jnp.float32),

@@ -12,14 +12,14 @@ Group = tuple[int, int] | None  # (negative axis, size): runs of `size` neighbou
 def contracted_axes(
     ndim: int, channel_axis: ChannelAxis = "auto", use: Use | None = None
 ) -> tuple[int, ...]:
-    """The axes of an array along which its weights may share a scale.
+    """The axes of an array along which weights may share a scale: all but the channel axes.
 
-    They are all but the channel axes: those given, or for ``"auto"`` those that ``use`` does not
-    contract, or without a use the last. For None they are all axes; with a use, all but those of
-    stacked layers, each of which is a tensor.
+    ``channel_axis`` names these. For ``"auto"``, they are the axes that ``use`` does not contract, or
+    without a use the last axis. For None there are none, except the axes of stacked layers if ``use``
+    has any: each layer is a tensor by itself.
 
     Raises:
-      ValueError: a channel axis, or an axis of ``use``, that the array does not have.
+      ValueError: ``channel_axis`` or ``use`` names an axis that the array does not have.
     """
     if channel_axis == "auto" and use is not None:
         return use.reduced(ndim)
@@ -35,7 +35,7 @@ def contracted_axes(
         if not -ndim <= axis < ndim:
             raise ValueError(
                 f"channel_axis {axis} is out of range for an array with {ndim} axes; name an axis in "
-                f"[{-ndim}, {ndim - 1}], or None for one scale a tensor"
+                f"[{-ndim}, {ndim - 1}], or None for one scale per tensor"
             )
     kept = {axis % ndim for axis in channels}
     return tuple(axis for axis in range(ndim) if axis not in kept)
@@ -44,9 +44,9 @@ def contracted_axes(
 def cut_groups(
     shape: tuple[int, ...], contracted: tuple[int, ...], size: int | None
 ) -> tuple[tuple[int, ...], Group]:
-    """The axes along which a scale is shared where it serves at most ``size`` weights, and the cut.
+    """Groups of at most ``size`` weights: the axes to reduce whole, and the axis to cut into runs.
 
-    From the last contracted axis outward, an axis is shared whole as long as the product of extents
+    From the last contracted axis outward, axes are reduced whole while the product of their extents
     stays within ``size``. The first that does not fit is cut into runs, and is not among the axes
     returned; those further out have a scale for each index.
 
@@ -74,10 +74,10 @@ def cut_groups(
 def groups_of(
     shape: tuple[int, ...], scale_shape: tuple[int, ...], group: Group
 ) -> tuple[tuple[int, ...], Group]:
-    """What ``cut_groups`` gave for an array of ``shape`` whose scales have ``scale_shape``.
+    """Recovers the result of ``cut_groups`` from the shapes of an array and its scales.
 
     Raises:
-      ValueError: scales that do not fit an array of that shape.
+      ValueError: the scales do not fit an array of ``shape``.
     """
     cut = None if group is None else group[0] + len(shape)
     shared = []
@@ -97,7 +97,7 @@ def groups_of(
 
 
 def scale_shape(shape: tuple[int, ...], shared: tuple[int, ...], group: Group) -> tuple[int, ...]:
-    """The shape of the scales of an array of ``shape``: what ``groups_of`` reads."""
+    """The shape of the scales of an array of ``shape``; the inverse of ``groups_of``."""
     extents = [1 if axis in shared else n for axis, n in enumerate(shape)]
     if group is not None:
         axis, size = group

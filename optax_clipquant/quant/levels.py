@@ -1,4 +1,4 @@
-"""The static half of a grid: which levels there are, in units of the scale. No JAX here."""
+"""The static half of a grid: its levels in units of the scale. No JAX here."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ _BFLOAT16, _FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
 
 
 def accepting_code_book(cls: T) -> T:
-    """``cls``, of which the field ``codebook`` may be given by its old name, ``code_book``."""
+    """Class decorator that accepts the field ``codebook`` under its old name, ``code_book``, too."""
     init = cls.__init__
 
     @functools.wraps(init)
@@ -31,18 +31,18 @@ def accepting_code_book(cls: T) -> T:
 @accepting_code_book
 @dataclasses.dataclass(frozen=True, eq=True, kw_only=True)
 class Levels:
-    """Which levels a grid has, and how their codes are stored.
+    """The levels of a grid in units of the scale, and how their codes are stored.
 
     Attributes:
-      bits: the storage of a code; log2(3) for three levels.
-      lower: the least code.
+      bits: bits per stored code; log2(3) for three levels.
+      lower: the smallest code.
       upper: the largest code.
       offset: 0.5 for a mid-rise grid (no level at 0), else 0.
       group: ``(axis, size)`` where runs of ``size`` neighbours along ``axis`` share a scale; the
         axis is negative, so that ``jax.vmap`` does not shift it. The last run may be shorter.
       dtype: the dtype of the decoded array.
-      codebook: None; or the levels for a scale of 1, one for each code from ``lower`` to ``upper``,
-        rising, each a multiple of 2**-10, so that a level is exact in float32.
+      codebook: None for evenly spaced levels; or the levels for a scale of 1 in rising order, one for each
+        code from ``lower`` to ``upper``, all multiples of 2**-10 so that levels are exact in float32.
     """
 
     bits: float = 8
@@ -60,18 +60,18 @@ class Levels:
 
     @property
     def levels(self) -> "Levels":
-        """This half alone, of a ``Grid`` too."""
+        """The static half alone, also of a ``Grid``."""
         return Levels(
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(Levels)}
         )
 
     def packed_size(self, size: int) -> int:
-        """The bytes of ``size`` codes: ``ceil(size * bits / 8)``, five codes a byte at log2(3) bits."""
+        """Bytes of ``size`` packed codes: ``ceil(size * bits / 8)``; at log2(3) bits, five codes per byte."""
         return math.ceil(size / 5) if self.bits == math.log2(3) else math.ceil(size * self.bits / 8)
 
 
 def as_text(static: Mapping[str, Any]) -> np.ndarray:
-    """``static`` as JSON in an array of bytes: what every kind of checkpoint holds."""
+    """``static`` as JSON in a byte array, which every kind of checkpoint can hold."""
     return np.frombuffer(json.dumps(static, default=str).encode(), np.uint8)
 
 
@@ -82,20 +82,20 @@ def check_restored(
     arrays: Mapping[str, Any],
     saved: Mapping[str, Any],
 ) -> None:
-    """Raises where a checkpoint does not hold what the tree to restore into has at ``path``.
+    """Raises if a checkpoint does not match the tree it is restored into.
 
     Args:
       path: the place in the tree.
       here: the static half in the tree.
-      text: that in the checkpoint, as ``as_text`` wrote it; None in one older than version 0.2.
-      arrays: the arrays in the tree, which have shapes.
+      text: the static half in the checkpoint, from ``as_text``; None in checkpoints before version 0.2.
+      arrays: the arrays in the tree.
       saved: the arrays in the checkpoint.
 
     Raises:
-      ValueError: another static half, or arrays of other shapes, with both.
+      ValueError: the static halves or the shapes of the arrays differ; the message shows both.
     """
 
-    # Placeholders in the tree, such as shardings, have no shapes to compare.
+    # The tree may hold placeholders without shapes, such as shardings.
     names = [name for name, x in arrays.items() if x is None or hasattr(x, "shape")]
 
     def with_shapes(static: Mapping[str, Any], arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,11 +104,11 @@ def check_restored(
 
     own = with_shapes(json.loads(bytes(as_text(here))), arrays)
     found = with_shapes({} if text is None else json.loads(bytes(np.asarray(text))), saved)
-    # A field that came later is in no older checkpoint.
+    # Older checkpoints lack the fields that were added since.
     if own | found != own:
         raise ValueError(
             f"{path.removeprefix('./')}: the checkpoint holds {_listed(found)}, and the tree to restore "
-            f"into has {_listed(own)}; build that tree by the rule that the checkpoint was saved with"
+            f"into has {_listed(own)}; build that tree with the quantizer that the checkpoint was saved with"
         )
 
 
@@ -117,9 +117,9 @@ def _listed(fields: Mapping[str, Any]) -> str:
 
 
 def largest_scale(largest: float, dtype: np.dtype) -> float:
-    """The largest scale of bfloat16's precision with which no level ``largest * scale`` overflows.
+    """The largest bfloat16 scale for which ``largest * scale`` does not overflow ``dtype``.
 
-    It is below 2**126, whose reciprocal is no normal number.
+    It is below 2**126, from where on reciprocals are subnormal.
     """
     limit = min(float(ml_dtypes.finfo(t).max) for t in (dtype, _BFLOAT16)) / largest
     mantissa, exponent = math.frexp(limit)

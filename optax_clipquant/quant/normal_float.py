@@ -17,12 +17,12 @@ from optax_clipquant.quant.scales import round_scale
 class NormalFloat(ChannelwiseQuantizer):
     """Levels at quantiles of the normal distribution, scaled by the largest magnitude of a group.
 
-    With ``2**bits`` levels, in units of that magnitude: 0; ``2**(bits-1) - 1`` negative and
-    ``2**(bits-1)`` positive ones, at evenly spaced probabilities out to 1 on both sides. The entries
+    There are ``2**bits`` levels, in units of that magnitude: 0, and ``2**(bits-1) - 1`` negative and
+    ``2**(bits-1)`` positive ones, at evenly spaced probabilities and reaching -1 and 1. The entries
     are rounded to multiples of 2**-10, which keeps every level exact in float32.
 
     Args:
-      bits: 2 to 4. With more levels, evenly spaced ones lose little: ``Uniform``.
+      bits: 2 to 4. At more bits, evenly spaced levels (``Uniform``) lose little.
       channel_axis: as for ``Uniform``.
       group_size: as for ``Uniform``.
 
@@ -63,10 +63,10 @@ class NormalFloat(ChannelwiseQuantizer):
 
 
 def _normal_levels(bits: int) -> tuple[float, ...]:
-    """0, and quantiles at even steps from 1/2 to the outermost probability, a little below 1.
+    """The codebook: 0, and quantiles at even steps between probability 1/2 and the outermost on each side.
 
-    That is the mean of 1 - 1/(2 * 15) and 1 - 1/(2 * 16) for 4 bits: of the midpoints of the first
-    cell for one level fewer and for all.
+    The outermost probability is a little below 1: at 4 bits the mean of ``1 - 1/(2 * 15)`` and
+    ``1 - 1/(2 * 16)``, the midpoints of the last cell for 15 and for 16 levels.
     """
     half = 2 ** (bits - 1)
     outermost = 1 - (1 / (2 * (2 * half - 1)) + 1 / (4 * half)) / 2

@@ -1,4 +1,4 @@
-"""Which leaf of a tree of params gets which quantizer."""
+"""Quantizing a tree of params, and the rules that choose the quantizer of each leaf."""
 
 import collections
 import contextlib
@@ -31,36 +31,36 @@ def quantize_params(
     importance: PyTree | None = None,
     key: jax.Array | None = None,
 ) -> PyTree:
-    """``params`` with a ``QArray`` in place of each leaf that is to be quantized.
+    """Quantizes a tree: returns ``params`` with a ``QArray`` in place of each selected leaf.
 
     Pure: works under ``jax.jit``, ``jax.vmap`` and ``jax.lax.scan``. Call it under ``jax.jit`` for
     speed.
 
     Args:
-      params: a tree of arrays. Leaves that are ``None`` or a ``QArray`` pass.
+      params: a tree of arrays. Leaves that are ``None`` or a ``QArray`` pass through.
       quantizer: a quantizer for all selected leaves; or a mapping from regular expressions to
-        quantizers, or to None for a leaf to be left alone. An expression is searched for
-        (``re.search``) in the leaf's path, such as ``"Dense_0/kernel"``; the first that is found
-        decides, and a leaf where none is found is left alone.
+        quantizers, or to None for leaves to leave alone. An expression is searched for
+        (``re.search``) in the leaf's path, such as ``"Dense_0/kernel"``; the first that matches
+        decides, and a leaf that none matches is left alone.
       where: which leaves may be quantized, a function of path and leaf. By default those that
         ``uses`` says are weights; without it, floating leaves with at least 2 axes, unless the last
         part of the path is ``bias`` or ``scale``.
-      uses: what the function does with the params, of ``trace_weights``. It selects the leaves that
-        are in a dot, a convolution or a lookup (and are no adapters) under any name, and says which
+      uses: how the function uses the params, from ``trace_weights``. It selects the leaves that
+        are in a dot, a convolution or a lookup (and are not adapters) under any name, and says which
         axes share a scale where the quantizer's ``channel_axis`` does not.
-      calibration: of ``calibrate``: gives ``uses`` and, by its moments, ``importance``, where these are
-        not given.
+      calibration: from ``calibrate``: the default of ``uses`` and, through its moments, of
+        ``importance``.
       importance: a tree like the params, or a part of it, of arrays that broadcast to the leaves, such
-        as that of ``squared_gradients``: scales, and their signs, are searched that minimise
-        ``sum(importance * (w - w_hat)**2)``. Leaves that it does not have are fitted without.
-      key: a PRNG key, for stochastic rounding. Each leaf gets a key of its own.
+        as ``squared_gradients`` returns. The scales, and their signs, are searched to minimise
+        ``sum(importance * (w - w_hat)**2)``. Leaves that it lacks are fitted without it.
+      key: a PRNG key, for stochastic rounding. Each leaf gets a key derived from it.
 
     Returns:
       The tree with ``QArray`` leaves, of the same shapes and dtypes.
 
     Raises:
-      ValueError: no leaf is selected, an expression is found in no path, a leaf lacks an axis that
-        its quantizer names, another leaf has the path of a selected one, or ``uses`` is of other
+      ValueError: no leaf is selected, an expression matches no path, a leaf lacks an axis that its
+        quantizer names, another leaf has the path of a selected one, or ``uses`` belongs to other
         params.
       TypeError: a selected leaf is not a real floating array.
 
@@ -74,7 +74,7 @@ def quantize_params(
       >>> qparams["dense"]["bias"]
       Array([1., 1.], dtype=float32)
 
-      A weight that the function transposes has its scales along the other axis:
+      A weight that the function transposes gets its scales along the other axis:
 
       >>> from optax_clipquant import trace_weights
       >>> weight = {"w": jnp.ones((3, 2))}
@@ -109,11 +109,11 @@ def quantize_params(
 
 
 def dequantize_params(qparams: PyTree, dtype: Any = None) -> PyTree:
-    """``qparams`` with an array in place of each ``QArray``.
+    """Dequantizes a tree: returns ``qparams`` with an array in place of each ``QArray``.
 
     Args:
       qparams: a tree with ``QArray`` leaves; other leaves are left alone.
-      dtype: the dtype of the dequantized leaves, by default that of the array quantized.
+      dtype: the dtype of the dequantized leaves, by default that of the original array.
 
     Examples:
       >>> qparams = quantize_params({"kernel": jnp.ones((3, 2))})
@@ -130,7 +130,7 @@ def dequantize_params(qparams: PyTree, dtype: Any = None) -> PyTree:
 
 
 def leaves_of(tree: PyTree) -> Iterator[tuple[str, Any]]:
-    """Path and value of each leaf; a ``QArray`` or a ``Grid`` is one."""
+    """The path and value of each leaf; a ``QArray`` or a ``Grid`` counts as a leaf."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)[0]:
         yield path_of(path), leaf
 
@@ -141,7 +141,7 @@ def is_quantized(x: Any) -> bool:
 
 @contextlib.contextmanager
 def naming(path: str) -> Iterator[None]:
-    """Names the leaf in a quantizer's complaint about it."""
+    """Adds the leaf's path to a ``ValueError`` raised inside."""
     try:
         yield
     except ValueError as error:
@@ -151,7 +151,7 @@ def naming(path: str) -> Iterator[None]:
 def select(
     params: PyTree, quantizer: Rules, where: Where | None, uses: Uses | None = None
 ) -> dict[str, Quantizer]:
-    """The quantizer of each selected leaf, by its path. Raises as ``quantize_params`` does."""
+    """The quantizer of each selected leaf, by path; raises as ``quantize_params`` does."""
     check_rules(quantizer)
     leaves = [
         (path_of(path), leaf)
@@ -198,14 +198,14 @@ def select(
 
 
 def rule_for(path: str, rules: Rules) -> Quantizer | None:
-    """The quantizer of the first rule that is found in ``path``."""
+    """The quantizer of the first rule that matches ``path``, or None."""
     if isinstance(rules, Quantizer):
         return rules
     return next((rule for pattern, rule in rules.items() if re.search(pattern, path)), None)
 
 
 def is_weight(path: str, leaf: Any) -> bool:
-    """Whether a leaf is quantized unless a ``where`` says otherwise."""
+    """Whether a leaf is quantized by default, where neither ``where`` nor ``uses`` is given."""
     return _is_float(leaf) and leaf.ndim >= 2 and names_a_weight(path)
 
 
@@ -214,13 +214,13 @@ def _is_float(leaf: Any) -> bool:
 
 
 def use_of(uses: Uses | None, path: str) -> Use | None:
-    """What a quantizer is told of a leaf: nothing where its axes are not those of a weight."""
+    """The ``Use`` to fit a leaf with: None unless it is in a dot, a convolution or a lookup."""
     use = None if uses is None else uses[path]
     return use if use is not None and use.kinds & {"dot", "conv", "lookup"} else None
 
 
 def _check_traced(uses: Uses, leaves: list[tuple[str, Any]]) -> None:
-    """Raises where ``uses`` is of other params."""
+    """Raises if ``uses`` was traced with other params."""
     for path, leaf in leaves:
         if path not in uses and _is_float(leaf):
             nearest = difflib.get_close_matches(path, list(uses), n=3, cutoff=0)
@@ -237,7 +237,7 @@ def _check_traced(uses: Uses, leaves: list[tuple[str, Any]]) -> None:
 
 
 def check_rules(quantizer: Any) -> None:
-    """Raises where ``quantizer`` is neither a quantizer nor a mapping to them."""
+    """Raises if ``quantizer`` is neither a quantizer nor a mapping to quantizers."""
     if isinstance(quantizer, Quantizer):
         return
     if not isinstance(quantizer, Mapping):

@@ -1,4 +1,4 @@
-"""The rules that fit a grid to weights."""
+"""Quantizers, which fit a grid to weights."""
 
 import abc
 import dataclasses
@@ -52,16 +52,16 @@ class Quantizer(abc.ABC):
 
         Args:
           w: a floating array.
-          start: the grid of the step before, to start a search from; the new grid has its dtype.
-          use: what the function does with ``w``, as ``trace_weights`` finds it: which axes are
-            contracted, and so may share a scale, where ``channel_axis`` does not say.
-          importance: weights of the squared error, at least 0 and broadcastable to ``w``: the scale
+          start: the grid of the previous step, from which a search starts; the new grid has its dtype.
+          use: how the function uses ``w``, from ``trace_weights``: which axes are contracted, and so
+            may share a scale, where ``channel_axis`` does not say.
+          importance: weights of the squared errors, at least 0 and broadcastable to ``w``: the scale
             then minimises ``sum(importance * (w - w_hat)**2)``.
 
         Raises:
           TypeError: ``w`` is not a real floating array.
-          ValueError: ``w`` lacks an axis that the quantizer or ``use`` names, or ``start`` has other
-            groups than this quantizer makes.
+          ValueError: ``w`` lacks an axis that the quantizer or ``use`` names, or ``start`` has
+            groups that this quantizer does not make.
         """
 
     def quantize(
@@ -72,11 +72,11 @@ class Quantizer(abc.ABC):
         use: Use | None = None,
         importance: jax.Array | None = None,
     ) -> QArray:
-        """``w`` as codes on the grid that ``fit`` finds for it.
+        """Quantizes ``w`` on the grid that ``fit`` finds for it.
 
         Args:
           w: a floating array.
-          key: a PRNG key, for stochastic rounding in place of the nearest level.
+          key: a PRNG key, for stochastic rounding instead of rounding to the nearest level.
           use: as for ``fit``.
           importance: as for ``fit``.
         """
@@ -94,7 +94,7 @@ def floating(w: Any) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChannelwiseQuantizer(Quantizer):
-    """What quantizers with a scale for each channel or group share."""
+    """Base class of the quantizers that have a scale for each channel or group."""
 
     channel_axis: ChannelAxis = "auto"
     group_size: int | None = None
@@ -124,14 +124,14 @@ class ChannelwiseQuantizer(Quantizer):
     def _groups(
         self, shape: tuple[int, ...], use: Use | None, start: Grid | None
     ) -> tuple[tuple[int, ...], Group]:
-        """Which weights share a scale: see ``cut_groups``."""
+        """The axes to reduce whole and the axis to cut into runs, as from ``cut_groups``."""
         name = type(self).__name__
         try:
             contracted = contracted_axes(len(shape), self.channel_axis, use)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         if not contracted and self.group_size is not None and shape:
-            contracted = (len(shape) - 1,)  # else each weight would have its own scale
+            contracted = (len(shape) - 1,)  # or each weight would have a scale to itself
         shared, group = cut_groups(shape, contracted, self.group_size)
         if start is None:
             return shared, group
@@ -145,13 +145,13 @@ class ChannelwiseQuantizer(Quantizer):
 
     @abc.abstractmethod
     def _fit_axes(self, w: jax.Array, span: Span, start: Grid | None) -> Grid:
-        """A grid with one scale for each span, which each of its runs has."""
+        """The grid with a scale for each span; runs of a group repeat the group's scale."""
 
 
 def target_dtype(w: jax.Array, start: Grid | None) -> np.dtype:
-    """Of what the grid decodes, within whose range the levels must lie.
+    """The dtype of the params, in whose range the levels must lie.
 
-    In training, latent weights are float32 whatever the params are; the grid of the start knows these.
+    In training, latent weights are float32 whatever the params are; ``start`` has the dtype of the params.
     """
     return w.dtype if start is None else start.dtype
 
@@ -197,18 +197,18 @@ class Uniform(ChannelwiseQuantizer):
     * Symmetric, 3 bits and more (mid-tread): levels ``k * s``, ``k`` in ``-2**(bits-1) ..
       2**(bits-1)-1``. The sign of ``s`` puts the extra level on the side of the largest weight.
     * Symmetric, 1 and 2 bits (mid-rise): levels ``(k + 1/2) * s``; there is no level at 0.
-    * Not symmetric: levels ``(k - zero_point) * s`` from the least weight (or 0) to the largest (or
-      0), with an integer zero point, so that 0 is a level.
+    * Affine (not symmetric): levels ``(k - zero_point) * s`` from the smallest weight (or 0) to the
+      largest (or 0), with an integer zero point, so that 0 is a level.
 
     Args:
       bits: 1 to 8.
-      symmetric: whether the levels lie around 0.
-      channel_axis: the axis, or axes, with a scale for each index; None for one scale a tensor.
-        ``"auto"``: all axes that the function does not contract, where ``use`` says so, else the last.
+      symmetric: whether the levels are symmetric about 0, without a zero point.
+      channel_axis: the axis, or axes, with a scale for each index; None for one scale per tensor.
+        ``"auto"``: all axes that the function does not contract, if ``use`` is given, else the last.
       group_size: if given, a scale serves at most this many weights, all of one output channel:
         neighbours along the last of the axes that are not channel axes, and as much of the axes
         before it as fits. The last group along an axis may be shorter.
-      scale_rule: ``"absmax"``: the levels span the weights. ``"mse"``: the scale that minimises the
+      scale_rule: ``"absmax"``: the levels span the weights. ``"mse"``: the scale minimises the
         squared error, by least squares and nearest codes in turn; never worse than absmax. None:
         "mse" at 3 bits and below, else "absmax". One symmetric bit always has the optimal scale, ``2 *
         mean(abs(w))`` (levels ``+-mean(abs(w))``).
@@ -254,7 +254,7 @@ class Uniform(ChannelwiseQuantizer):
 
 
 def Binary(*, channel_axis: ChannelAxis = "auto", group_size: int | None = None) -> Uniform:
-    """Two levels, ``+-mean(abs(w))``, which have the least squared error: ``Uniform(bits=1)``.
+    """``Uniform(bits=1)``: two levels, ``+-mean(abs(w))``, which minimise the squared error.
 
     References:
       Rastegari et al., XNOR-Net, 2016 (arXiv:1603.05279).
@@ -269,17 +269,16 @@ def Binary(*, channel_axis: ChannelAxis = "auto", group_size: int | None = None)
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ternary(ChannelwiseQuantizer):
-    """Three levels, ``-s``, 0 and ``s``, with the scale of the least squared error.
+    """Three levels, ``-s``, 0 and ``s``, with the scale that minimises the squared error.
 
-    With the weights that round to ``+-s`` given, the best ``s`` is the mean of their magnitudes, and
-    the error falls by ``S_k**2 / k`` where ``S_k`` is the sum of the ``k`` magnitudes. That is
-    evaluated at a range of thresholds, and the best is refined; no sort.
+    Several scales are tried, and the best is refined by least squares and nearest codes in turn: given
+    the weights that round to ``+-s``, the best ``s`` is the mean of their magnitudes. No sort is needed.
 
     Args:
       channel_axis: as for ``Uniform``.
       group_size: as for ``Uniform``.
       scale_rule: ``"mse"``, the scale above; or ``"absmax"``, two thirds of the largest magnitude, for
-        training: few weights are then not 0, and they are large (see ``quantize_weights``).
+        training: few weights are then non-zero, and they are large (see ``quantize_weights``).
 
     Raises:
       ValueError: an argument outside its range.

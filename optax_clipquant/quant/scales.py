@@ -1,4 +1,4 @@
-"""Statistics of weights, and the scales that follow from them."""
+"""Scales of grids: from extremes (absmax), by least squares, and from mean and standard deviation."""
 
 import dataclasses
 import math
@@ -15,20 +15,21 @@ from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.levels import largest_scale
 
 _HALF = 0.49
-"""Of the steps of a grid with zero points: weights can lie as far apart as twice their dtype's range
-reaches. A bit less, since the scale is rounded up; what lies beyond the range, ``decode`` cuts.
+"""The fraction of an affine grid's steps whose span must stay finite: the weights may span twice the
+largest number of their dtype. A bit below 1/2, since the scale is rounded up; ``decode`` clips levels
+beyond the dtype's range.
 """
-Place = Callable[[jax.Array, jax.Array], Grid]  # of the largest and the least weight
+Place = Callable[[jax.Array, jax.Array], Grid]  # takes the largest and the smallest weight
 _LARGEST = float(jnp.finfo(jnp.float32).max)
 
 
 def round_scale(scale: jax.Array, largest: float, dtype: np.dtype) -> jax.Array:
-    """``scale`` to the precision of bfloat16, so that no level ``largest * scale`` overflows.
+    """Rounds ``scale`` to bfloat16's precision, and caps it so that ``largest * scale`` does not overflow.
 
-    Scales below 2**-126 become 0 and those from 2**126 the number before that, since the reciprocals
-    of others are no normal numbers: 1 and 2 bits and ternary saturate at weights beyond that. With 8
-    significant bits in the scale, the product with a code, and the difference of two such products, is
-    exact in float32. Plain casts to bfloat16 and back may be dropped by a compiler.
+    Scales below 2**-126 become 0, and those from 2**126 the largest number below it, since the
+    reciprocals of others are subnormal; grids of 1 and 2 bits and ternary ones saturate at weights beyond
+    that. With 8 significant bits in the scale, its product with a code, and the difference of two such
+    products, is exact in float32. A compiler may drop plain casts to bfloat16 and back.
     """
     cap = largest_scale(largest, dtype)
     rounded = jnp.clip(jax.lax.reduce_precision(scale, 8, 7), -cap, cap)
@@ -38,16 +39,16 @@ def round_scale(scale: jax.Array, largest: float, dtype: np.dtype) -> jax.Array:
 
 @partial(jax.jit, static_argnames="axes")
 def moments(w: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Mean, standard deviation, and whether all elements are equal (then the mean is that value).
+    """The mean, the standard deviation, and whether all elements are equal (the mean is then that value).
 
-    Moments of each column first, in units of the column's range, then those of the columns: nothing
-    cancels or overflows, and the weights are read twice.
+    The moments of each column are taken first, in units of the column's largest magnitude, then those
+    over the columns: nothing cancels or overflows, and the weights are read twice.
     """
     last = w.ndim - 1
     columns = (last,) if last in axes and len(axes) > 1 else ()
     rows = tuple(axis for axis in axes if axis not in columns)
     span, count = Span(rows), math.prod(w.shape[axis] for axis in rows)
-    # Halves, for a sum can round up.
+    # Halves, since a sum may round up.
     high, low, halves = extremes(w, span, w * (0.5 / count))
     means = jnp.clip(2 * halves, low, high)
     reach = jnp.maximum(high, -low)
@@ -77,20 +78,20 @@ def moments(w: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array, 
 
 
 def _ratio(x: jax.Array, unit: jax.Array) -> jax.Array:
-    """``x / unit``, also where the reciprocal of ``unit`` is no normal number, which XLA flushes to 0."""
+    """``x / unit``, also where the reciprocal of ``unit`` is subnormal, which XLA flushes to 0."""
     shrink = jnp.where(unit > 1, 2.0**-8, 1)
     return x * shrink / (unit * shrink)
 
 
 def mean_magnitude(w: jax.Array, span: Span) -> jax.Array:
-    """The mean of ``abs(w)`` in each span, cut so that twice the mean is finite where ``w`` is."""
+    """The mean of ``abs(w)`` in each span, capped so that twice the mean is finite where ``w`` is."""
     fraction = jnp.asarray(0.5 / np.maximum(span.counts(w.shape), 1), jnp.float32)
     half = sum_magnitudes(w * fraction, span)
     return 2 * jnp.where(jnp.isinf(half), half, jnp.minimum(half, _LARGEST / 4))
 
 
 def around_zero(grid: Grid, high: jax.Array, low: jax.Array) -> Grid:
-    """``grid`` with the scale whose outermost level is the extreme that is further from 0."""
+    """``grid`` with the scale that puts its outermost level at the extreme further from 0."""
     reach = _largest(grid)
     if _is_mirrored(grid):
         scale = jnp.maximum(high, -low) / reach
@@ -100,10 +101,10 @@ def around_zero(grid: Grid, high: jax.Array, low: jax.Array) -> Grid:
 
 
 def between_extremes(grid: Grid, high: jax.Array, low: jax.Array) -> Grid:
-    """``grid`` with the scale and zero point whose levels span what lies from ``low`` to ``high``."""
+    """``grid`` with the scale and zero point whose levels span ``[low, high]``."""
     steps = grid.upper - grid.lower
     step = high / steps - low / steps
-    # One step may be twice the range.
+    # A single step may span twice the largest number.
     finite = jnp.isfinite(high) & jnp.isfinite(low)
     step = jnp.where(finite, jnp.minimum(step, float(jnp.finfo(jnp.float32).max)), step)
     largest = _HALF * steps
@@ -119,12 +120,12 @@ def between_extremes(grid: Grid, high: jax.Array, low: jax.Array) -> Grid:
 
 
 def least_squares(w: jax.Array, span: Span, start: Grid | None, place: Place) -> Grid:
-    """The grid that ``place`` makes of the extremes of ``w``, with the scale of the least squared error.
+    """The grid that ``place`` makes from the extremes of ``w``, with a scale that minimises the squared error.
 
-    Nearest codes for a scale, then the least-squares scale for these codes, in turn: the error never
-    rises. Without ``start``, two rounds from the best of several scales, of which that of ``place`` is
-    one. With it, one round from its scale, and ``w`` is read once; where that is no number to start from,
-    or all codes are 0, the scale is that of ``place``.
+    Alternates nearest codes for a scale and the least-squares scale for these codes, so that the error
+    never rises. Without ``start``, it takes two rounds from the best of several scales, among them the
+    one of ``place``. With ``start``, it takes one round from that scale, and reads ``w`` once; where that
+    scale is 0 or not finite, or all codes are 0, the scale is the one of ``place``.
     """
     if start is None:
         return fit_in_blocks(partial(_from_scratch, place=place, span=span), w, span)
@@ -157,9 +158,9 @@ def _from_start(w: jax.Array, start: Grid, place: Place, span: Span) -> Grid:
 
 
 def _terms(w: jax.Array, grid: Grid, scale: jax.Array) -> list[jax.Array]:
-    """Squares of the nearest levels, and products with ``w``, whose sums give the least-squares scale.
+    """The squares of the nearest levels and their products with ``w``, whose sums give the least-squares scale.
 
-    In units of the scale, so that none of them overflows.
+    In units of the scale, so that none overflows.
     """
     if _is_mirrored(grid):
         w, scale = jnp.abs(w), jnp.abs(scale)
@@ -169,7 +170,7 @@ def _terms(w: jax.Array, grid: Grid, scale: jax.Array) -> list[jax.Array]:
 
 
 def _best(grid: Grid, scale: jax.Array, squares: jax.Array, products: jax.Array) -> jax.Array:
-    """The least-squares scale for the codes at ``scale``; that of ``grid`` where there is none."""
+    """The least-squares scale for the nearest codes at ``scale``; where there is none, the scale of ``grid``."""
     ratio = products / jnp.where(squares == 0, 1, squares)
     found = round_scale(scale * ratio, _largest(grid), grid.dtype)
     valid = jnp.isfinite(ratio) & (ratio != 0) & jnp.isfinite(grid.scale)
@@ -177,7 +178,7 @@ def _best(grid: Grid, scale: jax.Array, squares: jax.Array, products: jax.Array)
 
 
 def _search(w: jax.Array, span: Span, absmax: Grid) -> jax.Array:
-    """The best of several scales."""
+    """The scale of least squared error among several, from a narrow one to absmax."""
     base = absmax.scale
     narrowest = min(0.02 * (absmax.upper - absmax.lower + 1), 0.7)
     # In units of the absmax scale, so that no square overflows.
@@ -196,13 +197,13 @@ def _search(w: jax.Array, span: Span, absmax: Grid) -> jax.Array:
         return (ratio, least), None
 
     best = jnp.ones_like(base), jnp.full_like(base, jnp.inf)
-    # The fewer weights share a scale, the more rugged is their error.
+    # The fewer weights share a scale, the more rugged the error is as a function of it.
     few = span.counts(w.shape) < 32
     for starts, here in ((6, ~few), (24, few)):
         if here.any():
             ratios = jnp.asarray([1.0, *np.geomspace(narrowest, 1, starts)[:-1]], jnp.float32)
             ratios = ratios.reshape(-1, 3)
-            # A loop of two is none; one of eight takes a fourth of the time to compile.
+            # Unrolled, a scan of two steps is no loop; one of eight compiles in a quarter of the time.
             best, _ = jax.lax.scan(partial(search, here=here), best, ratios, unroll=2)
     return round_scale(base * best[0], _largest(absmax), absmax.dtype)
 
@@ -212,7 +213,7 @@ def _is_mirrored(grid: Grid) -> bool:
 
 
 def _levels(grid: Grid, steps: jax.Array) -> jax.Array:
-    """The nearest level to each position, in steps; of the magnitudes, for a grid that is mirrored."""
+    """The level nearest to each position, both in steps; for a mirrored grid, positions are magnitudes."""
     low, high = grid.lower + grid.offset, grid.upper + grid.offset
     nearest = jnp.floor(steps) + grid.offset if grid.offset else jnp.round(steps)
     if _is_mirrored(grid):
@@ -224,7 +225,7 @@ def _levels(grid: Grid, steps: jax.Array) -> jax.Array:
 
 
 def _largest(grid: Grid) -> float:
-    """The largest level that a scale found for ``grid`` must leave finite, in steps."""
+    """The largest level, in steps, that must be finite with any scale of ``grid``."""
     if grid.zero_point is not None:
         return _HALF * (grid.upper - grid.lower)
     return -grid.lower - grid.offset

@@ -1,4 +1,4 @@
-"""What a function does with its weights, as plain data. No JAX here."""
+"""How a function uses its weights, as plain data. No JAX here."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +15,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """What a function does with one leaf, and with which of its axes.
+    """How a function uses one leaf, and the role of each of its axes.
 
     Axes are counted from 0, those of stacked layers included. An axis that is in none of the sets is
     an output: it stays in the result of the dot or convolution.
@@ -23,20 +23,20 @@ class Use:
     Attributes:
       kinds: ``"dot"`` and ``"conv"``: the leaf is multiplied with data and summed over; ``"lookup"``:
         rows are picked by data; ``"elementwise"``: it is added, multiplied or the like, as a bias or
-        the scale of a norm is; ``"unknown"``: it reaches an operation whose meaning for its axes is
+        the scale of a norm is; ``"unknown"``: it reaches an operation whose effect on its axes is
         not known. Empty where the function does not use the leaf.
       contracted: the axes that are summed over.
       batch: the axes that run beside an axis of the data: experts, the channels of a depthwise
         convolution.
       stacked: the axes along which the function takes one index at a time: scanned or indexed layers.
-      lookup: the axes along which data picks.
-      others: the sets of contracted axes of further uses, where they differ from the first in program
-        order, which is ``contracted``.
+      lookup: the axes along which data picks indices.
+      others: the contracted axes of later uses, where they differ from ``contracted``, which is those of
+        the first use in program order.
       adapter: whether the leaf is a factor of a product that is added to another weight or to its
         result (LoRA). Such leaves stay float unless ``where`` selects them.
 
     Raises:
-      ValueError: a kind that is none, or an axis that is no index from 0.
+      ValueError: a kind is unknown, or an axis is not an integer of at least 0.
 
     Examples:
       >>> Use({"dot"}, contracted={0}).reduced(2)
@@ -75,19 +75,18 @@ class Use:
 
     @property
     def is_weight(self) -> bool:
-        """Whether the leaf is quantized where nobody says otherwise.
+        """Whether the leaf is quantized by default.
 
-        It is in a dot, a convolution or a lookup, all that is done with it is understood, and it
-        is no adapter.
+        It is if it is in a dot, a convolution or a lookup, has no unknown use, and is not an adapter.
         """
         known = bool(self.kinds & {"dot", "conv", "lookup"}) and "unknown" not in self.kinds
         return known and not self.adapter
 
     def reduced(self, ndim: int) -> tuple[int, ...]:
-        """The axes along which weights may share a scale, of a leaf with ``ndim`` axes.
+        """The axes along which the weights of a leaf with ``ndim`` axes may share a scale.
 
-        They are the contracted ones. Where nothing is contracted, they are all that are not looked up,
-        stacked or batch axes: each row of an embedding has a scale.
+        They are the contracted ones. Where nothing is contracted, they are all axes but lookup,
+        stacked and batch axes, so that each row of an embedding has a scale.
 
         Raises:
           ValueError: the use names an axis that the leaf does not have.
@@ -110,11 +109,11 @@ def _axes(name: str, axes: Iterable[int]) -> frozenset[int]:
 
 
 class Uses(Mapping[str, Use], Printed):
-    """The use of each leaf by its path, which ``print`` shows as a table. ``trace_weights`` gives it.
+    """A mapping from the path of each leaf to its ``Use``, as ``trace_weights`` returns; prints as a table.
 
     Args:
-      uses: by path, the "/"-joined string that rules match.
-      shapes: by path, the shapes that the leaves had.
+      uses: the uses by path, the "/"-joined string that rules match.
+      shapes: the shapes of the traced leaves by path.
 
     Examples:
       >>> print(Uses({"kernel": Use({"dot"}, contracted={0}), "old": Use()}, {"kernel": (8, 4)}))
@@ -152,10 +151,10 @@ class Uses(Mapping[str, Use], Printed):
         for header in ("leaf", "shape", "use", *sets):
             table.add_column(header, overflow="fold")
         for path, use in self.items():
-            # Of uses that contract different axes the first decides; the others are seen beside it.
+            # The first of uses that contract different axes decides; the others are shown beside it.
             contracted = " | ".join(map(_text, (use.contracted, *use.others)))
             table.add_row(
-                rich.text.Text(path),  # and no markup
+                rich.text.Text(path),  # not parsed as markup
                 "x".join(map(str, self.shapes.get(path, ()))),
                 ", ".join(kind for kind in KINDS if kind in use.kinds) + " (adapter)" * use.adapter
                 or "unused",
@@ -171,15 +170,15 @@ def _text(axes: frozenset[int]) -> str:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Calibration:
-    """What the weights of a function were multiplied by, on data.
+    """Statistics of the activations that the weights of a function are multiplied by, on data.
 
     Attributes:
-      uses: what the function does with its weights.
-      moments: by path, the mean square of what each contracted index of the leaf is multiplied by: a
+      uses: how the function uses its weights.
+      moments: by path, the mean square of the activations that meet each contracted index of the leaf: a
         float32 array that broadcasts to the leaf.
 
     Raises:
-      ValueError: a moment without a use.
+      ValueError: a leaf has a moment but no use.
     """
 
     uses: Uses
@@ -192,5 +191,5 @@ class Calibration:
 
 
 def names_a_weight(path: str) -> bool:
-    """Whether a leaf of this path is quantized where nothing is known of its use, and its dtype and axes allow."""
+    """Whether a leaf with this path may be quantized by default: it is not named ``bias`` or ``scale``."""
     return path.rpartition("/")[2] not in ("bias", "scale")

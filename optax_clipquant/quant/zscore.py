@@ -1,4 +1,4 @@
-"""Codes that are rounded z-scores: the article's method."""
+"""Quantization to rounded z-scores, the article's method."""
 
 import dataclasses
 import functools
@@ -22,22 +22,22 @@ from optax_clipquant.quant.uses import Use
 )
 @dataclasses.dataclass(frozen=True)
 class ZScore(Quantizer):
-    """Codes are rounded z-scores, by default of the whole tensor: ``clip(round(resolution * z), -R, R)``.
+    """Codes that are rounded z-scores, by default of the whole tensor: ``clip(round(resolution * z), -R, R)``.
 
     With ``z = (w - mean) / std``, a code ``k`` stands for ``k * std / resolution + mean``. The mean is
-    kept as a zero point that is a multiple of 1/64, which keeps levels exact in float32 as long as
-    its magnitude is at most 256. What is constant has codes 0 and dequantizes to itself.
+    stored as a zero point that is a multiple of 1/64, which keeps levels exact in float32 as long as
+    the zero point's magnitude is at most 256. Constant weights have codes 0 and dequantize to themselves.
 
     Args:
       R: the largest code, 1 to 127. It may be traced; then codes take 8 bits.
       resolution: codes per standard deviation. It may be traced.
-      channel_axis: the axis, or axes, of which each index has its mean and standard deviation; None,
-        as in the article, for one pair a tensor. Where ``use`` knows of stacked layers, each layer is
-        a tensor. ``"auto"`` as for ``Uniform``.
+      channel_axis: the axis, or axes, with a mean and standard deviation for each index; None, as in
+        the article, for one pair per tensor. Where ``use`` has stacked layers, each layer is a tensor.
+        ``"auto"`` as for ``Uniform``.
 
     Raises:
-      ValueError: ``R`` is a concrete number outside 1..127, or ``resolution`` one that is not
-        positive. A traced ``R`` outside 1..127 gives NaN scales.
+      ValueError: ``R`` is concrete and not an integer in 1..127, or ``resolution`` is concrete and not
+        positive and finite. A traced ``R`` outside 1..127 gives NaN scales.
 
     Examples:
       >>> ZScore(R=3).quantize(jnp.array([-1.0, -1.0, 1.0, 9.0])).qvalue
@@ -95,7 +95,7 @@ class ZScore(Quantizer):
             step = std / jnp.asarray(self.resolution, jnp.float32)
         scale = round_scale(step, largest, dtype)
         zero_point = jnp.round(-mean / jnp.where(scale == 0, 1, scale) * 64) / 64
-        # A constant is the level of code 0, by a scale that has a normal reciprocal or is 0.
+        # Code 0 decodes to the constant, with a scale that is 0 or has a normal reciprocal.
         constant_zero_point = jnp.where(jnp.abs(mean) > 2.0**100, -4, jnp.where(mean == 0, 0, -1))
         zero_point = jnp.where(constant, constant_zero_point, zero_point)
         scale = jnp.where(constant, -mean / jnp.where(zero_point == 0, 1, zero_point), scale)
