@@ -131,8 +131,9 @@ def compand(
     half = 2.0 ** (bits - 1)
     # Levels by their distance from zero: codes from 1 up where none is negative, else magnitudes.
     steps = jnp.where(negative, half - 1, 2 * half)
-    # The inverse of a scale above 2**126 is flushed to zero, and so is s / 16 of a small one.
-    near_one = jnp.where(jnp.abs(view.spread(scale)) > 1, 2.0**-4, 2.0**24)
+    # The inverse of a scale above 2**126 is flushed to zero, and so is s / 16 of a small one. It follows
+    # from s: one array more of a number for each block, and a TPU encodes two moments in two passes.
+    near_one = jnp.where(s > 1, 2.0**-4, 2.0**24)
     magnitude = jnp.where(finite, magnitude, s)
     ratio = jnp.minimum((magnitude * near_one) / jnp.maximum(s * near_one, _TINY), 1)
     root = jnp.sqrt(ratio)
