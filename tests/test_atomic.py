@@ -38,7 +38,7 @@ def test_owner_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_a_symbolic_link_is_written_through(tmp_path, exists):
+def test_symbolic_link_is_written_through(tmp_path, exists):
     (tmp_path / "elsewhere").mkdir()
     target, link = tmp_path / "elsewhere" / "file", tmp_path / "link"
     if exists:
@@ -50,7 +50,7 @@ def test_a_symbolic_link_is_written_through(tmp_path, exists):
     assert os.listdir(tmp_path / "elsewhere") == ["file"]
 
 
-def test_a_link_to_itself_is_refused(tmp_path):
+def test_link_to_itself_is_refused(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises((ValueError, OSError), match="loop"):
         write(tmp_path / "loop")
@@ -67,7 +67,7 @@ with replacing(sys.argv[1]) as file:
 """
 
 
-def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
+def test_files_of_killed_writers_are_removed_by_the_next(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
     (tmp_path / ".file.notes.tmp").touch()
@@ -79,7 +79,7 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
     assert sorted(os.listdir(tmp_path)) == [".file.notes.tmp", ".other.0123456789ab.tmp", "file"]
 
 
-def test_a_writer_at_work_is_left_alone(tmp_path):
+def test_files_of_running_writers_are_kept(tmp_path):
     path = tmp_path / "file"
     with replacing(path) as slow:
         slow.write(b"slow")

@@ -27,7 +27,7 @@ def test_snippets_run(page, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
-def test_links_lead_somewhere(page):
+def test_relative_links_lead_somewhere(page):
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         if "://" not in target:

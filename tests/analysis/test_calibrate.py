@@ -90,7 +90,7 @@ FURTHER = ("strided convolution", "transposed convolution")
 @pytest.mark.parametrize(
     "name", [pytest.param(x, marks=pytest.mark.slow) if x in FURTHER else x for x in LINEAR]
 )
-def test_moments_are_the_squares_of_the_jacobian(name):
+def test_moments_match_the_squared_jacobian(name):
     fn, shape, x, axes = LINEAR[name]
     w = normal(1, *shape)
     jacobian = np.asarray(jax.jacobian(fn)(w, x), np.float64).reshape(-1, *shape)
@@ -118,7 +118,7 @@ def gptq(w: np.ndarray, h: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("length", [20, 96])  # in one block of rows, and in three
-def test_rounding_without_the_extras_is_gptq(length):
+def test_rounding_without_refinements_matches_gptq(length):
     x, w = np.asarray(correlated(0, 400, length)), np.asarray(normal(1, length, 8))
     h = x.T @ x / len(x)
     scale = np.broadcast_to(np.abs(w).max(axis=0) / 7.5, w.shape)
@@ -136,7 +136,7 @@ def test_rounding_without_the_extras_is_gptq(length):
 
 
 @pytest.mark.parametrize("zero_points", [False, True])
-def test_groups_get_scales_that_lose_less_than_nearest_levels(zero_points):
+def test_compensated_groups_lose_less_than_nearest_rounding(zero_points):
     x, w = np.asarray(correlated(0, 400, 50)), normal(1, 50, 8)
     h = x.T @ x / len(x)
     rows = jnp.concatenate([jnp.arange(50), jnp.full(14, 50)])  # the last group is shorter
@@ -370,7 +370,7 @@ def test_every_quantizer_is_compensated(quantizer):
 
 
 @pytest.mark.slow
-def test_linen_module_and_a_repeat_is_equal():
+def test_calibration_of_a_linen_module_is_deterministic():
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -388,7 +388,7 @@ def test_linen_module_and_a_repeat_is_equal():
     assert kernel.scale.shape == (1, 2, 8)
 
 
-def test_weighted_search_is_not_worse_than_any_scale_tried():
+def test_weighted_search_matches_brute_force():
     w, importance = np.asarray(normal(0, 32)), np.exp(np.asarray(normal(1, 32)))
     found = Uniform(4).fit(jnp.asarray(w)[:, None], importance=jnp.asarray(importance)[:, None])
 
@@ -401,7 +401,7 @@ def test_weighted_search_is_not_worse_than_any_scale_tried():
     assert error(float(found.scale[0, 0])) <= 1.05 * best
 
 
-def test_a_calibration_weighs_the_error_of_each_input():
+def test_calibration_weights_the_error_by_input():
     x, params = correlated(0, 200, 32), {"w": normal(1, 32, 8)}
 
     def fn(params, x):
@@ -425,7 +425,7 @@ def test_a_calibration_weighs_the_error_of_each_input():
     assert error(weighted) < 0.8 * error(plain)
 
 
-def test_batches_that_differ_are_refused():
+def test_unequal_or_missing_batches_are_refused():
     with pytest.raises(ValueError, match=r"batches\[1\] has arrays"):
         quantize_calibrated(lambda p, x: x @ p["w"], {"w": jnp.ones((2, 3))}, [jnp.ones((4, 2)), jnp.ones((3, 2))], Uniform(4))  # fmt: skip
     with pytest.raises(ValueError, match="batches is empty"):

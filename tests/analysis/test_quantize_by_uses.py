@@ -42,7 +42,7 @@ def snr_db(w, q):
     return 10 * np.log10(np.sum(w**2) / np.sum((w - q) ** 2))
 
 
-def test_layers_of_a_stack_that_differ_by_decades_keep_their_signal():
+def test_stacked_layers_of_different_magnitude_keep_their_signal():
     fn, shapes, args, _ = models.linen_scan_and_remat()
     params = arrays(shapes)
     kernel = params["blocks"]["Dense_0"]["kernel"]
@@ -118,7 +118,7 @@ def net():
     return forward, params, jnp.asarray(weights((16, 32), seed=9))
 
 
-def test_allocation_takes_axes_and_moments_of_a_calibration():
+def test_allocation_takes_axes_and_moments_from_a_calibration():
     forward, params, x = net()
     uses = trace_weights(forward, params, x)
     moments = {"a": jnp.ones((32, 1)), "b": jnp.ones((1, 32)), "c": jnp.full((1, 32), 1e-8)}

@@ -33,7 +33,7 @@ def products(uses):
 
 
 @pytest.mark.parametrize("name", models.CASES)
-def test_loss_and_gradients_leave_what_is_quantized(name):
+def test_tracing_loss_or_gradients_selects_the_same_weights(name):
     """A backward pass contracts the other axes, which are told beside the first."""
     fn, params, args, expected = case(name)
     if name in ("closed_over_by_custom_vjp", "loop_counter"):
@@ -48,7 +48,7 @@ def test_loss_and_gradients_leave_what_is_quantized(name):
     assert products(step) == products(expected)
 
 
-def test_gradients_contract_the_other_axes_later():
+def test_gradients_list_their_contracted_axes_as_others():
     def step(params, x):
         tx = optax.sgd(1e-3, momentum=0.9)
         grads = jax.grad(lambda p: jnp.sum(jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"])))(params)
@@ -89,7 +89,7 @@ def test_under_shard_map():
     }
 
 
-def test_says_what_it_does_not_understand():
+def test_unsupported_operations_are_reported_as_unknown():
     def forward(params, x):
         parts = params["split"].reshape(3, 2, 8)
         q, _ = jnp.linalg.qr(params["factored"])
@@ -108,7 +108,7 @@ def test_says_what_it_does_not_understand():
     assert not any(use.is_weight for use in uses.values())
 
 
-def test_what_is_no_weight_under_any_name():
+def test_non_weights_are_recognised_under_any_name():
     """Gains, shifts, tables, masks and state of the shapes and names that kernels have."""
 
     def forward(params, x, labels, positions):
@@ -138,7 +138,7 @@ def test_what_is_no_weight_under_any_name():
     assert {path for path, use in uses.items() if "unknown" in use.kinds} == set()
 
 
-def test_rows_are_looked_up_however_the_tokens_come():
+def test_lookup_is_recognised_for_any_form_of_tokens():
     params = {"table": models.spec(11, 8)}
     tokens = jnp.arange(6) % 4
     masks = jnp.ones((6, 1))
@@ -161,7 +161,7 @@ def test_rows_are_looked_up_however_the_tokens_come():
     assert one_hot["table"] == models.dot(0)
 
 
-def test_what_is_given():
+def test_accepts_any_arguments_and_trees():
     def forward(params, x, *, scale, train):
         assert train is True
         return x @ params["w"] * scale
@@ -188,7 +188,7 @@ def test_what_is_given():
         trace_weights(lambda p: p, {"a": {"b": jnp.ones(2)}, "a/b": jnp.ones(2)})
 
 
-def test_carried_weights_settle():
+def test_uses_of_carried_weights_reach_a_fixed_point():
     """Weights that are swapped at each step may be either; what is mixed with data is no weight."""
 
     def forward(params, x):
@@ -261,7 +261,7 @@ def rearrangements(draw):
 
 
 @hypothesis.given(rearrangements())
-def test_contracted_axes_are_those_along_which_the_sum_runs(case):
+def test_contracted_axes_match_brute_force(case):
     """Against the places of the leaf that a sum really runs over, found by moving their numbers."""
     shape, steps, contracted = case
 

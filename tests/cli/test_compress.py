@@ -57,7 +57,7 @@ def test_sizes_are_parsed():
         ("--rule w=4,axis=1,group=8", Uniform(4, channel_axis=1, group_size=8)),
     ],
 )
-def test_each_quantizer_is_that_of_the_library(tmp_path, options, quantizer):
+def test_each_quantizer_matches_the_library(tmp_path, options, quantizer):
     w = weights((16, 24))
     write(tmp_path / "in", {"w": w, "v": w})
     assert run("compress", tmp_path / "in", tmp_path / "small", *options.split()) == 0
@@ -110,7 +110,7 @@ def test_quantized_modules_pass_through(program, module):
         ("h__bias", "named bias or scale"),
     ],
 )
-def test_what_is_no_weight_by_its_name_is_kept(name, reason):
+def test_tensors_not_named_like_weights_are_kept(name, reason):
     found = specs(**{name: F}, w=F, normal__weight=F, kiln__proj=F)
     rules, kept = choose(found, Rule(), [])
     assert kept == {name.replace("__", "."): reason}
@@ -119,7 +119,7 @@ def test_what_is_no_weight_by_its_name_is_kept(name, reason):
         assert name.replace("__", ".") in choose(found, Rule(), [(".", {"bits": 4})])[0]
 
 
-def test_what_was_left_is_said_in_a_line(tmp_path, capsys):
+def test_tensors_left_unquantized_are_summed_up_in_one_line(tmp_path, capsys):
     write(tmp_path / "in", {"w": weights((16, 16)), "b": np.ones(3, np.float32), "i": np.ones((2, 2), np.int32), "thin": weights((50, 1))})  # fmt: skip
     assert run("compress", tmp_path / "in", tmp_path / "small", "--rule=thin=8,axis=0") == 0
     lines = capsys.readouterr().out.splitlines()
@@ -130,7 +130,7 @@ def test_what_was_left_is_said_in_a_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("options", [[], ["--bits", "2"]], ids=["numpy", "jax"])
-def test_weights_that_are_not_finite_are_told(tmp_path, capsys, options):
+def test_non_finite_weights_are_reported(tmp_path, capsys, options):
     w = weights((16, 16))
     w[1, 2], w[3, 4] = np.nan, np.inf
     write(tmp_path / "in", {"w": w, "v": weights((16, 16)), "mask": np.full(3, -np.inf, np.float32)})  # fmt: skip
@@ -160,7 +160,7 @@ def test_float8_is_quantized_through_float32(tmp_path):
     assert np.isfinite(np.asarray(found)).all()
 
 
-def test_names_do_not_reach_a_terminal_as_they_are(tmp_path, capsys):
+def test_names_are_escaped_on_a_terminal(tmp_path, capsys):
     write(tmp_path / "in", {"a\x1b]0;evil\x07\u202eb": weights((8, 8))})
     assert run("inspect", tmp_path / "in") == 0
     assert run("compress", tmp_path / "in", tmp_path / "out", "--rule=zzz=4") == 1
@@ -172,7 +172,7 @@ def test_names_do_not_reach_a_terminal_as_they_are(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_during_start_up_ends_it_quietly(tmp_path, number):
+def test_signal_during_startup_exits_quietly(tmp_path, number):
     write(tmp_path / "in", {"w": weights((8, 8))})
     code = "import sys; from optax_clipquant.cli.main import main; print('up', flush=True); sys.exit(main())"
     process = subprocess.Popen(

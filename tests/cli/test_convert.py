@@ -50,7 +50,7 @@ def read(path):
     }
 
 
-def test_a_float_checkpoint_is_quantized_and_written_as_gguf(files, capsys):
+def test_float_checkpoint_is_quantized_and_written_as_gguf(files, capsys):
     assert run("compress", files / "model", files / "small.safetensors", "--bits", 4, "--group-size", 32, "--rule", "embed=8") == 0  # fmt: skip
     capsys.readouterr()
     options = ("--to", "gguf", "--like", files / "like.gguf")
@@ -75,7 +75,7 @@ def test_a_float_checkpoint_is_quantized_and_written_as_gguf(files, capsys):
     assert (back["blk.0.attn_v.weight"].qvalue == wanted["model.layers.0.self_attn.v_proj.weight"].qvalue).all()  # fmt: skip
 
 
-def test_a_saved_tree_is_written_for_compressed_tensors_by_names(files):
+def test_saved_tree_is_converted_to_compressed_tensors_with_names(files):
     tree = {"v": weights((64, 32)), "norm": weights((64,))}
     q = quantize_params(tree, Uniform(4, group_size=16))
     save(files / "tree.safetensors", q)

@@ -110,7 +110,7 @@ def assert_same(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> 
     ],
     ids=str,
 )
-def test_round_trip_is_quantize_and_dequantize(source, tmp_path, options, quantizer):
+def test_round_trip_equals_quantize_then_dequantize(source, tmp_path, options, quantizer):
     small, plain = tmp_path / "small", tmp_path / "plain"
     assert run("compress", source, small, *options.split()) == 0
     assert run("decompress", small, plain) == 0
@@ -127,7 +127,7 @@ def test_round_trip_is_quantize_and_dequantize(source, tmp_path, options, quanti
     assert_same({k: np.asarray(v) for k, v in dequantize_params(loaded).items()}, wanted)
 
 
-def test_the_file_is_that_of_save(source, tmp_path):
+def test_output_file_equals_that_of_save(source, tmp_path):
     quantizer = Uniform(4, channel_axis=0)
     tree = {
         name: quantizer.quantize(jnp.asarray(w)) if name in QUANTIZED else w
@@ -139,7 +139,7 @@ def test_the_file_is_that_of_save(source, tmp_path):
     assert (tmp_path / "small").read_bytes() == (tmp_path / "saved").read_bytes()
 
 
-def test_a_file_without_metadata(tmp_path):
+def test_file_without_metadata_round_trips(tmp_path):
     safetensors.numpy.save_file({"w": weights((8, 8))}, tmp_path / "in")
     assert run("compress", tmp_path / "in", tmp_path / "small") == 0
     assert run("decompress", tmp_path / "small", tmp_path / "out") == 0
@@ -169,7 +169,7 @@ def test_decompress_of_a_tree(tmp_path):
     assert found["Dense_0/kernel"].tobytes() == wanted.tobytes()
 
 
-def test_rules(source, tmp_path, capsys):
+def test_first_matching_rule_decides(source, tmp_path, capsys):
     rules = ["q.weight=4", "^layer=2", "a/=keep", "embed=keep", "embed=3"]
     report = run_json(
         capsys, "compress", source, tmp_path / "small", *(f"--rule={rule}" for rule in rules)
@@ -208,7 +208,7 @@ def test_budget_is_kept_and_spent(tmp_path, capsys, budget):
     assert budget * count - packed < least  # no tensor could have been given much more
 
 
-def test_an_impossible_budget_shows_before_anything_is_read(source, tmp_path, monkeypatch, capsys):
+def test_impossible_budget_is_refused_before_reading(source, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(container.Reader, "read", lambda *args: pytest.fail("it read"))
     assert run("compress", source, tmp_path / "out", "--budget", 1.5) == 1
     assert "bits_per_param is 1.5, but with the scales the smallest" in capsys.readouterr().err
@@ -269,7 +269,7 @@ def test_inspect_reads_no_tensor_without_a_float_file(source, monkeypatch):
     assert run("inspect", source) == 0
 
 
-def test_against_another_model(source, tmp_path, capsys):
+def test_inspect_against_another_model_is_refused(source, tmp_path, capsys):
     safetensors.numpy.save_file({"w": weights((4, 4))}, tmp_path / "other")
     assert run("inspect", source, "--against", tmp_path / "other") == 1
     assert "has other tensors: ['a'," in capsys.readouterr().err
@@ -327,7 +327,7 @@ def test_errors(source, tmp_path, capsys, args, message):
     assert {path: path.stat().st_size for path in tmp_path.iterdir()} == before
 
 
-def test_decompress_of_a_header_that_fits_no_code(source, tmp_path, capsys):
+def test_decompress_refuses_a_header_that_contradicts_the_codes(source, tmp_path, capsys):
     """With a checksum that fits, as a faulty writer would leave it."""
     small = tmp_path / "small"
     assert run("compress", source, small, "--bits", 4) == 0
@@ -427,7 +427,7 @@ def fail(error: BaseException | signal.Signals) -> None:
 )
 @pytest.mark.parametrize("command", ["compress", "decompress"])
 @pytest.mark.parametrize("old", [True, False], ids=["over an old file", "to a new file"])
-def test_what_fails_half_way_leaves_no_trace(
+def test_failed_run_leaves_no_files(
     source, tmp_path, monkeypatch, capsys, error, code, command, old
 ):
     start = source
@@ -456,7 +456,7 @@ def test_what_fails_half_way_leaves_no_trace(
 
 
 @pytest.mark.parametrize("options", [(), ("--bits", 3)], ids=["numpy", "jax"])
-def test_an_error_in_the_thread_that_reads(source, tmp_path, monkeypatch, capsys, options):
+def test_error_in_the_reading_thread_is_reported(source, tmp_path, monkeypatch, capsys, options):
     reads = []
 
     def fail(self, name, first, out, real=container.Reader.read_at):
@@ -484,7 +484,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.mark.parametrize("command", ["compress", "decompress", "inspect"])
-def test_memory_holds_few_tensors(tmp_path, large, command):
+def test_numpy_memory_holds_few_tensors(tmp_path, large, command):
     args = {
         "compress": ("compress", large / "in", tmp_path / "out"),
         "decompress": ("decompress", large / "small", tmp_path / "out"),
@@ -498,7 +498,7 @@ def test_memory_holds_few_tensors(tmp_path, large, command):
 
 
 @pytest.mark.parametrize("options", [("--bits", 3), ("--budget", 5)], ids=["3 bits", "budget"])
-def test_memory_of_jax_holds_few_tensors(tmp_path, large, options):
+def test_jax_memory_holds_few_tensors(tmp_path, large, options):
     """Counted where they are made: tracemalloc does not see it."""
     gc.collect()
     device = sum(x.nbytes for x in jax.live_arrays())
@@ -541,7 +541,7 @@ sys.exit(code)
 @pytest.mark.parametrize(
     ("bits", "most"), [(4, 2**26 + 60e6), (3, 3 * 2**26 + 300e6)], ids=["numpy", "jax"]
 )
-def test_peak_of_resident_memory(tmp_path, bits, most):
+def test_peak_resident_memory(tmp_path, bits, most):
     """670 MB of tensors of 67 MB each, of which the test itself makes one."""
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     # A small process starts it: a child counts its parent's memory.
@@ -555,7 +555,7 @@ def test_peak_of_resident_memory(tmp_path, bits, most):
     assert int(lines[0]) <= most
 
 
-def test_what_the_library_imports():
+def test_library_imports_nothing_slow():
     code = (
         "import sys; from optax_clipquant import *; "
         "slow = {'optax_clipquant.cli.main', 'flax.nnx', 'scipy.optimize', 'matplotlib', 'sklearn', 'qwix'}; "
@@ -565,7 +565,7 @@ def test_what_the_library_imports():
     assert process.stdout == "quantize_params\n", process.stderr
 
 
-def test_the_command_does_not_wait_for_jax(source, tmp_path):
+def test_command_starts_without_jax_or_rich(source, tmp_path):
     """Nor for rich, where it shows no table."""
     small, plain = tmp_path / "small", tmp_path / "plain"
     code = (
@@ -593,7 +593,7 @@ def test_the_command_does_not_wait_for_jax(source, tmp_path):
 @pytest.mark.parametrize(
     ("call", "platforms"), [("main()", "cpu"), ("main(sys.argv[1:])", "None")], ids=str
 )
-def test_the_command_keeps_off_accelerators_and_a_call_does_not_choose(tmp_path, call, platforms):
+def test_command_runs_on_the_cpu_and_a_call_from_python_does_not_choose(tmp_path, call, platforms):
     source = tmp_path / "in"
     safetensors.numpy.save_file({"w": weights((8, 8))}, source)
     code = (
@@ -605,7 +605,7 @@ def test_the_command_keeps_off_accelerators_and_a_call_does_not_choose(tmp_path,
     assert process.stdout.split()[-1] == platforms, process.stderr
 
 
-def test_a_platform_that_is_not_here(source, tmp_path):
+def test_missing_platform_is_named(source, tmp_path):
     code = "import sys; from optax_clipquant.cli.main import main; sys.exit(main())"
     args = ("compress", source, tmp_path / "out", "--bits", "2")
     process = run_python("-c", code, *args, JAX_PLATFORMS="cuda")
@@ -617,7 +617,7 @@ def test_a_platform_that_is_not_here(source, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["decompress", "inspect"])
-def test_too_little_memory_is_no_damage(source, tmp_path, capsys, monkeypatch, command):
+def test_out_of_memory_is_not_reported_as_damage(source, tmp_path, capsys, monkeypatch, command):
     small = tmp_path / "small"
     assert run("compress", source, small) == 0
 
@@ -631,7 +631,7 @@ def test_too_little_memory_is_no_damage(source, tmp_path, capsys, monkeypatch, c
     assert capsys.readouterr().err == "optax-clipquant: error: Unable to allocate 122 MiB\n"
 
 
-def test_names_that_stdout_lacks(tmp_path):
+def test_names_that_stdout_cannot_encode_are_printed(tmp_path):
     safetensors.numpy.save_file({"\N{GRINNING FACE}": weights((8, 8))}, tmp_path / "in")
     code = "import sys; from optax_clipquant.cli.main import main; sys.exit(main())"
     process = run_python("-c", code, "inspect", tmp_path / "in", "--json", PYTHONIOENCODING="ascii")
@@ -639,14 +639,14 @@ def test_names_that_stdout_lacks(tmp_path):
     assert row["path"] == "\N{GRINNING FACE}"
 
 
-def test_a_pipe_is_no_file(tmp_path, capsys):
+def test_named_pipe_is_refused(tmp_path, capsys):
     """To open it would wait for a writer."""
     os.mkfifo(tmp_path / "pipe")
     assert run("inspect", tmp_path / "pipe") == 1
     assert "is not a regular file" in capsys.readouterr().err
 
 
-def test_who_reads_may_stop(source):
+def test_closed_stdout_ends_quietly(source):
     """As `| head -1` does."""
     code = "import sys; from optax_clipquant.cli.main import main; sys.exit(main())"
     command = f'"$0" -c "{code}" inspect "$1" --json | true; echo "${{PIPESTATUS[0]}}"'
@@ -657,12 +657,12 @@ def test_who_reads_may_stop(source):
     assert (process.stdout, process.stderr) == ("0\n", "")
 
 
-def test_in_a_thread(source, tmp_path):
+def test_runs_in_a_thread(source, tmp_path):
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         assert thread.submit(run, "compress", source, tmp_path / "small").result() == 0
 
 
-def test_where_no_room_is_left_the_file_is_named(source, tmp_path):
+def test_full_disk_error_names_the_file(source, tmp_path):
     code = "import sys; from optax_clipquant.cli.main import main; sys.exit(main())"
     command = f'ulimit -f 1; exec "$0" -c "{code}" compress "$1" "$2"'
     process = subprocess.run(
@@ -674,7 +674,7 @@ def test_where_no_room_is_left_the_file_is_named(source, tmp_path):
 
 
 @pytest.mark.parametrize("option", ["OUT", "--plot"])
-def test_a_missing_folder_shows_before_the_work(source, tmp_path, capsys, monkeypatch, option):
+def test_missing_folder_is_refused_before_the_work(source, tmp_path, capsys, monkeypatch, option):
     monkeypatch.setattr(container.Reader, "read_at", lambda *args: pytest.fail("it read"))
     out = tmp_path / "none" / "out.png"
     args = ("compress", source, out) if option == "OUT" else ("inspect", source, "--plot", out)
@@ -682,7 +682,7 @@ def test_a_missing_folder_shows_before_the_work(source, tmp_path, capsys, monkey
     assert "there is no folder" in capsys.readouterr().err
 
 
-def test_a_bar_on_a_terminal(source, tmp_path, monkeypatch, capsys):
+def test_progress_bar_is_shown_on_a_terminal(source, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert run("compress", source, tmp_path / "out") == 0

@@ -125,7 +125,7 @@ def test_decode_nasty_scales(threads, symmetric, data):
     assert not np.signbit(found[found == 0]).any()
 
 
-def test_below_the_normal_numbers(threads):
+def test_subnormal_numbers_are_flushed_like_xla(threads):
     """XLA has 0 there."""
     w = np.array([[128 * 2.0**-126, 1.1e-38, -1.1e-38, 2.0**-127]], np.float32)
     check(w, threads, 8, 0, None)
@@ -134,7 +134,7 @@ def test_below_the_normal_numbers(threads):
     assert decoded(q, threads).tobytes() == np.asarray(q.dequantize()).tobytes()
 
 
-def test_decode_at_the_ends_of_the_range(threads):
+def test_decode_at_the_limits_of_the_range(threads):
     w = jnp.asarray([[3.4028235e38, -3.4028235e38, 1e38, 0]])
     grid = Uniform(8, symmetric=False).quantize(w.T).grid
     q = QArray(jnp.array([[127], [-128]], jnp.int8), grid)
@@ -142,7 +142,7 @@ def test_decode_at_the_ends_of_the_range(threads):
     assert np.abs(q.dequantize()).max() == np.finfo(np.float32).max
 
 
-def test_decode_of_few_axes_and_of_float64(threads):
+def test_decode_of_scalars_batches_and_float64(threads):
     grid = Grid(scale=jnp.asarray(0.5), bits=4, lower=-8, upper=7)
     q = QArray(jnp.asarray(3, jnp.int8), grid)
     assert decoded(q, threads) == 1.5
@@ -166,14 +166,14 @@ def test_decode_of_few_axes_and_of_float64(threads):
         ((4, 8, 16), 8, (-1, 3), 4),
     ],
 )
-def test_blocks_of_long_rows_are_few_rows(shape, bits, group, rows):
+def test_blocks_hold_fewer_rows_the_longer_they_are(shape, bits, group, rows):
     blocks = numpy_grid._blocks(shape, Levels(bits=bits, lower=-2, upper=1, group=group))
     assert blocks[0].stop == rows
     assert [block.start for block in blocks[1:]] == [block.stop for block in blocks[:-1]]
     assert blocks[-1].stop == shape[0]
 
 
-def test_blocks_are_made_few_ahead(threads):
+def test_only_a_few_blocks_are_made_ahead(threads):
     made = []
     turns = numpy_grid._in_turn(threads, made.append, range(100))
     next(turns)
@@ -181,7 +181,7 @@ def test_blocks_are_made_few_ahead(threads):
     assert len(list(turns)) == 99
 
 
-def test_an_error_in_a_thread(threads):
+def test_error_in_a_thread_is_raised(threads):
     def read(first: int, out: np.ndarray) -> None:
         raise OSError("cannot read")
 

@@ -26,7 +26,7 @@ def text(tmp_path: pathlib.Path) -> pathlib.Path:
 
 @pytest.mark.slow
 @pytest.mark.xfail(reason="the 4-bit state of this small net takes 2.2 bytes a weight, not 1.3")
-def test_char_lm(tmp_path: pathlib.Path, text: pathlib.Path):
+def test_trains_on_the_grid_and_ships(tmp_path: pathlib.Path, text: pathlib.Path):
     process = run_example(
         "char_lm.py",
         "--text", str(text), "--part", "state", "--steps", "40", "--batch", "8", "--out", str(tmp_path)
@@ -48,7 +48,7 @@ def test_char_lm(tmp_path: pathlib.Path, text: pathlib.Path):
 
 
 @pytest.mark.slow
-def test_clipping(tmp_path: pathlib.Path, text: pathlib.Path):
+def test_clipping_part_compares_bounds(tmp_path: pathlib.Path, text: pathlib.Path):
     process = run_python(
         *("-c", SMALL, EXAMPLES, "--text", text, "--part", "clipping", "--steps", "3"),
         *("--warmup", "1", "--batch", "4", "--out", tmp_path),
@@ -91,7 +91,7 @@ def test_clipping(tmp_path: pathlib.Path, text: pathlib.Path):
         (["--text", "short.txt"], 1, "9 characters are too few"),
     ],
 )
-def test_refuses(
+def test_bad_input_is_refused(
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -15,7 +15,7 @@ from helpers import refusal, run_example
         (["--quantizer", "ternary", "--group-size", "32"], ["float", "ternary"]),
     ],
 )
-def test_digits(tmp_path: pathlib.Path, args: list[str], rows: list[str]):
+def test_digits_runs(tmp_path: pathlib.Path, args: list[str], rows: list[str]):
     process = run_example(
         "digits.py", "--steps", "60", "--batch", "16", "--out", str(tmp_path), *args
     )
@@ -33,7 +33,7 @@ def test_digits(tmp_path: pathlib.Path, args: list[str], rows: list[str]):
 
 
 @pytest.mark.slow
-def test_sweep(tmp_path: pathlib.Path):
+def test_sweep_runs_and_resumes(tmp_path: pathlib.Path):
     args = ("--steps", "60", "--c", "0.1", "0.01", "--R", "1", "7", "--out", str(tmp_path))
     for _ in range(2):  # the second takes the results of the first
         process = run_example("sweep.py", *args)
@@ -51,7 +51,7 @@ def test_sweep(tmp_path: pathlib.Path):
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_sweep_refuses(capsys: pytest.CaptureFixture[str]):
+def test_sweep_refuses_bad_arguments(capsys: pytest.CaptureFixture[str]):
     code, message = refusal(capsys, "sweep.py", "--R", "0")
     assert code == 2
     assert "R" in message
@@ -70,7 +70,9 @@ def test_sweep_refuses(capsys: pytest.CaptureFixture[str]):
         (["--out", "/dev/null/x"], "--out: "),
     ],
 )
-def test_digits_refuses(args: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+def test_digits_refuses_bad_arguments(
+    args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
     code, found = refusal(capsys, "digits.py", *args)
     assert code == 2
     assert message in found

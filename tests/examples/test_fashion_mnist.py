@@ -41,7 +41,9 @@ def accuracies(out: str) -> dict[str, float]:
     ("model", "widths"),
     [("cnn", {"float": "float", "ternary": "ternary"}), ("mlp", {"1": "1 bit", "4": "4 bits"})],
 )
-def test_digits(tmp_path: pathlib.Path, digits: pathlib.Path, model: str, widths: dict[str, str]):
+def test_runs_on_digits(
+    tmp_path: pathlib.Path, digits: pathlib.Path, model: str, widths: dict[str, str]
+):
     process = run_example(
         "fashion_mnist.py",
         "--data-dir", str(digits), "--model", model, "--widths", *widths,
@@ -56,7 +58,7 @@ def test_digits(tmp_path: pathlib.Path, digits: pathlib.Path, model: str, widths
 
 
 @pytest.mark.slow
-def test_few_steps(tmp_path: pathlib.Path, digits: pathlib.Path):
+def test_runs_with_few_steps(tmp_path: pathlib.Path, digits: pathlib.Path):
     process = run_example(
         "fashion_mnist.py",
         "--data-dir", str(digits), "--model", "mlp", "--widths", "ternary", "--epochs", "1",
@@ -68,7 +70,7 @@ def test_few_steps(tmp_path: pathlib.Path, digits: pathlib.Path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason=f"no Fashion-MNIST in {DEBIAN}")
-def test_fashion(tmp_path: pathlib.Path):
+def test_runs_on_fashion_mnist(tmp_path: pathlib.Path):
     process = run_example(
         "fashion_mnist.py",
         "--model", "mlp", "--widths", "float", "2", "--epochs", "3", "--limit", "4000",
@@ -78,7 +80,7 @@ def test_fashion(tmp_path: pathlib.Path):
     assert all(value > 0.7 for value in accuracies(process.stdout).values()), process.stdout
 
 
-def test_refuses(
+def test_bad_data_is_refused(
     tmp_path: pathlib.Path,
     digits: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,

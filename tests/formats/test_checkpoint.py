@@ -46,7 +46,7 @@ def shards(tmp_path):
 
 @pytest.mark.parametrize("named", ["folder", "index"])
 @pytest.mark.parametrize("limit", [None, "700B"], ids=["one file", "shards"])
-def test_shards_are_one_model(tmp_path, shards, capsys, named, limit):
+def test_shards_are_compressed_as_one_model(tmp_path, shards, capsys, named, limit):
     source = shards if named == "folder" else shards / "model.safetensors.index.json"
     options = [] if limit is None else ["--max-shard-size", limit]
     small, plain = tmp_path / "small", tmp_path / "plain"
@@ -76,7 +76,7 @@ def test_shards_are_one_model(tmp_path, shards, capsys, named, limit):
         assert load(small).keys() == wanted.keys()
 
 
-def test_load_of_plain_shards_gives_the_arrays(shards):
+def test_load_of_plain_shards_returns_arrays(shards):
     found = load(shards)
     assert found.keys() == TENSORS.keys()
     for name, array in TENSORS.items():
@@ -94,7 +94,7 @@ def test_load_of_plain_shards_gives_the_arrays(shards):
         (lambda m: [], "not the index of a checkpoint"),
     ],
 )  # fmt: skip
-def test_an_index_that_does_not_fit(shards, capsys, change, message):
+def test_inconsistent_index_is_refused(shards, capsys, change, message):
     index = shards / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     index.write_text(json.dumps({"weight_map": change(content["weight_map"])}))
@@ -129,7 +129,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_other_files_are_named(tmp_path, capsys, kind):
+def test_other_file_types_are_named(tmp_path, capsys, kind):
     path = tmp_path / "model.bin"
     path.write_bytes(FOREIGN[kind])
     with pytest.raises(ValueError, match=r"model\.bin is no safetensors file, but") as error:
@@ -170,7 +170,7 @@ def test_unknown_dtypes_are_carried_byte_for_byte(tmp_path, capsys):
     ],
     ids=["slashes", "axes", "zero size", "names"],
 )
-def test_headers_cost_what_they_are_long(tmp_path, header):
+def test_memory_for_headers_is_linear_in_their_size(tmp_path, header):
     raw(tmp_path / "in", header)
     tracemalloc.start()
     begin = time.process_time()

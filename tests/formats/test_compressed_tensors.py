@@ -100,7 +100,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("quantizer", "bits", "dtype"), CASES, ids=str)
-def test_the_weights_are_those_of_the_grid(tmp_path, quantizer, bits, dtype):
+def test_decoded_weights_equal_the_grid(tmp_path, quantizer, bits, dtype):
     q = quantizer.quantize(jnp.asarray(weights((96, 5)), dtype))
     like = write_like(tmp_path / "like", {"a.weight": (5, 96)})
     assert to_compressed_tensors(tmp_path / "out", {"a": {"kernel": q}}, like=like) == {"a.weight": f"int{bits}"}  # fmt: skip
@@ -125,7 +125,7 @@ def test_the_weights_are_those_of_the_grid(tmp_path, quantizer, bits, dtype):
     symmetric=st.booleans(),
     seed=st.integers(0, 2**32),
 )
-def test_any_shape_goes_both_ways(tmp_path_factory, rows, runs, run, bits, symmetric, seed):
+def test_any_shape_round_trips(tmp_path_factory, rows, runs, run, bits, symmetric, seed):
     rng = np.random.default_rng(seed)
     lower, upper = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     grid = Grid(
@@ -145,7 +145,7 @@ def test_any_shape_goes_both_ways(tmp_path_factory, rows, runs, run, bits, symme
     np.testing.assert_array_equal(again.dequantize(), wanted)
 
 
-def test_the_rest_of_the_folder_comes_from_like(tmp_path):
+def test_remaining_tensors_come_from_like(tmp_path):
     shapes = {
         "model.embed_tokens.weight": (7, 32),
         "model.layers.0.mlp.up_proj.weight": (8, 32),
@@ -214,7 +214,7 @@ def test_mixed_grids_name_their_layers(tmp_path):
         assert again[f"{name}.weight"].bits == leaf["kernel"].bits
 
 
-def test_training_from_a_folder_starts_with_its_codes(tmp_path):
+def test_training_from_a_folder_starts_from_its_codes(tmp_path):
     quantizer = Uniform(4, channel_axis=0, group_size=16)
     q = quantizer.quantize(jnp.asarray(weights((8, 32))))
     like = write_like(tmp_path / "like", {"a.weight": (8, 32)})
@@ -243,14 +243,14 @@ W = jnp.asarray(weights((64, 32)))
         (lambda: jnp.ones((3, 32)), r"has shape \(3, 32\), but \(32, 64\) in `like`"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_named_and_nothing_written(tmp_path, leaf, message):
+def test_unsupported_grids_are_named_and_nothing_is_written(tmp_path, leaf, message):
     like = write_like(tmp_path / "like", {"a.weight": (32, 64)})
     with pytest.raises(ValueError, match=f"leaf 'a/kernel' .*{message}"):
         to_compressed_tensors(tmp_path / "out", {"a": {"kernel": leaf()}}, like=like)
     assert [path.name for path in tmp_path.iterdir()] == ["like"]
 
 
-def test_folders_that_cannot_be_are_refused(tmp_path):
+def test_invalid_folders_are_refused(tmp_path):
     like = write_like(tmp_path / "like", {"a.weight": (32, 64)})
     tree = {"a": {"kernel": Uniform(4).quantize(W)}}
     with pytest.raises(FileExistsError, match="like exists; name a new folder"):
@@ -276,7 +276,7 @@ def test_folders_that_cannot_be_are_refused(tmp_path):
         (lambda c: c.update(format="marlin-24"), "is marlin-24 of 4 bits"),
     ],
 )  # fmt: skip
-def test_a_folder_that_contradicts_itself_is_named(tmp_path, change, message):
+def test_inconsistent_folder_is_named(tmp_path, change, message):
     like = write_like(tmp_path / "like", {"a.weight": (32, 64)})
     q = Uniform(4, group_size=16).quantize(W)
     to_compressed_tensors(tmp_path / "out", {"a": {"kernel": q}}, like=like)
@@ -289,7 +289,7 @@ def test_a_folder_that_contradicts_itself_is_named(tmp_path, change, message):
 
 
 @pytest.mark.parametrize(("quantizer", "bits", "dtype"), CASES, ids=str)
-def test_compressed_tensors_finds_the_levels(tmp_path, quantizer, bits, dtype):
+def test_compressed_tensors_decodes_the_levels(tmp_path, quantizer, bits, dtype):
     torch = pytest.importorskip("torch")
     library = pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor

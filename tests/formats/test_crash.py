@@ -166,7 +166,7 @@ def test_training_resumes_bit_for_bit(tmp_path: pathlib.Path):
     assert resumed >= 5  # many began from a checkpoint
 
 
-def test_save_leaves_a_whole_file(tmp_path: pathlib.Path):
+def test_killed_save_leaves_a_whole_file(tmp_path: pathlib.Path):
     killed, exists, left = run(SAVING, tmp_path, 20)
     assert (killed, exists) == ("20", "True")
     # The next save removes what a killed one left; the last was killed too. (And the compiled programs.)

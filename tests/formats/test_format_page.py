@@ -33,20 +33,20 @@ def check(path, tree):
         ),
     ],
 )  # fmt: skip
-def test_every_quantizer(tmp_path, dtype, size):
+def test_reads_every_quantizer(tmp_path, dtype, size):
     w = jnp.asarray(weights((33, 7)) * np.float32(size)).astype(dtype)
     tree = {name: q.quantize(w) for name, q in QUANTIZERS.items()}
     check(tmp_path / "file", tree | {"b": jnp.ones(7, dtype), "scalar": jnp.array(3)})
 
 
 @pytest.mark.parametrize("bits", cases(range(1, 9), [1, 3, 4, 7]))
-def test_every_width(tmp_path, bits):
+def test_reads_every_width(tmp_path, bits):
     shapes = [(13, 5), (7,), (2, 3, 9), (0, 4)]
     tree = {str(s): Uniform(bits, group_size=4).quantize(jnp.asarray(weights(s))) for s in shapes}
     check(tmp_path / "file", tree)
 
 
-def test_bounds_constants_and_zero_points_beyond_the_dtype(tmp_path):
+def test_reads_traced_bounds_constants_and_clipped_levels(tmp_path):
     w = jnp.asarray(weights((6, 5)))
     check(
         tmp_path / "file",
@@ -59,7 +59,7 @@ def test_bounds_constants_and_zero_points_beyond_the_dtype(tmp_path):
     )
 
 
-def test_the_reader_checks(tmp_path):
+def test_reader_notices_damage(tmp_path):
     path = tmp_path / "file"
     save(path, {"w": Uniform(4).quantize(jnp.asarray(weights((6, 5))))})
     content = bytearray(path.read_bytes())

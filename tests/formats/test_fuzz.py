@@ -76,7 +76,7 @@ def exact_or_refused(path: pathlib.Path) -> bool:
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_altered_bytes(tmp_path, content, count):
+def test_altered_bytes_are_found_or_harmless(tmp_path, content, count):
     path, rng = tmp_path / "file", random.Random(count)
     wanted = {name: array.tobytes() for name, array in read_of(path, content).items()}
     for _ in range(count):
@@ -122,7 +122,7 @@ def mutate(x, rng: random.Random):
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_altered_contents_with_right_checksums(tmp_path, content, count):
+def test_altered_contents_with_right_checksums_are_exact_or_refused(tmp_path, content, count):
     path, rng = tmp_path / "file", random.Random(count)
     header, data = split(content)
     texts = header["__metadata__"]

@@ -89,7 +89,7 @@ def random_array(rng, kind, rows, blocks, *, dtype=np.float32, offset=0.0):
     shape=st.sampled_from([(1, 1), (3, 2), (5, 3)]),
     seed=st.integers(0, 2**32),
 )
-def test_the_formats_reader_finds_the_levels(tmp_path_factory, kind, shape, seed):
+def test_gguf_package_decodes_the_levels(tmp_path_factory, kind, shape, seed):
     q = random_array(np.random.default_rng(seed), kind, *shape)
     folder = tmp_path_factory.mktemp("gguf")
     like = write_like(folder / "like.gguf", {"w": q.shape})
@@ -120,7 +120,7 @@ def test_the_formats_reader_finds_the_levels(tmp_path_factory, kind, shape, seed
     ],
     ids=str,
 )
-def test_the_smallest_type_that_holds_a_grid(tmp_path, quantizer, kind, dtype):
+def test_smallest_type_that_holds_a_grid_is_chosen(tmp_path, quantizer, kind, dtype):
     q = quantizer.quantize(jnp.asarray(weights((256, 5)), dtype))
     like = write_like(tmp_path / "like.gguf", {"w": (5, 256)})
     assert to_gguf(tmp_path / "out.gguf", {"w": q}, like=like) == {"w": kind}
@@ -152,7 +152,7 @@ def test_arrays_keep_their_dtype_and_norms_are_float32(tmp_path, dtype):
     )
 
 
-def test_what_the_tree_lacks_comes_from_like(tmp_path):
+def test_missing_tensors_come_from_like(tmp_path):
     rng = np.random.default_rng(0)
     kept = rng.integers(0, 256, (2, 210), dtype=np.uint8)  # two blocks of Q6_K
     like = write_like(
@@ -264,7 +264,7 @@ def test_hugging_face_names_give_the_same_attention(tmp_path, arch, stacked):
     np.testing.assert_allclose(score(theirs, arch == "llama"), score(ours, False), rtol=1e-4)
 
 
-def test_names_given_are_taken_as_they_are(tmp_path):
+def test_given_names_are_used_unchanged(tmp_path):
     q = random_array(np.random.default_rng(0), "Q4_0", 32, 1)
     like = write_like(tmp_path / "like.gguf", {"blk.0.attn_q.weight": (32, 32)})
     to_gguf(tmp_path / "out.gguf", {"blk": {"0": {"attn_q": {"weight": q}}}}, like=like)
@@ -314,7 +314,7 @@ W = jnp.asarray(weights((64, 32)))
         (lambda: jnp.asarray([1.0]), r"shape \(1,\), but"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_named_and_nothing_written(tmp_path, leaf, message):
+def test_unsupported_grids_are_named_and_nothing_is_written(tmp_path, leaf, message):
     q = leaf()
     rows = (32, q.shape[0]) if q.shape == (48, 32) else (32, 64)
     like = write_like(tmp_path / "like.gguf", {"a.w": rows})
@@ -348,7 +348,7 @@ def test_other_bad_arguments_are_named(tmp_path):
     assert not out.exists()
 
 
-def test_otherwise_writes_what_no_type_holds_as_floats(tmp_path):
+def test_otherwise_writes_unsupported_grids_as_floats(tmp_path):
     affine = Uniform(4, symmetric=False, group_size=32).quantize(W)
     tree = {"affine": affine, "w": Uniform(4, group_size=32).quantize(W)}
     like = write_like(tmp_path / "like.gguf", {"affine": (32, 64), "w": (32, 64)})
@@ -380,7 +380,7 @@ def test_a_file_that_llama_cpp_quantized_is_read_exactly(tmp_path, kind):
         assert bytes(gguf.GGUFReader(tmp_path / "b.gguf").tensors[0].data) == content.tobytes()
 
 
-def test_training_from_a_q4_0_file_starts_with_its_codes(tmp_path):
+def test_training_from_a_q4_0_file_starts_from_its_codes(tmp_path):
     content = gguf.quantize(weights((16, 64)), gguf.GGMLQuantizationType.Q4_0)
     path = write_like(tmp_path / "a.gguf", {}, w=(content, gguf.GGMLQuantizationType.Q4_0))
     tree, _ = from_gguf(path)
@@ -438,7 +438,7 @@ def test_a_damaged_file_is_named(tmp_path, change, message):
         to_gguf(tmp_path / "b.gguf", {}, like=path)
 
 
-def test_without_the_package_gguf_only_other_types_are_missed(tmp_path, monkeypatch):
+def test_without_the_gguf_package_only_other_types_fail(tmp_path, monkeypatch):
     number = gguf.GGMLQuantizationType.Q4_1
     content = gguf.quantize(weights((4, 32)), number)
     path = write_like(tmp_path / "a.gguf", {"w": (2, 3)}, k=(content, number))

@@ -40,7 +40,7 @@ def test_leaves_land_with_the_sharding_of_like(tmp_path, spec, abstract):
     assert again["w"].scale.sharding == q.scale.sharding
 
 
-def test_one_device_that_is_not_the_default(tmp_path):
+def test_leaves_land_on_a_device_that_is_not_the_default(tmp_path):
     device = jax.devices("cpu")[3]
     tree = {"q": Uniform(4).quantize(jnp.asarray(weights((8, 4)))), "w": jnp.ones(3)}
     save(tmp_path / "file", tree)

@@ -33,7 +33,7 @@ FITTING = {
     ("name", "dtype"),
     [case for case in DTYPED if case.values[0] in FITTING and case.values[1] != jnp.float16],
 )
-def test_the_values_are_the_same(name, dtype):
+def test_qwix_decodes_the_same_values(name, dtype):
     w = jnp.asarray(weights((20, 12))).astype(dtype)  # groups of 4 and 5 divide 20
     q = FITTING[name].quantize(w)
     ours, theirs = np.asarray(q.dequantize()), to_qwix({"w": q})["w"]
@@ -47,7 +47,7 @@ def test_the_values_are_the_same(name, dtype):
 
 @pytest.mark.parametrize("bits", cases(range(1, 9), [1, 4, 8]))
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_every_width(bits, symmetric):
+def test_every_width_decodes_equally(bits, symmetric):
     q = Uniform(bits, symmetric=symmetric, group_size=8).quantize(jnp.asarray(weights((32, 3))))
     for tree in ([q], narrow([q])):
         np.testing.assert_array_equal(qwix.dequantize(to_qwix(tree)[0]), q.dequantize())
@@ -69,13 +69,13 @@ def test_every_width(bits, symmetric):
         ),
     ],
 )
-def test_grids_that_qwix_lacks(q, message):
+def test_grids_that_qwix_lacks_are_refused(q, message):
     tree = {"a": {"w": q(jnp.asarray(weights((33, 4))))}}
     with pytest.raises(ValueError, match=message):
         to_qwix(tree)
 
 
-def test_without_qwix(monkeypatch):
+def test_without_qwix_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "qwix", None)
     with pytest.raises(ImportError, match=r"pip install 'optax-clipquant\[qwix\]'"):
         to_qwix({})
@@ -105,7 +105,7 @@ def as_qwix_has_it():
     [Uniform(8), Uniform(4, group_size=2), Uniform(2), Uniform(1), Ternary(), Uniform(4, symmetric=False)],
     ids=str,
 )  # fmt: skip
-def test_a_ptq_model_runs_them(quantizer):
+def test_ptq_model_runs_exported_weights(quantizer):
     model, x, like = ptq_of(weight_qtype=jnp.int8)
     qparams = quantize_params(mlp_params(), quantizer)
     found = jax.jit(model.apply)({"params": to_qwix(qparams, like=like)}, x)
@@ -114,7 +114,7 @@ def test_a_ptq_model_runs_them(quantizer):
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_with_integer_activations_it_is_as_near_as_their_own(symmetric):
+def test_integer_activations_are_as_accurate_as_with_qwix_weights(symmetric):
     model, x, like = ptq_of(weight_qtype=jnp.int8, act_qtype=jnp.int8)
     params = mlp_params()
     wanted = Net().apply({"params": params}, x)
@@ -125,7 +125,7 @@ def test_with_integer_activations_it_is_as_near_as_their_own(symmetric):
     assert jnp.max(jnp.abs(ours)) > 0  # the activations were quantized
 
 
-def test_floats_where_the_model_expects_them():
+def test_floats_are_written_where_the_model_expects_them():
     model, x, like = ptq_of(module_path="Dense_0", weight_qtype=jnp.int4)
     qparams = quantize_params(mlp_params(), Uniform(4))
     filled = to_qwix(qparams, like=like)
@@ -136,7 +136,7 @@ def test_floats_where_the_model_expects_them():
     np.testing.assert_allclose(model.apply({"params": filled}, x), wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_like_that_does_not_fit():
+def test_mismatched_like_is_refused():
     _, _, like = ptq_of(weight_qtype=jnp.int8)
     params = mlp_params()
     with pytest.raises(

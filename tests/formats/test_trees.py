@@ -83,7 +83,7 @@ def test_round_trip_of_every_width(file, bits, kwargs):
     assert_same(load(file), tree)
 
 
-def test_scalars_traced_bounds_and_narrow_codes(file):
+def test_scalars_traced_bounds_and_narrow_codes_round_trip(file):
     tree = {
         "scalar": Uniform(bits=4).quantize(jnp.array(2.5)),
         "traced": jax.jit(lambda w, R: ZScore(R=R).quantize(w))(jnp.asarray(weights((6, 5))), 5),
@@ -100,7 +100,7 @@ def brute_force(digits: list[int], bits: int) -> bytes:
 
 
 @hypothesis.given(bits=st.integers(1, 8), data=st.data())
-def test_packing_against_one_big_integer(bits, data):
+def test_packing_matches_one_big_integer(bits, data):
     lower = -(2 ** (bits - 1))
     grid = Grid(jnp.ones(()), bits=bits, lower=lower, upper=-lower - 1)
     digits = data.draw(st.lists(st.integers(0, 2**bits - 1), max_size=40))
@@ -111,7 +111,7 @@ def test_packing_against_one_big_integer(bits, data):
 
 
 @hypothesis.given(st.lists(st.integers(-1, 1), max_size=23))
-def test_packing_of_three_levels(codes):
+def test_packing_puts_five_ternary_codes_in_a_byte(codes):
     grid = Grid(jnp.ones(()), bits=math.log2(3), lower=-1, upper=1)
     packed = pack(np.array(codes, np.int8), grid)
     digits = [code + 1 for code in codes] + [0] * (-len(codes) % 5)
@@ -123,14 +123,14 @@ def test_packing_of_three_levels(codes):
 
 
 @pytest.mark.parametrize("bits", [3, 5, 8, math.log2(3)])
-def test_packing_across_blocks(bits):
+def test_packing_across_blocks_matches_one_block(bits):
     upper = 1 if bits == math.log2(3) else 2 ** (bits - 1) - 1
     grid = Grid(jnp.ones(()), bits=bits, lower=-1 if upper == 1 else -upper - 1, upper=upper)
     codes = np.random.default_rng(0).integers(grid.lower, upper + 1, 3_000_001).astype(np.int8)
     np.testing.assert_array_equal(unpack(pack(codes, grid), codes.size, grid), codes)
 
 
-def test_structure_and_dtypes(file):
+def test_structure_and_dtypes_are_kept(file):
     tree = {
         "list": [jnp.ones(2), [None, (jnp.zeros((0, 3)),)]],
         "tuple": (jnp.arange(3), ()),
@@ -158,7 +158,7 @@ def test_structure_and_dtypes(file):
     assert load(file) is None
 
 
-def test_numbers_and_layouts(file):
+def test_numbers_and_memory_layouts_are_normalised(file):
     fortran = np.asfortranarray(np.arange(6.0, dtype=np.float32).reshape(2, 3))
     save(
         file,
@@ -189,7 +189,7 @@ def test_tensors_are_aligned(file):
             assert (start + entry["data_offsets"][0]) % sizes[entry["dtype"]] == 0
 
 
-def test_names_that_collide(file):
+def test_colliding_names_are_kept_apart(file):
     q = Uniform(bits=4).quantize(jnp.asarray(weights((4, 3))))
     tree = {
         "a/b": jnp.ones(1),
@@ -210,7 +210,7 @@ def test_names_that_collide(file):
 
 
 @pytest.mark.parametrize("bits", [1, 3, 4, math.log2(3)])
-def test_codes_that_packing_would_cut(file, bits):
+def test_codes_outside_their_bits_are_refused(file, bits):
     save(file, {"old": jnp.ones(1)})
     for code in (-128, -3, 8, 127):
         grid = Grid(jnp.ones((1,)), bits=bits, lower=-1, upper=1 if bits != 1 else 0)
@@ -230,7 +230,7 @@ def test_codes_that_packing_would_cut(file, bits):
 
 
 @pytest.mark.parametrize("scale", [np.nan, np.inf, 3.4e38, 1e-42, -0.0, 0.3])
-def test_extreme_scales(file, scale):
+def test_extreme_scales_round_trip(file, scale):
     grid = Grid(jnp.full((1,), scale, jnp.float32), bits=4, lower=-8, upper=7)
     tree = {"q": QArray(jnp.array([3], jnp.int8), grid)}
     save(file, tree)
@@ -246,7 +246,7 @@ class Layer:
 Pair = collections.namedtuple("Pair", ["first", "second"])
 
 
-def test_other_nodes_are_restored_by_like(file):
+def test_custom_nodes_are_restored_by_like(file):
     q = Uniform(bits=4).quantize(jnp.asarray(weights((4, 3))))
     tree = {"layer": Layer(q, None), "pair": Pair(jnp.ones(2), jnp.zeros(1))}
     save(file, tree)
@@ -275,7 +275,7 @@ class OddKeys:
         return cls(*children)
 
 
-def test_nodes_with_keys_of_their_own_kind(file):
+def test_nodes_with_custom_keys_are_restored(file):
     tree = {"node": OddKeys(jnp.ones(2))}
     save(file, tree)
     assert_same(load(file), {"node": {"odd": jnp.ones(2)}})
@@ -291,7 +291,7 @@ def test_boxes_are_matched_with_and_without_value(file):
         assert_same(load(file, like=tree), jax.tree.map(jnp.zeros_like, tree))
 
 
-def test_nnx_state(file):
+def test_nnx_state_round_trips(file):
     model = nnx.Linear(6, 4, rngs=nnx.Rngs(0))
     graphdef, state = nnx.split(model)
     qstate = quantize_params(state, Uniform(bits=4))
@@ -303,7 +303,7 @@ def test_nnx_state(file):
         chex.assert_trees_all_equal(nnx.merge(graphdef, loaded)(x), nnx.merge(graphdef, qstate)(x))
 
 
-def test_like_that_does_not_fit(file):
+def test_mismatched_like_is_refused(file):
     save(file, small_tree())
     like = mlp_params()
     like["Dense_0"]["kernel"] = jnp.ones((12, 11))
@@ -336,7 +336,7 @@ def assert_size_is_near_the_ideal(file, tree):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_size(file, name):
+def test_size_is_near_the_ideal(file, name):
     tree = {
         f"layer_{i}": {"kernel": jnp.asarray(weights((256, 96), seed=i)), "bias": jnp.ones(96)}
         for i in range(8)
@@ -347,7 +347,7 @@ def test_size(file, name):
 @pytest.mark.parametrize("length", [20, 80, 160])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero points"])
 @pytest.mark.parametrize("split", [True, False], ids=["nested", "flat"])
-def test_size_of_many_small_leaves_with_long_paths(file, length, symmetric, split):
+def test_header_of_many_small_leaves_is_small(file, length, symmetric, split):
     """Of 500 leaves the 8 KB are 16 bytes each: what is measured is the header."""
     w = jnp.asarray(weights((64, 32)))
     q = jax.jit(Uniform(bits=4, symmetric=symmetric).quantize)(w)
@@ -410,12 +410,12 @@ def test_leaves_that_cannot_be_stored(file, leaf, message):
     assert os.listdir(file.parent) == [file.name]
 
 
-def test_not_under_jit(file):
+def test_save_under_jit_is_refused(file):
     with pytest.raises(TypeError, match="leaf 'x' is traced; call save outside"):
         jax.jit(lambda x: save(file, {"x": x}))(jnp.ones(2))
 
 
-def test_missing_file_and_folder(tmp_path):
+def test_missing_file_or_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "none.safetensors")
     with pytest.raises(FileNotFoundError, match="there is no folder"):
@@ -464,7 +464,7 @@ def test_altered_tensor_is_named(file):
         load(file)
 
 
-def test_foreign_files(file):
+def test_foreign_files_are_refused(file):
     safetensors.numpy.save_file({"w": np.ones(3)}, file)
     with pytest.raises(ValueError, match=r"model.safetensors: not written by optax_clipquant"):
         load(file)
@@ -474,13 +474,13 @@ def test_foreign_files(file):
             load(file)
 
 
-def test_metadata_that_no_reader_would_take(file):
+def test_oversized_metadata_is_refused(file):
     with pytest.raises(ValueError, match="shorten the metadata"):
         save(file, {"w": jnp.ones(2)}, metadata={"text": "x" * 100_000_001})
     assert not file.exists()
 
 
-def test_a_folder_is_no_file(tmp_path):
+def test_folder_is_refused(tmp_path):
     with pytest.raises(IsADirectoryError, match=re.escape(str(tmp_path))):
         load(tmp_path)
 
@@ -493,7 +493,7 @@ def test_a_folder_is_no_file(tmp_path):
     ],
     ids=lambda header: header[:24],
 )
-def test_headers_that_are_not_ours_in_spite_of_their_digest(file, header):
+def test_invalid_headers_with_a_valid_digest_are_refused(file, header):
     save(file, {"w": jnp.ones(2)})
     with safetensors.safe_open(file, "numpy") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
@@ -522,7 +522,7 @@ def test_headers_that_are_not_ours_in_spite_of_their_digest(file, header):
     ],
     ids=str,
 )
-def test_trees_that_do_not_fit_the_tensors(file, edit):
+def test_trees_that_do_not_describe_the_tensors_are_refused(file, edit):
     save(file, {"w": jnp.ones(2)})
     with safetensors.safe_open(file, "numpy") as opened:
         texts = opened.metadata()
@@ -534,7 +534,7 @@ def test_trees_that_do_not_fit_the_tensors(file, edit):
         load(file)
 
 
-def test_a_failed_write_leaves_the_old_file(file, monkeypatch):
+def test_failed_write_keeps_the_old_file(file, monkeypatch):
     save(file, {"old": jnp.ones(1)})
 
     def fail(*args):
@@ -565,14 +565,14 @@ save(sys.argv[1], {"new": jnp.ones(1000)})
 
 
 @pytest.mark.parametrize("moment", ["write", "fsync", "replace"])
-def test_killed_half_way_leaves_the_old_file(file, moment):
+def test_killed_write_keeps_the_old_file(file, moment):
     save(file, {"old": jnp.ones(1)})
     process = subprocess.run([sys.executable, "-c", KILLED, file, moment], check=False)
     assert process.returncode == -signal.SIGKILL
     assert_same(load(file), {"old": jnp.ones(1)})
 
 
-def test_permissions_are_those_of_any_new_file(file):
+def test_new_file_has_default_permissions(file):
     save(file, {})
     other = file.with_suffix(".other")
     other.touch()
@@ -580,7 +580,7 @@ def test_permissions_are_those_of_any_new_file(file):
 
 
 @pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 host devices")
-def test_sharded_leaves(file):
+def test_sharded_leaves_are_saved(file):
     mesh = jax.make_mesh((8,), ("x",), devices=jax.devices("cpu")[:8])
     w = jax.device_put(weights((16, 8)), jax.NamedSharding(mesh, jax.P("x", None)))
     with jax.set_mesh(mesh):
@@ -591,7 +591,7 @@ def test_sharded_leaves(file):
     np.testing.assert_array_equal(loaded["q"].qvalue, np.asarray(q.qvalue))
 
 
-def test_statics_are_restored(file):
+def test_static_fields_are_restored(file):
     # Binary has an offset.
     tree = small_tree() | {"binary": QUANTIZERS["binary"].quantize(jnp.asarray(weights((33, 7))))}
     save(file, tree)
@@ -604,7 +604,7 @@ def test_statics_are_restored(file):
                 assert getattr(loaded.grid, field.name) == getattr(q.grid, field.name)
 
 
-def test_what_is_no_file_is_not_replaced(tmp_path):
+def test_pipes_and_folders_are_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="pipe is not a regular file"):
         save(tmp_path / "pipe", {"w": jnp.ones(2)})

@@ -123,7 +123,7 @@ WRONG = {
 }  # fmt: skip
 
 
-def test_what_is_right_is_read(tmp_path):
+def test_valid_contents_are_read(tmp_path):
     write(tmp_path / "file")
     loaded, wanted = load(tmp_path / "file"), read(tmp_path / "file")
     np.testing.assert_array_equal(np.asarray(loaded["a"]), wanted["a"])
@@ -153,7 +153,7 @@ def test_wrong_contents_with_right_checksums_are_refused(tmp_path, capsys, what)
     ("what", "name"),
     [("scales of uint8", "a"), ("a part that belongs to none", "~s7"), ("shape (48,)", "a")],
 )
-def test_the_tensor_is_named(tmp_path, what, name):
+def test_error_names_the_tensor(tmp_path, what, name):
     write(tmp_path / "file", **WRONG[what])
     with pytest.raises(ValueError, match=f"tensor '{name}'"):
         load(tmp_path / "file")

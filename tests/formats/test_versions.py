@@ -34,7 +34,7 @@ def test_files_of_version_1_load(kind):
             assert (found.dtype, found.tobytes()) == (expected.dtype, expected.tobytes()), name
 
 
-def test_structure_of_version_1_loads():
+def test_tree_structures_of_version_1_load():
     loaded = load(FOLDER / "nodes.safetensors")
     ones = jnp.ones
     wanted = {

@@ -46,7 +46,7 @@ def gradients(shape, seed=0, dtype=jnp.float32):
 @pytest.mark.parametrize("check_vma", cases([True, False], [True]))
 @pytest.mark.parametrize("error_feedback", [True, False])
 @pytest.mark.parametrize(("bits", "bound"), [(8, 0.02), (4, 0.35)])
-def test_is_the_mean_within_a_rounding(bits, bound, error_feedback, check_vma):
+def test_mean_is_exact_to_within_rounding(bits, bound, error_feedback, check_vma):
     """Also of leaves that split into no whole blocks, and of small ones, which are exact."""
     grads = {"a": gradients((70, 90)), "b": gradients((5,)), "c": gradients((4096,), 1), "n": None}
     params = jax.tree.map(lambda g: jnp.zeros(g.shape[1:]), grads)
@@ -72,7 +72,7 @@ def test_state_and_gradients_may_be_donated():
     chex.assert_trees_all_equal((found, state), (wanted, kept))
 
 
-def test_is_lowered_for_each_platform_and_runs_from_a_file():
+def test_exports_for_every_platform_and_runs_after_serialization():
     grads = {"a": gradients((70, 90))}
     state, step = averaged(average_gradients("data"), {"a": jnp.zeros((70, 90))})
     leaves, treedef = jax.tree.flatten((grads, state))
@@ -104,7 +104,7 @@ def test_all_devices_get_the_same_bits():
 
 
 @pytest.mark.parametrize(("bits", "bound"), [(8, 0.02), (4, 0.4)])
-def test_with_error_feedback_the_sum_stays_within_a_rounding(bits, bound):
+def test_error_feedback_keeps_the_sum_within_one_rounding(bits, bound):
     """Gradients that are the same in each step: without feedback the error would grow with them."""
     grads = {"a": gradients((64, 128))}
     exact = np.asarray(grads["a"], np.float64).mean(0)
@@ -122,7 +122,7 @@ def test_with_error_feedback_the_sum_stays_within_a_rounding(bits, bound):
     assert np.abs(40 * (one["a"] - exact)).max() > 3 * bound * largest
 
 
-def test_without_it_rounding_is_right_on_the_average():
+def test_without_error_feedback_rounding_is_unbiased():
     grads = {"a": gradients((64, 128))}
     exact = np.asarray(grads["a"], np.float64).mean(0)
     tx = average_gradients("data", bits=4, error_feedback=False)
@@ -137,7 +137,7 @@ def test_without_it_rounding_is_right_on_the_average():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_not_finite_is_seen_by_all_and_then_forgotten(bad):
+def test_non_finite_gradients_reach_all_devices_and_leave_no_error(bad):
     grads = {"a": gradients((64, 128))}
     broken = {"a": grads["a"].at[3, 10, 5].set(bad)}
     state, step = averaged(average_gradients("data"), {"a": jnp.zeros((64, 128))})
@@ -167,7 +167,7 @@ def sent(text: str) -> float:
 @pytest.mark.parametrize(
     ("bits", "bound"), [(8, 0.27), pytest.param(4, 0.15, marks=pytest.mark.slow)]
 )
-def test_bytes_on_the_wire(bits, bound):
+def test_traffic_is_a_fraction_of_float32(bits, bound):
     """Of those of a float32 mean, in a net of large and small leaves. (The target is .3 at 8 bits.)"""
     grads = {"a": gradients((256, 512)), "b": gradients((512, 300)), "bias": gradients((512,))}
     params = jax.tree.map(lambda g: jnp.zeros(g.shape[1:]), grads)
@@ -222,7 +222,7 @@ def mean_of(axis):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("bits", "bound"), [(8, 0.005), (4, 0.03)])
-def test_trains_as_the_float_mean(bits, bound):
+def test_trains_like_the_float_mean(bits, bound):
     rest = (clip_by_value(1.0), optax.adam(3e-3))
     first, exact = train(optax.chain(mean_of("data"), *rest))
     _, found = train(optax.chain(average_gradients("data", bits=bits), *rest))
@@ -230,7 +230,7 @@ def test_trains_as_the_float_mean(bits, bound):
     assert abs(found / exact - 1) < bound
 
 
-def test_two_mesh_axes():
+def test_averages_over_two_mesh_axes():
     grads = {"a": gradients((64, 128))}
     two = mesh((4, 2), ("x", "y"))
     tx = average_gradients(("x", "y"))
@@ -251,7 +251,7 @@ def test_dtypes_and_state_types_are_kept(dtype):
     chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
 
 
-def test_gradients_that_are_summed_already_are_refused():
+def test_gradients_already_summed_are_refused():
     tx = average_gradients("data")
     params = {"a": jnp.ones((64, 128))}
 
@@ -267,7 +267,7 @@ def test_gradients_that_are_summed_already_are_refused():
 
 
 @pytest.mark.parametrize("error_feedback", [True, False])
-def test_init_on_shapes_gives_the_shapes_of_init(error_feedback):
+def test_init_accepts_abstract_params(error_feedback):
     """Given ShapeDtypeStructs, which hold no values, and under ``eval_shape``."""
     params = {"a": jnp.ones((64, 70)), "b": jnp.ones(3)}
     tx = average_gradients("data", error_feedback=error_feedback)

@@ -29,7 +29,7 @@ def update(c, grads, **kwargs):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", cases([(), (0,), (3,), (4, 5), (2, 3, 4)], [(), (0,), (4, 5)]))
-def test_shape_range_dtype(platform, variant, dtype, shape):
+def test_keeps_shape_and_dtype_and_bounds_the_range(platform, variant, dtype, shape):
     grads = {"w": 3 * jax.random.normal(jax.random.key(0), shape, dtype)}
     tx = clip_by_value(1.0)
     clipped, state = variant(tx.update)(grads, tx.init(grads))
@@ -48,7 +48,7 @@ def test_shape_range_dtype(platform, variant, dtype, shape):
     ),
     c=st.floats(2.0**-100, 2.0**100, width=32),
 )
-def test_is_the_formula_in_float64(g, c):
+def test_matches_the_formula_in_float64(g, c):
     clipped, state = update(c, jnp.asarray(g))
     # XLA flushes denormals to 0.
     g64 = np.where(np.abs(g) < 2.0**-126, 0, g.astype(np.float64))
@@ -99,7 +99,7 @@ def test_complex_parts_are_clamped_separately():
     assert float(state.clip_fraction) == 0.5
 
 
-def test_none_masked_and_float0_pass():
+def test_none_masked_and_float0_leaves_pass_through():
     grads = {
         "none": None,
         "masked": optax.MaskedNode(),
@@ -137,7 +137,7 @@ def test_tree_of_bounds_and_schedules():
         clip_by_value({"a": 1.0}).init(params)
 
 
-def test_schedule_without_telemetry():
+def test_schedule_works_without_telemetry():
     tx = clip_by_value(optax.linear_schedule(1.0, 0.0, 10), telemetry=False)
     g = jnp.array([5.0])
     state = tx.init(g)
@@ -151,7 +151,7 @@ def test_without_telemetry_the_state_is_empty():
     assert jax.tree.leaves(clip_by_value(1.0, telemetry=False).init(jnp.zeros(3))) == []
 
 
-def test_clip_fractions_of_a_chain():
+def test_clip_fractions_lists_every_transform_of_a_chain():
     tx = optax.chain(
         clip_by_value(2.0),
         optax.scale(2.0),
@@ -189,13 +189,13 @@ def test_integer_gradients_are_refused():
 
 
 @pytest.mark.parametrize("c", [-1.0, math.nan, -math.inf])
-def test_traced_or_scheduled_bad_bound_gives_nan_never_garbage(c):
+def test_bad_traced_or_scheduled_bound_gives_nan(c):
     g = jnp.array([0.5, 3.0])
     assert np.all(np.isnan(jax.jit(lambda c: update(c, g)[0])(jnp.float32(c))))
     assert np.all(np.isnan(update(lambda count: c, g)[0]))
 
 
-def test_schedule_of_another_shape():
+def test_schedule_that_is_not_scalar_is_refused():
     with pytest.raises(
         ValueError, match=r"c must be a scalar, but the schedule gave shape \(4, 3\)"
     ):
@@ -210,7 +210,7 @@ def test_an_infinite_bound_clamps_nothing(dtype):
     assert state.clip_fraction == 0
 
 
-def test_float64():
+def test_float64_gradients_are_clamped_in_float64():
     with jax.enable_x64(True):
         clipped, _ = update(0.1, jnp.array([5.0, -5.0, 0.05], jnp.float64))
         np.testing.assert_array_equal(clipped, np.array([0.1, -0.1, 0.05]))  # and not float32's 0.1
@@ -220,7 +220,7 @@ def test_float64():
 
 @pytest.mark.parametrize("shapes", [[(40_000, 40_000)] * 2, [(5, 30_000, 40_000)]])
 @pytest.mark.parametrize("tx", [clip_by_value(1.0), clip_by_quantile(), clip_by_zscore()])
-def test_more_elements_than_an_int32_counts(tx, shapes):
+def test_fraction_of_more_elements_than_an_int32_counts(tx, shapes):
     params = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
     state = jax.eval_shape(tx.init, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(
@@ -228,7 +228,7 @@ def test_more_elements_than_an_int32_counts(tx, shapes):
     )
 
 
-def test_inject_hyperparams():
+def test_works_with_inject_hyperparams():
     tx = optax.inject_hyperparams(clip_by_value)(c=1.0)
     g = jnp.array([5.0])
     state = tx.init(g)
@@ -257,7 +257,7 @@ def test_state_types_are_stable_and_nothing_recompiles():
     chex.assert_trees_all_equal(scanned, state)
 
 
-def test_vmap():
+def test_works_under_vmap():
     g = jnp.array([[3.0, 0.5], [0.1, 0.2]])
     tx = clip_by_value(1.0)
     clipped, state = jax.vmap(lambda g: tx.update(g, tx.init(g)))(g)
@@ -266,7 +266,7 @@ def test_vmap():
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_the_fraction_of_many_leaves(monkeypatch, variant, devices):
+def test_fraction_over_many_leaves(monkeypatch, variant, devices):
     """Those of one shape are counted together, in bounded numbers, where there is one device."""
     monkeypatch.setattr(jax, "device_count", lambda: devices)
     rng = np.random.default_rng(0)

@@ -30,7 +30,7 @@ DRAWS = {
 
 @pytest.mark.parametrize("q", cases([0.1, 0.9, 0.99, 0.999], [0.1, 0.999]))
 @pytest.mark.parametrize("draw", cases(DRAWS, ["normal", "cauchy"]))
-def test_quantile_arrives_from_far_off(draw, q):
+def test_bound_converges_from_1000_times_off(draw, q):
     """From 1000 times too small or large at the true quantile within 100 steps, and then at the right
     share of 2 million elements.
     """
@@ -59,7 +59,7 @@ def test_quantile_arrives_from_far_off(draw, q):
     assert np.all(np.abs(thresholds / true - 1) < bound)
 
 
-def test_quantile_step_is_the_formula_in_float64():
+def test_step_matches_the_formula_in_float64():
     g = np.random.default_rng(0).standard_normal(10_000).astype(np.float32)
     for q, c in ((0.99, 2.5), (0.99, 2.0), (0.99, 10.0), (0.9, 1.6), (0.2, 0.3)):
         tx = clip_by_quantile(q, learning_rate=0.1, initial=c)
@@ -71,7 +71,7 @@ def test_quantile_step_is_the_formula_in_float64():
         np.testing.assert_allclose(state.threshold, c * np.exp(0.1 * off), rtol=1e-5)
 
 
-def test_quantile_does_not_swing_at_the_tail():
+def test_bound_does_not_oscillate_in_the_tail():
     """With the undamped step the bound would jump about the quantile 0.9999 for ever."""
     tx = clip_by_quantile(0.9999, initial=3.9)
 
@@ -84,7 +84,7 @@ def test_quantile_does_not_swing_at_the_tail():
     assert np.std(np.log(thresholds[20:])) < 0.05
 
 
-def test_quantile_follows_a_drift():
+def test_bound_follows_a_drift():
     tx = clip_by_quantile(0.95, initial=2.0)
 
     def step(state, i):
@@ -99,7 +99,7 @@ def test_quantile_follows_a_drift():
 
 
 @pytest.mark.parametrize("per_leaf", [False, True])
-def test_quantile_bound_survives_anything(per_leaf):
+def test_bound_stays_positive_and_finite(per_leaf):
     tx = clip_by_quantile(0.9, per_leaf=per_leaf)
     state = tx.init({"w": jnp.zeros(4)})
     before = jax.tree.leaves(state.threshold)
@@ -125,7 +125,7 @@ def test_quantile_bound_survives_anything(per_leaf):
         assert np.all(np.isfinite(values))
 
 
-def test_quantile_per_leaf_has_a_bound_for_each():
+def test_per_leaf_keeps_a_bound_for_each_leaf():
     params = {"a": {"kernel": jnp.zeros((300, 300))}, "b": jnp.zeros((300, 300)), "n": None}
     scale = {"a": {"kernel": 1e-4}, "b": 50.0, "n": None}
     tx = clip_by_quantile(0.95, per_leaf=True)
@@ -144,7 +144,7 @@ def test_quantile_per_leaf_has_a_bound_for_each():
         tx.update({"c": jnp.zeros(3)}, state)
 
 
-def test_quantile_per_leaf_in_an_nnx_optimizer():
+def test_per_leaf_works_in_an_nnx_optimizer():
     model = nnx.Linear(64, 32, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(
         model, optax.chain(clip_by_quantile(per_leaf=True), optax.sgd(0.1)), wrt=nnx.Param
@@ -175,7 +175,7 @@ def test_zeros_are_not_counted(per_leaf):
     assert np.all((thresholds[100:] > 1.5) & (thresholds[100:] < 4.5))
 
 
-def test_few_elements_bias_the_bound_little():
+def test_bound_is_nearly_unbiased_with_few_elements():
     """Where no element or one is clamped, the step is in proportion to how many were to be."""
     tx = clip_by_quantile(0.99)
 
@@ -190,7 +190,7 @@ def test_few_elements_bias_the_bound_little():
     assert abs(np.mean(np.log(thresholds[1000:] / true))) < 0.15
 
 
-def test_python_floats_are_gradients():
+def test_python_floats_are_accepted_as_gradients():
     for tx in (clip_by_quantile(), clip_by_quantile(per_leaf=True)):
         clipped, _ = tx.update({"a": 3.0, "b": 0.5}, tx.init({"a": 1.0, "b": 1.0}))
         assert (clipped["a"], clipped["b"]) == (1.0, 0.5)

@@ -77,7 +77,7 @@ def test_tracking_compiles_once_and_scans(name):
 
 
 @pytest.mark.parametrize("name", TRACKING)
-def test_tracking_state_may_be_donated(name):
+def test_tracking_state_can_be_donated(name):
     params = {"a": jnp.ones((3, 4)), "b": jnp.ones(5)}
     state = TRACKING[name].init(params)
     step = jax.jit(lambda p, s: TRACKING[name].update(p, s), donate_argnums=(0, 1))
@@ -85,7 +85,7 @@ def test_tracking_state_may_be_donated(name):
         params, state = step(params, state)
 
 
-def test_tracking_copies_what_it_starts_from():
+def test_tracking_copies_its_initial_values():
     one, g = jnp.float32(1.0), jnp.array([0.5, 2.0])
     for tx in (clip_by_quantile(initial=one), clip_by_zscore(max_norm=one)):
         for _ in range(2):
@@ -104,7 +104,7 @@ NUMPY = {
 
 
 @pytest.mark.parametrize("name", NUMPY)
-def test_tracking_takes_numbers_of_numpy(name):
+def test_tracking_accepts_numpy_numbers(name):
     make, value = NUMPY[name]
     g = jax.random.normal(jax.random.key(0), (30,))
     plain = make(**{name: value})
@@ -116,7 +116,7 @@ def test_tracking_takes_numbers_of_numpy(name):
         chex.assert_trees_all_close(state, expected[1], rtol=1e-6)
 
 
-def test_tracking_takes_injected_hyperparams():
+def test_tracking_works_with_inject_hyperparams():
     g = jax.random.normal(jax.random.key(0), (1000,))
     for factory, kwargs in ((clip_by_quantile, {"q": 0.9}), (clip_by_zscore, {"z": 2.0})):
         plain, injected = factory(**kwargs), optax.inject_hyperparams(factory)(**kwargs)
@@ -144,17 +144,17 @@ def test_tracking_takes_injected_hyperparams():
         ),
     ],
 )
-def test_tracking_refuses(make, message):
+def test_tracking_refuses_bad_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_tracking_refuses_what_is_no_integer():
+def test_tracking_refuses_a_non_integer_warmup():
     with pytest.raises(TypeError, match=r"warmup_steps must be an integer, got 2\.5"):
         clip_by_zscore(warmup_steps=2.5)  # pyright: ignore[reportArgumentType]
 
 
-def test_tracking_refuses_two_leaves_of_one_path():
+def test_tracking_refuses_duplicate_paths():
     params = {"a": {"b": jnp.ones(3)}, "a/b": jnp.ones(2)}
     with pytest.raises(ValueError, match="two leaves of params have the same path"):
         clip_by_quantile(per_leaf=True).init(params)

@@ -33,7 +33,7 @@ def blocks(monkeypatch):
 @pytest.mark.parametrize("axis", cases([0, -1], [0]))
 @pytest.mark.parametrize("quantizer", SEARCHING, ids=str)
 @pytest.mark.parametrize("warm", [False, True])
-def test_blocks_find_what_the_whole_finds(blocks, quantizer, axis, warm):
+def test_fit_in_blocks_matches_fit_of_the_whole(blocks, quantizer, axis, warm):
     """Also where the last block reaches back, and is of a shorter last group."""
     quantizer = dataclasses.replace(quantizer, channel_axis=axis)
     w = jnp.asarray(weights((100, 2, 100), "student3"))
@@ -59,7 +59,7 @@ def test_nan_stays_in_its_channel(blocks):
     assert np.flatnonzero(~np.isfinite(scale[0])).tolist() == [300, 639]
 
 
-def test_under_vmap(blocks):
+def test_blocks_work_under_vmap(blocks):
     w = jnp.asarray(weights((3, 64, 640)))
     blocks(2**12)
     quantized = jax.jit(jax.vmap(Uniform(bits=3).quantize))(w)
@@ -85,14 +85,14 @@ def loops(quantizer: Quantizer, w: jax.ShapeDtypeStruct, platform: str) -> int:
         ((2048, 2048), None, 0),  # all is reduced together
     ],
 )
-def test_which_arrays_have_blocks(blocks, shape, axis, expected):
+def test_only_large_arrays_on_cpu_are_fitted_in_blocks(blocks, shape, axis, expected):
     blocks(2**20)
     quantizer, w = Uniform(bits=3, channel_axis=axis), jax.ShapeDtypeStruct(shape, jnp.float32)
     assert loops(quantizer, w, "cpu") == expected
     assert loops(quantizer, w, "tpu") == loops(quantizer, w, "cuda") == 0
 
 
-def test_no_blocks_where_devices_may_share_an_array():
+def test_no_blocks_on_several_devices():
     assert jax.device_count() == 1 or loops(Uniform(3), jnp.zeros((2048, 2048)), "cpu") == 0
 
 

@@ -26,7 +26,7 @@ def test_counts_are_exact_on_each_platform(devices, count_them):
     assert all(x.dtype == jnp.float32 and x.shape == () for x in found)
 
 
-def test_more_than_an_int32_counts(monkeypatch):
+def test_counts_beyond_int32(monkeypatch):
     monkeypatch.setattr(count, "_COUNTABLE", 100)
     x = np.random.default_rng(0).normal(size=(5, 7, 1024))
     mask = jnp.asarray(x > 1), jnp.asarray(x < -1)

@@ -12,7 +12,7 @@ def numbers(shape, steps, stream=0):
     return np.array([fn(step) for step in steps], np.float64)
 
 
-def test_uniform_in_each_step(platform, variant):
+def test_noise_is_uniform_in_each_step(platform, variant):
     fn = variant(lambda step: noise(jnp.zeros((512, 300)), 0, step))
     values = np.array([fn(step) for step in (0, 1, 2, 1000, 2**31 - 1)], np.float64)
     assert values.min() >= 0
@@ -43,7 +43,7 @@ def test_neighbours_and_streams_are_independent():
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 10])
-def test_even_over_time(every):
+def test_noise_is_even_over_steps(every):
     """Of any run of steps, and of every k-th, the right share is below p, to within a few."""
     values = numbers((20, 20), range(0, 1000 * every, every))
     for p in (0.003, 0.1, 0.37, 0.5, 0.9):
@@ -54,7 +54,7 @@ def test_even_over_time(every):
 
 
 @pytest.mark.parametrize(("mean", "std", "bound"), [(0.01, 0.05, 0.9), (0.02, 0.005, 0.5)])
-def test_a_sum_rounded_in_each_step_walks_less_far(mean, std, bound):
+def test_sum_of_rounded_steps_drifts_less_than_with_independent_noise(mean, std, bound):
     """Steps far smaller than a unit: 1,000 of them, rounded each, against their float sum."""
     updates = np.random.default_rng(0).normal(mean, std, (1000, 400))
 

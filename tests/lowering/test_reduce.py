@@ -23,7 +23,7 @@ def devices(request, monkeypatch):
 @pytest.mark.parametrize("shape", [(3, 5), (192, 256), (8, 64, 256)])
 @pytest.mark.parametrize("axes", [None, (0,), (1,), (-1,)])
 @pytest.mark.parametrize(("place", "nan"), [(0, np.nan), (7, -np.nan), (-1, np.nan)])
-def test_extremes_see_nan_where_it_is(devices, shape, axes, place, nan):
+def test_extremes_keep_nan(devices, shape, axes, place, nan):
     """The compiler may not: XLA's CPU backend drops NaN from the maximum of a large array."""
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     x.reshape(-1)[place] = nan
@@ -34,7 +34,7 @@ def test_extremes_see_nan_where_it_is(devices, shape, axes, place, nan):
     assert np.isnan(expected).any()
 
 
-def test_zero_is_among_them_and_infinities_are_no_nan():
+def test_extremes_include_zero_and_keep_infinities():
     x = jnp.array([[1.0, 2.0], [-1.0, -2.0], [np.inf, 1.0]])
     high, low = extremes(x, Span((1,)))
     np.testing.assert_array_equal(high, [[2], [0], [np.inf]])
@@ -42,7 +42,7 @@ def test_zero_is_among_them_and_infinities_are_no_nan():
     assert extremes(jnp.zeros((0, 3)), Span((0,)))[0].shape == (1, 3)
 
 
-def test_extremes_are_exact_at_the_ends_of_the_range(devices):
+def test_extremes_are_exact_at_the_limits_of_the_range(devices):
     huge = np.float32(np.finfo(np.float32).max)
     x = np.full((192, 256), huge)
     x[::2] = -huge
@@ -56,7 +56,7 @@ def test_extremes_are_exact_at_the_ends_of_the_range(devices):
 
 @pytest.mark.parametrize("axes", [(0,), (1,), (0, 1)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_extremes_and_sums_in_one_loop(devices, dtype, axes):
+def test_extremes_and_sums_share_one_loop(devices, dtype, axes):
     x = jnp.asarray(weights((192, 256)), dtype)
     found = jax.jit(lambda x: extremes(x, Span(axes), jnp.square(x), x))(x.astype(jnp.float32))
     wide, whole = np.asarray(x, np.float64), {"axis": axes, "keepdims": True}
@@ -95,7 +95,7 @@ SHAPES_AND_AXES = [
 
 
 @pytest.mark.parametrize(("shape", "axes"), SHAPES_AND_AXES, ids=str)
-def test_reductions_in_float64(devices, shape, axes):
+def test_reductions_match_float64(devices, shape, axes):
     x = weights(shape)
     found = jax.jit(lambda x: results(x, Span(axes)))(jnp.asarray(x))
     wide = x.astype(np.float64)
@@ -110,7 +110,7 @@ def test_reductions_in_float64(devices, shape, axes):
 
 
 @pytest.mark.parametrize(("shape", "axes"), SHAPES_AND_AXES[::4], ids=str)
-def test_under_vmap_and_grad(devices, shape, axes):
+def test_reductions_work_under_vmap_and_grad(devices, shape, axes):
     x = jnp.asarray(weights(shape))
     several = jax.jit(jax.vmap(lambda x: results(x, Span(axes))))(x[None])
     for one, many in zip(results(x, Span(axes)), several, strict=True):
@@ -119,7 +119,7 @@ def test_under_vmap_and_grad(devices, shape, axes):
     np.testing.assert_allclose(found, 2 * jnp.tanh(x) * (1 - jnp.tanh(x) ** 2), atol=1e-6)
 
 
-def test_runs_of_neighbours(devices):
+def test_runs_share_their_reduction(devices):
     """The axis of pieces in runs of 3, the last of 1, each reduced over an axis of its own."""
     x = weights((4, 16, 256))
     found = results(jnp.asarray(x), Span((1,), 0, 3))
@@ -138,7 +138,7 @@ def reduced_at_once(x: jax.Array, axes: tuple[int, ...], platform: str) -> int:
     return max(len(re.findall("init:", line)) for line in lowered.as_text().splitlines())
 
 
-def test_arrays_are_reduced_together_on_cpus_where_no_device_shares_a_run(devices):
+def test_cpu_reduces_arrays_together_where_no_device_shares_a_run(devices):
     x = jnp.zeros((128, 64))
     assert reduced_at_once(x, (0,), "cpu") == 4
     assert reduced_at_once(x, (0,), "tpu") == reduced_at_once(x, (0,), "cuda") == 1
@@ -151,7 +151,7 @@ def test_arrays_are_reduced_together_on_cpus_where_no_device_shares_a_run(device
 @pytest.mark.parametrize(
     "name", ["binary", "ternary", "uniform2", "uniform4", "uniform2-asymmetric"]
 )
-def test_quantizers_on_one_device(monkeypatch, name, axis):
+def test_fits_hardly_depend_on_the_device_count(monkeypatch, name, axis):
     """Where most is reduced together, against devices so many that nothing is."""
     quantizer = QUANTIZERS[name]
     quantizer = dataclasses.replace(quantizer, channel_axis=axis)

@@ -41,7 +41,7 @@ def blocks_of(x: np.ndarray, block: tuple[int, int]) -> np.ndarray:
     ),
     positive=st.booleans(),
 )
-def test_nearest_level_in_float64(bits, x, positive):
+def test_encodes_to_the_nearest_level(bits, x, positive):
     x = np.abs(x) if positive else x
     x = np.where(np.abs(x) < 2.0**-126, 0, x)  # XLA flushes denormals
     block = (-1, 16)
@@ -76,7 +76,7 @@ def test_small_second_moments_do_not_become_zero():
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("positive", [False, True])
-def test_rounding_is_right_on_the_average(bits, positive):
+def test_stochastic_rounding_is_unbiased(bits, positive):
     x = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
     x = jnp.asarray(x**2 if positive else x)
 
@@ -100,7 +100,7 @@ def test_rounding_is_right_on_the_average(bits, positive):
     ("shape", "block"),
     [((150, 80), (-2, 64)), ((3, 128, 64), (-2, 64)), ((70, 12, 8), (-3, 64)), ((100,), (-1, 64))],
 )
-def test_each_element_is_within_a_level_of_the_lesser_magnitude(shape, block, bits, positive):
+def test_error_is_within_a_level_of_the_smaller_magnitude(shape, block, bits, positive):
     """The largest of its block or of its row, in float64; of rows and columns that span decades."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal(shape).astype(np.float32)
@@ -148,7 +148,7 @@ def test_blocks_follow_from_the_shape(shape, expected):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("block", [(-1, 64), (-2, 64)])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_harms_itself_only(bits, block, bad):
+def test_non_finite_values_leave_their_block_intact(bits, block, bad):
     x = np.random.default_rng(0).standard_normal((128, 128)).astype(np.float32)
     clean = np.asarray(compand(jnp.asarray(np.where(x == x[7, 100], 0, x)), block, bits).decode())
     x[7, 100] = bad
@@ -166,7 +166,7 @@ def test_what_is_not_finite_harms_itself_only(bits, block, bad):
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_nan_is_seen_in_a_block_without_negative_numbers(bits):
+def test_keep_nan_works_in_blocks_without_negative_numbers(bits):
     x = jnp.ones((1, 64)).at[0, 3].set(jnp.nan)
     for y in (x, jnp.where(jnp.isnan(x), x, 0)):
         found = np.asarray(compand(y, (-1, 64), bits, keep_nan=True).decode())
@@ -181,7 +181,7 @@ def test_an_overflowing_second_moment_becomes_the_largest(bits):
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_a_checkpoint_of_the_old_layout_is_refused_by_name(bits):
+def test_checkpoint_of_the_old_layout_is_refused_by_name(bits):
     kept = compand(jnp.ones((64, 64)), (-2, 64), bits)
     state = flax.serialization.to_state_dict(kept)
     assert state["codes"].dtype == np.int8

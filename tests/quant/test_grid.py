@@ -46,7 +46,7 @@ def levels(grid: Grid, shape) -> np.ndarray:
 
 @pytest.mark.parametrize(("variant", "name"), VARIANTS)
 @pytest.mark.parametrize("shape", cases([(7, 6), (12,), (3, 3, 8, 5)], [(7, 6), (3, 3, 8, 5)]))
-def test_codes_are_of_the_nearest_level(platform, variant, name, shape):
+def test_encode_picks_the_nearest_level(platform, variant, name, shape):
     w = weights(shape)
     grid = QUANTIZERS[name].fit(jnp.asarray(w))
     codes = variant(grid.encode)(jnp.asarray(w))
@@ -73,7 +73,7 @@ def test_requantizing_gives_the_same_codes(name):
 
 
 @pytest.mark.parametrize("quantizer", MIXED, ids=str)
-def test_stochastic_rounding_is_right_on_the_average(quantizer):
+def test_stochastic_rounding_is_unbiased(quantizer):
     w = weights((16, 4), "uniform")
     grid = quantizer.fit(jnp.asarray(w))
     keys = jax.random.split(jax.random.key(0), 4000)
@@ -105,7 +105,7 @@ def test_levels_and_their_differences_are_exact_in_float32(bits, exponent, seed)
 
 @pytest.mark.parametrize("dtype", cases([jnp.float32, jnp.bfloat16, jnp.float16], [jnp.bfloat16]))
 @pytest.mark.parametrize("quantizer", MIXED, ids=str)
-def test_dtype_of_the_decoded(dtype, quantizer):
+def test_decoded_dtype_is_that_of_the_grid(dtype, quantizer):
     w = jnp.asarray(weights((8, 3))).astype(dtype)
     q = quantizer.quantize(w)
     assert q.dtype == dtype
@@ -114,7 +114,7 @@ def test_dtype_of_the_decoded(dtype, quantizer):
     chex.assert_trees_all_equal(q.dequantize(), wide.decode(q.qvalue).astype(dtype))
 
 
-def test_short_last_group_has_its_own_scale():
+def test_short_last_group_has_a_separate_scale():
     w = weights((33, 2))
     grid = Uniform(bits=4, group_size=16, scale_rule="absmax").fit(jnp.asarray(w))
     chex.assert_shape(grid.scale, (3, 2))
@@ -123,7 +123,7 @@ def test_short_last_group_has_its_own_scale():
     np.testing.assert_allclose(np.abs(grid.scale), expected, rtol=2**-8)
 
 
-def test_vmap_shifts_no_group():
+def test_vmap_keeps_the_group_axis():
     w = jnp.asarray(weights((5, 33, 2)))
     quantizer = Uniform(bits=3, group_size=16)
     batched = jax.vmap(lambda w: quantizer.quantize(w))(w)
@@ -138,7 +138,7 @@ def test_max_code_bounds_the_codes():
     np.testing.assert_array_equal(grid.encode(jnp.array([5.0, -9.0, 1.0])), [2, -2, 1])
 
 
-def test_is_a_pytree_and_survives_placeholders():
+def test_grid_is_a_pytree_and_holds_placeholders():
     grid = traced_r(jnp.asarray(weights((4, 4)))).grid
     assert len(jax.tree.leaves(grid)) == 3
     rebuilt = jax.tree.map(lambda x: object(), grid)
@@ -204,7 +204,7 @@ def test_narrow_codes_survive_msgpack():
     assert restored["w"].qvalue.dtype == jnp.int4
 
 
-def test_levels_stay_under_stochastic_rounding_however_many():
+def test_levels_are_fixed_points_of_stochastic_rounding():
     # Dividing by the reciprocal puts some levels a unit in the last place below their code.
     grid = Uniform(bits=8).fit(jnp.asarray(weights((64, 256))))
     codes = jnp.arange(4096 * 256, dtype=jnp.int32).reshape(4096, 256) % 256 - 128
@@ -243,7 +243,7 @@ FLOAT8 = [getattr(ml_dtypes, name) for name in dir(ml_dtypes) if name.startswith
 
 
 @pytest.mark.parametrize("dtype", [t for t in FLOAT8 if ml_dtypes.finfo(t).nmant])
-def test_float8_is_rounded_as_its_own_cast_does(dtype, variant):
+def test_float8_rounding_matches_the_cast(dtype, variant):
     """From the least level to the largest, between them and beyond, where some have no infinity."""
     every = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
     every = np.unique(every[np.isfinite(every)])
@@ -257,13 +257,13 @@ def test_float8_is_rounded_as_its_own_cast_does(dtype, variant):
     np.testing.assert_array_equal(np.asarray(rounded).astype(np.float32), expected)
 
 
-def test_the_dtype_may_be_a_type():
+def test_dtype_may_be_a_scalar_type():
     grid = Grid(scale=jnp.ones((1, 1)), dtype=jnp.bfloat16)  # pyright: ignore[reportArgumentType]
     chex.assert_type(grid.decode(jnp.zeros((2, 2), jnp.int8)), jnp.bfloat16)
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 8, 11, 16])
-def test_any_code_book(n):
+def test_any_codebook_encodes_to_the_nearest_level(n):
     book = tuple(np.sort(np.random.default_rng(n).choice(np.arange(-1024, 1025), n, False)) / 1024)
     grid = Grid(jnp.full((1, 1), 0.5), bits=4, lower=-3, upper=n - 4, code_book=book)
     x = np.random.default_rng(0).uniform(-0.7, 0.7, (64, 64)).astype(np.float32)

@@ -27,7 +27,7 @@ from optax_clipquant.quant.groups import contracted_axes, cut_groups, groups_of,
         ((64, 0), 32, (2, 0), (-2, 32)),
     ],
 )
-def test_a_scale_serves_a_group(shape, size, scales, group):
+def test_each_scale_serves_one_group(shape, size, scales, group):
     grid = Uniform(4, group_size=size).fit(jnp.ones(shape))
     assert grid.scale.shape == scales
     assert grid.group == group
@@ -53,7 +53,7 @@ def test_a_scale_serves_a_group(shape, size, scales, group):
         (Use({"dot"}, contracted={1}, stacked={0}), (5, 8, 4), {"channel_axis": None}, (5, 1, 1)),
     ],
 )
-def test_a_use_gives_the_contracted_axes(use, shape, kwargs, scales):
+def test_use_gives_the_contracted_axes(use, shape, kwargs, scales):
     w = jnp.asarray(weights(shape))
     for make in (Uniform, Ternary, Binary, NormalFloat):
         settings = kwargs if make is not NormalFloat else {"group_size": None} | kwargs
@@ -67,12 +67,12 @@ def test_a_use_gives_the_contracted_axes(use, shape, kwargs, scales):
         assert ZScore(**axes).fit(w, use=use).scale.shape == scales
 
 
-def test_a_use_of_more_axes_is_an_error():
+def test_use_with_too_many_axes_is_refused():
     with pytest.raises(ValueError, match="Uniform: it was traced with the axes"):
         Uniform().fit(jnp.ones((2, 3)), use=Use({"dot"}, contracted={2}))
 
 
-def test_a_start_of_other_groups_is_an_error():
+def test_start_with_other_groups_is_refused():
     w = jnp.ones((64, 4))
     start = Uniform(4, group_size=32).fit(w)
     for rule in (Uniform(4), Uniform(4, group_size=16), Uniform(4, channel_axis=0)):

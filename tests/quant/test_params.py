@@ -43,7 +43,7 @@ def test_shapes_and_value_ranges(platform, variant, name):
         chex.assert_trees_all_equal(qparams[layer]["bias"], params[layer]["bias"])
 
 
-def test_is_pure():
+def test_quantize_params_is_pure():
     params = mlp_params()
     before = jax.tree.map(np.array, params)
     quantize_params(params)
@@ -85,7 +85,7 @@ def test_a_rule_that_matches_nothing_names_the_nearest_paths():
         quantize_params(mlp_params(), {"(": Uniform()})
 
 
-def test_no_leaf_selected():
+def test_selecting_no_leaf_is_an_error():
     with pytest.raises(ValueError, match=r"no leaf of params is selected.*bias"):
         quantize_params({"bias": jnp.ones(3)})
     with pytest.raises(ValueError, match=r"no leaf of params is selected.*none"):
@@ -93,14 +93,14 @@ def test_no_leaf_selected():
 
 
 @pytest.mark.parametrize("leaf", [jnp.arange(4), jnp.ones(4, jnp.complex64)])
-def test_selected_leaf_that_cannot_be_quantized(leaf):
+def test_selected_integer_leaf_is_refused(leaf):
     with pytest.raises(
         TypeError, match=f"params leaf 'w' was selected, but has dtype {leaf.dtype}"
     ):
         quantize_params({"w": leaf}, where=lambda path, leaf: True)
 
 
-def test_bad_quantizer():
+def test_bad_quantizer_is_refused():
     with pytest.raises(TypeError, match="quantizer must be a Quantizer or a mapping"):
         quantize_params(mlp_params(), 4)
     with pytest.raises(TypeError, match="must be a Quantizer or None"):
@@ -117,7 +117,7 @@ def test_stochastic_rounding_has_a_key_for_each_leaf():
     assert np.any(first["a"].qvalue != other["a"].qvalue)
 
 
-def test_vmap_and_traced_quantizer():
+def test_works_under_vmap_and_with_a_traced_quantizer():
     params = jax.tree.map(lambda *x: jnp.stack(x), mlp_params(0), mlp_params(1))
     batched = jax.vmap(lambda p: quantize_params(p, Uniform(bits=4)))(params)
     single = quantize_params(mlp_params(1), Uniform(bits=4))
@@ -133,7 +133,7 @@ def test_second_call_compiles_nothing():
         step(mlp_params(seed))
 
 
-def test_nnx_state_frozen_dict_and_boxes():
+def test_nnx_states_frozen_dicts_and_boxes_are_kept():
     _, state = nnx.split(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
     qstate = quantize_params(state, {"^kernel$": Uniform(bits=4)})
     assert isinstance(qstate, nnx.State)
@@ -153,21 +153,21 @@ def test_dequantize_dtype():
     chex.assert_type(dequantized["Dense_0"]["bias"], jnp.float32)
 
 
-def test_quantized_leaves_pass():
+def test_quantized_leaves_pass_through():
     once = quantize_params(mlp_params(), {"Dense_0/kernel": Uniform(bits=2)})
     twice = quantize_params(once, Uniform(bits=8))
     assert twice["Dense_0"]["kernel"].bits == 2
     assert twice["Dense_1"]["kernel"].bits == 8
 
 
-def test_a_quantizers_complaint_names_the_leaf():
+def test_quantizer_error_names_the_leaf():
     with pytest.raises(
         ValueError, match=r"params leaf 'Dense_0/kernel': Uniform: channel_axis 2 is out of range"
     ):
         quantize_params(mlp_params(), Uniform(channel_axis=2))
 
 
-def test_two_leaves_of_one_path():
+def test_duplicate_paths_are_refused():
     params = {"a": {"b": jnp.ones((3, 2))}, "a/b": jnp.ones((4, 5))}
     with pytest.raises(ValueError, match="two leaves with the path 'a/b'"):
         quantize_params(params)

@@ -25,7 +25,7 @@ def q() -> QArray:
     return Uniform(bits=4).quantize(jnp.asarray(weights((6, 4))))
 
 
-def test_behaves_as_the_array_that_it_stands_for(q):
+def test_behaves_like_its_dequantized_array(q):
     w = q.dequantize()
     other = jnp.asarray(weights((6, 4), seed=1))
     chex.assert_trees_all_equal(
@@ -61,7 +61,7 @@ def test_nbytes_packed(quantizer, nbytes):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_narrow_changes_no_value(name):
+def test_narrow_keeps_all_values(name):
     tree = {"w": QUANTIZERS[name].quantize(jnp.asarray(weights((9, 4)))), "b": jnp.ones(3)}
     narrowed = narrow(tree)
     bits = tree["w"].grid.bits
@@ -83,7 +83,7 @@ class Linen(nn.Module):
         return nn.Dense(5)(x)
 
 
-def test_linen_layers_take_it_in_place_of_params(variant):
+def test_linen_layers_accept_qarrays_as_params(variant):
     # Flax's own layers mix dtypes.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         model = Linen()
@@ -108,7 +108,7 @@ class Nnx(nnx.Module):
         return self.dense(self.attention(x, x))
 
 
-def test_nnx_modules_take_it_in_place_of_params():
+def test_nnx_modules_accept_qarrays_as_params():
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         graphdef, params, rest = nnx.split(Nnx(nnx.Rngs(0)), nnx.Param, ...)
         tokens = jnp.arange(14).reshape(2, 7)
@@ -118,7 +118,7 @@ def test_nnx_modules_take_it_in_place_of_params():
     chex.assert_trees_all_close(out, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_iterates_and_compares_as_an_array(q):
+def test_iterates_and_compares_like_an_array(q):
     w = q.dequantize()
     rows = list(q)
     assert len(rows) == 6

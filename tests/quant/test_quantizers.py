@@ -91,7 +91,7 @@ def test_mse_is_never_worse_than_absmax(w, bits, symmetric):
     assert np.all(mse <= absmax + 1e-6 * np.sum(w.astype(np.float64) ** 2, axis=0))
 
 
-def test_errors_on_normal_weights():
+def test_errors_on_normal_weights_stay_at_the_design_figures():
     """The figures that the design was chosen by: squared error on N(0, 1), channels of 512."""
     w = weights((512, 2000))
     n = w.size
@@ -116,7 +116,7 @@ def test_the_extra_level_is_on_the_side_of_the_largest_weight(bits, side):
     w=hnp.arrays(np.float32, (9, 2), elements=st.floats(-100, 100, width=32)),
     bits=st.integers(3, 8),
 )
-def test_asymmetric_covers_the_weights_and_has_zero(w, bits):
+def test_affine_levels_span_the_weights_and_include_zero(w, bits):
     w = np.where(np.abs(w) < 2.0**-60, 0, w).astype(np.float32)
     q = Uniform(bits=bits, symmetric=False, scale_rule="absmax").quantize(jnp.asarray(w))
     chex.assert_type(q.zero_point, jnp.int8)
@@ -131,7 +131,7 @@ def test_asymmetric_covers_the_weights_and_has_zero(w, bits):
     "dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda t: t.__name__
 )
 @pytest.mark.parametrize("bits", cases(range(1, 9), [1, 4, 8]))
-def test_asymmetric_at_both_ends_of_the_range(bits, dtype):
+def test_affine_levels_stay_finite_for_weights_over_the_whole_range(bits, dtype):
     """Such weights are twice the range apart."""
     largest = float(jnp.finfo(dtype).max)
     w = jnp.asarray([largest, -largest, largest / 3, 0], dtype)
@@ -149,7 +149,7 @@ def test_asymmetric_at_both_ends_of_the_range(bits, dtype):
 @pytest.mark.parametrize(("R", "resolution"), [(1, 1.0), (3, 1.0), (7, 2.5), (127, 40.0)])
 @pytest.mark.parametrize("shape", [(50,), (20, 30), (3, 3, 8, 4)])
 @pytest.mark.parametrize("shift", [0.0, 5.0])
-def test_zscore_is_the_article_in_float64(R, resolution, shape, shift):
+def test_zscore_matches_the_article_in_float64(R, resolution, shape, shift):
     if R == 127 and shift:
         pytest.skip("the scale's 8 bits are too few to know the code of weights 200 steps from 0")
     w = weights(shape, "skewed") + np.float32(shift)
@@ -176,7 +176,7 @@ def test_zscore_is_the_article_in_float64(R, resolution, shape, shift):
 
 
 @pytest.mark.parametrize("value", [0.0, 0.3, -7.7e-5, 1e30, -3.4e38])
-def test_zscore_of_a_constant_is_itself(value):
+def test_zscore_keeps_constants(value):
     q = ZScore().quantize(jnp.full((5, 4), value))
     np.testing.assert_array_equal(q.qvalue, 0)
     np.testing.assert_array_equal(q.dequantize(), np.float32(value))
@@ -219,7 +219,7 @@ def test_zscore_with_traced_R_compiles_once():
     ],
 )
 @pytest.mark.parametrize("make", cases([Uniform, Binary, Ternary], [Uniform]))
-def test_granularity(make, kwargs, shape, scale):
+def test_scale_shape_follows_channel_axis_and_group_size(make, kwargs, shape, scale):
     grid = make(**kwargs).fit(jnp.asarray(weights(shape)))
     chex.assert_shape(grid.scale, scale)
 
@@ -293,7 +293,7 @@ def test_non_finite_weights_never_become_finite_in_large_arrays(name, bad):
     assert not np.any(np.isfinite(dequantized[places]))
 
 
-def test_a_constant_with_nan_is_no_constant():
+def test_constant_with_nan_is_not_treated_as_constant():
     w = np.ones((192, 256), np.float32)
     w[7, 255] = np.nan
     assert not np.isfinite(ZScore().quantize(jnp.asarray(w)).dequantize()[7, 255])
@@ -335,7 +335,7 @@ def test_warm_starts_recover_from_any_scale(quantizer):
     [Uniform(bits=2), Uniform(bits=3), Ternary(), Uniform(bits=2, symmetric=False)],
     ids=str,
 )
-def test_a_warm_start_is_one_round_of_least_squares(quantizer, axis):
+def test_warm_start_is_one_round_of_least_squares(quantizer, axis):
     """In float64: the nearest levels at the scale before, then the scale of the least squared error."""
     quantizer = dataclasses.replace(quantizer, channel_axis=axis)
     w = weights((192, 160), "student3")
@@ -354,7 +354,7 @@ def test_a_warm_start_is_one_round_of_least_squares(quantizer, axis):
         np.testing.assert_allclose(grid.scale, expected, rtol=2.0**-8)
 
 
-def test_a_warm_start_from_nothing_takes_the_absmax_scale():
+def test_warm_start_from_a_zero_scale_takes_the_absmax_scale():
     w = jnp.asarray(weights((64, 4)))
     for quantizer in (Uniform(bits=3), Ternary(), Uniform(bits=3, symmetric=False)):
         absmax = dataclasses.replace(quantizer, scale_rule="absmax").fit(w)
@@ -386,7 +386,7 @@ def test_normal_float_has_the_published_levels():
         np.testing.assert_array_equal(book * 1024, np.round(book * 1024))
 
 
-def test_normal_float_beats_even_levels_of_absmax_on_normal_weights():
+def test_normal_float_beats_uniform_absmax_on_normal_weights():
     w = weights((64, 512))
     assert (
         squared_error(NormalFloat(), w).sum()
@@ -395,12 +395,12 @@ def test_normal_float_beats_even_levels_of_absmax_on_normal_weights():
 
 
 @pytest.mark.parametrize("bits", [0, 1, 5, 8, 2.5, "4", True, None])
-def test_normal_float_bits_out_of_range(bits):
+def test_normal_float_refuses_bits_out_of_range(bits):
     with pytest.raises(ValueError, match="NormalFloat: bits must be an integer from 2 to 4, got"):
         NormalFloat(bits=bits)
 
 
-def test_the_width_may_be_positional_and_nothing_else():
+def test_only_the_first_argument_may_be_positional():
     assert Uniform(4) == Uniform(bits=4)
     assert NormalFloat(3) == NormalFloat(bits=3)
     assert ZScore(5) == ZScore(R=5)
@@ -415,25 +415,25 @@ def test_the_width_may_be_positional_and_nothing_else():
 
 
 @pytest.mark.parametrize("bits", [0, 9, -1, 2.5, "4", True, None])
-def test_bits_out_of_range(bits):
+def test_bits_out_of_range_are_refused(bits):
     with pytest.raises(ValueError, match=r"Uniform: bits must be an integer from 1 to 8, got"):
         Uniform(bits=bits)
 
 
 @pytest.mark.parametrize("R", [0, 128, -3, 2.5, math.nan])
-def test_R_out_of_range(R):
+def test_R_out_of_range_is_refused(R):
     with pytest.raises(ValueError, match="ZScore: R must be an integer from 1 to 127, got"):
         ZScore(R=R)
 
 
 @pytest.mark.parametrize("resolution", [0.0, -1.0, math.nan, math.inf])
-def test_resolution_out_of_range(resolution):
+def test_resolution_out_of_range_is_refused(resolution):
     with pytest.raises(ValueError, match="resolution must be positive"):
         ZScore(resolution=resolution)
 
 
 @pytest.mark.parametrize("make", [Uniform, Binary, Ternary, NormalFloat])
-def test_bad_granularity(make):
+def test_bad_channel_axis_or_group_size_is_refused(make):
     for group_size in (0, -1, 2.5):
         with pytest.raises(ValueError, match="group_size must be an integer of at least 1"):
             make(group_size=group_size)
@@ -455,7 +455,7 @@ def test_ternary_absmax_spans_the_weights_with_three_equal_cells():
     assert squared_error(Ternary(), w).sum() < squared_error(Ternary(scale_rule="absmax"), w).sum()
 
 
-def test_bad_scale_rule():
+def test_bad_scale_rule_is_refused():
     for make in (Uniform, Ternary):
         with pytest.raises(ValueError, match=r"scale_rule must be .* got 'max'"):
             make(scale_rule="max")
@@ -463,7 +463,7 @@ def test_bad_scale_rule():
 
 @pytest.mark.parametrize("w", [jnp.arange(3), jnp.ones(3, jnp.complex64), jnp.ones(3, bool)])
 @pytest.mark.parametrize("quantizer", [Uniform(), ZScore(), Ternary()], ids=str)
-def test_only_real_floating_arrays(w, quantizer):
+def test_only_real_floating_arrays_are_accepted(w, quantizer):
     with pytest.raises(TypeError, match="only real floating arrays"):
         quantizer.quantize(w)
 
@@ -477,7 +477,7 @@ def test_only_real_floating_arrays(w, quantizer):
     dtype=st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]),
     name=st.sampled_from(sorted(set(QUANTIZERS) - {"uniform8-first"})),
 )
-def test_any_weights_give_codes_in_range_and_finite_values_only_for_finite_ones(w, dtype, name):
+def test_codes_are_in_range_and_only_finite_weights_decode_to_finite_values(w, dtype, name):
     w = jnp.asarray(w).astype(dtype)
     q = QUANTIZERS[name].quantize(w)
     chex.assert_shape(q.qvalue, w.shape)
@@ -494,7 +494,7 @@ def test_any_weights_give_codes_in_range_and_finite_values_only_for_finite_ones(
 
 
 @pytest.mark.parametrize("quantizer", [Uniform(bits=4, group_size=16), NormalFloat(group_size=16)])
-def test_groups_of_an_array_without_reduced_axes(quantizer):
+def test_group_size_applies_where_no_axis_is_reduced(quantizer):
     w = jnp.asarray(weights((40,)))
     q = quantizer.quantize(w)
     assert q.scale.shape == (3,)
@@ -502,7 +502,7 @@ def test_groups_of_an_array_without_reduced_axes(quantizer):
     np.testing.assert_array_equal(q.dequantize(), expected.dequantize())
 
 
-def test_zscore_is_mapped_over_its_leaves():
+def test_zscore_works_under_vmap_over_its_hyperparameters():
     w = jnp.asarray(weights((8, 5)))
     stacked = jax.vmap(lambda R: ZScore(R=R, resolution=2.0))(jnp.arange(1, 4))
     found = jax.vmap(lambda w, rule: rule.quantize(w), (None, 0))(w, stacked)
@@ -519,14 +519,14 @@ def test_zscore_is_mapped_over_its_leaves():
     )
 
 
-def test_R_is_no_text():
+def test_R_as_text_is_refused():
     with pytest.raises(TypeError, match="R must be an integer, got '7'"):
         ZScore(R="7").quantize(jnp.ones((2, 2)))  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", NAMES)
-def test_what_shares_a_scale_with_a_non_finite_weight_is_not_finite(name, bad):
+def test_non_finite_weights_make_their_whole_group_non_finite(name, bad):
     """And nothing else."""
     w = weights((15, 6))
     w[7, 2] = bad

@@ -3,7 +3,7 @@ import pytest
 from optax_clipquant import Calibration, Use, Uses
 
 
-def test_axes_that_share_a_scale():
+def test_reduced_axes():
     assert Use({"dot"}, contracted={1, 0}).reduced(3) == (0, 1)
     assert Use({"dot", "lookup"}, contracted={1}, lookup={0}).reduced(2) == (1,)
     assert Use({"lookup"}, lookup={1}, stacked={0}).reduced(3) == (2,)
@@ -11,7 +11,7 @@ def test_axes_that_share_a_scale():
         Use({"dot"}, contracted={2}).reduced(2)
 
 
-def test_only_what_is_understood_is_a_weight():
+def test_only_known_dots_convs_and_lookups_are_weights():
     assert Use({"dot", "elementwise"}, contracted={0}).is_weight
     assert Use("lookup", lookup={0}).is_weight
     assert not Use({"dot", "unknown"}, contracted={0}).is_weight
@@ -29,12 +29,12 @@ def test_only_what_is_understood_is_a_weight():
     ],
     ids=str,
 )
-def test_refuses(arguments, message):
+def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         Use(**arguments)
 
 
-def test_table_lists_all_uses_and_keeps_markup():
+def test_table_lists_all_uses_and_escapes_markup():
     uses = Uses(
         {
             "[bold]/w": Use({"dot", "lookup"}, {1}, stacked={0}, lookup={1}, others=[{0, 2}]),
@@ -48,6 +48,6 @@ def test_table_lists_all_uses_and_keeps_markup():
     assert rows == ["[bold]/w 3x4x5 dot, lookup 1 | 0, 2 0 1", "lora dot (adapter) 0", "old unused"]
 
 
-def test_calibration_has_moments_of_traced_leaves_only():
+def test_moments_of_untraced_leaves_are_refused():
     with pytest.raises(ValueError, match=r"no use: \['b'\]"):
         Calibration(Uses({"a": Use()}), {"b": 1.0})

@@ -68,7 +68,7 @@ POINTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12)
 
 
 @hypothesis.given(POINTS)
-def test_pareto_front_is_that_of_brute_force(points):
+def test_pareto_front_matches_brute_force(points):
     front = [points[i] for i in plots.pareto_front(points)]
     undominated = {
         (cost, value)
@@ -193,7 +193,7 @@ def test_styles_can_be_told_apart_without_colour():
     assert len(set(colors)) == len(set(map(str, lines))) == len(set(markers)) == len(colors)
 
 
-def test_no_setting_of_matplotlib_is_changed():
+def test_matplotlib_settings_are_unchanged():
     before = dict(matplotlib.rcParams)
     figure, axes = plots.subplots(2, 2)
     assert len(axes) == 4
@@ -201,7 +201,7 @@ def test_no_setting_of_matplotlib_is_changed():
     assert dict(matplotlib.rcParams) == before
 
 
-def test_an_unknown_mode_is_refused():
+def test_unknown_mode_is_refused():
     _, (axes,) = plots.subplots(1)
     with pytest.raises(ValueError, match="mode must be 'max' or 'min', got 'higher'"):
         plots.against_bits(axes, {"a": [(2, 0.5)]}, ylabel="", mode="higher")  # pyright: ignore

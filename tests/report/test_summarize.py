@@ -10,7 +10,7 @@ from helpers import mlp_params, weights
 from optax_clipquant import Ternary, Uniform, bits_per_param, quantize_params, summarize
 
 
-def test_rows_against_float64():
+def test_rows_match_float64():
     params = mlp_params()
     qparams = quantize_params(params, {"Dense_0": Uniform(bits=4), "Dense_1": Ternary()})
     summary = summarize(params, qparams)
@@ -35,7 +35,7 @@ def test_rows_against_float64():
     np.testing.assert_allclose(summary.ratio, summary.bytes_before / summary.bytes_after)
 
 
-def test_prints_a_table():
+def test_summary_prints_as_a_table():
     params = mlp_params()
     summary = summarize(params, quantize_params(params, Uniform(bits=4)))
     text = str(summary)
@@ -53,7 +53,7 @@ def test_huge_and_zero_weights_have_defined_ratios():
     assert rows[1].snr_db == math.inf
 
 
-def test_other_leaves_or_shapes_are_refused():
+def test_different_leaves_or_shapes_are_refused():
     params = {"w": jnp.asarray(weights((4, 4)))}
     with pytest.raises(ValueError, match=r"different leaves: .*'v'"):
         summarize(params, {"v": params["w"]})

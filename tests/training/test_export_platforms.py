@@ -61,19 +61,19 @@ def check(fn, *args):
 @pytest.mark.parametrize(
     "name", cases(TRANSFORMS, ["clipquant", "clip_by_quantile", "residual", "quantize_state 4"])
 )
-def test_transforms(name):
+def test_transforms_export_to_every_platform(name):
     params = mlp_params()
     tx = TRANSFORMS[name]
     check(lambda g, s, p: tx.update(g, s, p), params, tx.init(params), params)
 
 
 @pytest.mark.parametrize("name", cases(CORE, ["ternary", "uniform4-asymmetric"]))
-def test_quantizers(name):
+def test_quantizers_export_to_every_platform(name):
     check(lambda p: quantize_params(p, QUANTIZERS[name]), mlp_params())
     check(dequantize_params, quantize_params(mlp_params(), QUANTIZERS[name]))
 
 
-def test_what_is_shipped():
+def test_export_and_dequantization_export_to_every_platform():
     params = mlp_params()
     tx = quantize_weights(GRID)
     state = tx.init(params)

@@ -231,7 +231,7 @@ def in_float(loop, dtype):
 @pytest.mark.parametrize(
     "kind", [k if k in GATE else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
 )
-def test_follows_the_loop_in_float_to_within_the_grid(loop, kind):
+def test_edited_loop_follows_the_float_loop_to_within_the_grid(loop, kind):
     make, options, dtype = KINDS[kind]
     expected = in_float(loop, dtype)
     tx = optax.chain(optax.sgd(0.3), make(**options))
@@ -261,7 +261,7 @@ def test_follows_the_loop_in_float_to_within_the_grid(loop, kind):
     ],
     ids=["hard", "soft", "8-bit residual", "soft, 8-bit residual"],
 )
-def test_updates_far_below_a_step_are_not_taken_for_edits(options, dtype):
+def test_small_updates_are_not_mistaken_for_edits(options, dtype):
     """200 of 1e-3 on a grid of steps of 0.3; with a decay outside of 1e-4 beside it, as in float."""
     first = jnp.asarray(np.linspace(-2.4, 2.1, 96, dtype=np.float32).reshape(SHAPE), dtype)
     tx = quantize_weights(Uniform(bits=4, channel_axis=None), **options)
@@ -353,7 +353,7 @@ TRANSFORMS = {
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_init_of_shapes_gives_shapes(name):
+def test_init_accepts_abstract_params(name):
     tx, params = TRANSFORMS[name], start(jnp.float32)
     shapes = jax.eval_shape(lambda: params)
     expected = jax.eval_shape(tx.init, params)
@@ -406,7 +406,7 @@ def test_another_quantizer_on_resume_is_refused(make, other):
         make(other).update(params, state, params)
 
 
-def test_how_to_shard_a_state_is_what_tree_map_params_says():
+def test_tree_map_params_error_tells_how_to_shard_the_state():
     mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
     sharding = jax.NamedSharding(mesh, jax.P("x", None))
     params = jax.device_put(start(jnp.float32), sharding)
@@ -424,7 +424,7 @@ def test_how_to_shard_a_state_is_what_tree_map_params_says():
 
 
 @pytest.mark.parametrize("options", [{}, {"softness": 0.5}, {"residual_bits": 8}])
-def test_meta_gradients_are_those_of_the_latent_path(options):
+def test_meta_gradients_match_the_latent_path(options):
     """Against finite differences, in float64, of the path with the levels' distances as they are."""
     rate, steps, first = 0.05, 6, weights(SHAPE).astype(np.float64)
     tx = quantize_weights(Uniform(bits=4), **options)

@@ -278,7 +278,7 @@ WRAPPERS: dict[str, tuple[optax.GradientTransformation, bool]] = {
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_wrappers(name):
+def test_trains_inside_optax_wrappers(name):
     tx, whole = WRAPPERS[name]
     params = dequantize_params(quantize_params(mlp_params(), GRID))
     state = tx.init(params)
@@ -305,7 +305,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused(name):
+def test_unsupported_combinations_are_refused(name):
     make, error, message = REFUSED[name]
     params = mlp_params()
     params["Dense_0"]["kernel"] = jnp.ones((64, 64))
@@ -313,7 +313,7 @@ def test_refused(name):
         make().update(params, make().init(params), params)
 
 
-def test_lookahead_moves_params_off_the_grid_and_export_says_so():
+def test_export_warns_after_lookahead_moved_params_off_the_grid():
     """Its slow params are means of what stood on the grid."""
     tx = optax.lookahead(FULL, sync_period=2, slow_step_size=0.5)
     params = optax.LookaheadParams.init_synced(

@@ -15,7 +15,7 @@ ROW = re.compile(r"^\| `([\w.]+)` +\| (fine|worse|refused|not tried)", re.MULTIL
 TABLE = dict(ROW.findall((BENCHMARKS / "README.md").read_text(encoding="utf-8")))
 
 
-def test_the_table_lists_each_optimizer_of_optax():
+def test_table_lists_every_optax_optimizer():
     assert set(TABLE) == optimizers.optimizers()
     not_tried = {name for name, verdict in TABLE.items() if verdict == "not tried"}
     assert not_tried == set(optimizers.NOT_TRIED)
@@ -24,6 +24,6 @@ def test_the_table_lists_each_optimizer_of_optax():
 @pytest.mark.parametrize(
     "name", cases(optimizers.OPTIMIZERS, ["adam", "lbfgs", "contrib.dadapt_adamw"])
 )
-def test_the_verdict_is_that_of_training(name):
+def test_verdicts_match_training(name):
     result = optimizers.measure(name)
     assert result.verdict == TABLE[name], result

@@ -44,7 +44,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_a_unit_for_each_scale_and_its_error_bound(variant, name):
+def test_each_scale_has_a_unit_that_bounds_the_error(variant, name):
     w = weights((33, 7), "heavy")
     grid = SIZES[name].fit(jnp.asarray(w))
 
@@ -75,7 +75,7 @@ def stood(w, quantizer=Uniform(bits=4)):  # noqa: B008 (immutable)
     return grid.decode(grid.encode(w)), grid
 
 
-def test_rounding_is_right_on_the_average():
+def test_stochastic_rounding_is_unbiased():
     w = jnp.asarray(weights((64, 8), seed=1))
     level, grid = stood(w)
     kept, residual = start(w, level, grid), np.asarray(w - level)
@@ -88,7 +88,7 @@ def test_rounding_is_right_on_the_average():
     assert abs(((mean - residual) / unit).mean()) < 0.0002
 
 
-def test_a_residual_that_does_not_change_is_kept_to_the_bit():
+def test_unchanged_residual_is_kept_bit_for_bit():
     level, grid = stood(jnp.asarray(weights((64, 8), "heavy")))
     kept = start(jnp.asarray(weights((64, 8), "heavy")), level, grid)
     for step in range(50):
@@ -98,7 +98,7 @@ def test_a_residual_that_does_not_change_is_kept_to_the_bit():
         kept = again
 
 
-def test_a_unit_follows_what_it_measures():
+def test_unit_follows_the_residual():
     w = jnp.asarray(weights((8, 1)))
     level, grid = stood(w)
     kept = start(w, level, grid)
@@ -122,7 +122,7 @@ BINARY = {"channel": Binary(), "group": Binary(group_size=5), "tensor": Binary(c
 
 
 @pytest.mark.parametrize("name", BINARY)
-def test_at_one_bit_codes_are_fine_around_zero(variant, name):
+def test_one_bit_codes_are_fine_around_zero(variant, name):
     w = jnp.asarray(weights((33, 7), "heavy"))
     grid = BINARY[name].fit(w)
     level = grid.decode(grid.encode(w))
@@ -146,7 +146,7 @@ def test_at_one_bit_codes_are_fine_around_zero(variant, name):
     assert np.median((high - low)[small]) < 0.5 * distance.max() / 127
 
 
-def test_at_one_bit_what_does_not_change_is_kept():
+def test_unchanged_one_bit_residual_is_kept():
     w = jnp.asarray(weights((64, 8), "heavy"))
     grid = Binary().fit(w)
     level = grid.decode(grid.encode(w))
@@ -270,7 +270,7 @@ def test_params_are_on_the_grid_after_every_step(name):
 
 
 @pytest.mark.parametrize("quantizer", [Binary(), Uniform(bits=4)], ids=str)
-def test_trains_as_the_float_latent_does(quantizer):
+def test_trains_like_float_latents(quantizer):
     losses = {}
     for bits in (None, 8):
         tx = optimizer(quantize_weights(quantizer, residual_bits=bits))
@@ -284,7 +284,7 @@ def test_trains_as_the_float_latent_does(quantizer):
 
 
 @pytest.mark.parametrize("dtype", cases([jnp.bfloat16, jnp.float16], [jnp.bfloat16]))
-def test_half_precision_params(dtype):
+def test_half_precision_params_stand_on_the_grid(dtype):
     tx = optimizer(quantize_weights(Uniform(bits=4), residual_bits=8))
     params = projected(Uniform(bits=4), dtype=dtype)
     state = tx.init(params)
@@ -295,7 +295,7 @@ def test_half_precision_params(dtype):
     chex.assert_type(latent_params(params, state)["Dense_0"]["kernel"], jnp.float32)
 
 
-def test_a_byte_a_weight():
+def test_state_takes_a_byte_per_weight():
     params = {"w": jnp.asarray(weights((512, 256)))}
     tx = quantize_weights(Uniform(bits=4), residual_bits=8)
     state = tx.init(params)
@@ -319,12 +319,12 @@ def test_survives_msgpack():
 
 
 @pytest.mark.parametrize("bits", [4, 16, 7.5, "8"])
-def test_refuses_other_widths(bits):
+def test_other_widths_are_refused(bits):
     with pytest.raises(ValueError, match="residual_bits must be 8, or None for float32, got"):
         quantize_weights(Uniform(bits=4), residual_bits=bits)
 
 
-def test_nnx_optimizer_with_softness():
+def test_works_in_an_nnx_optimizer_with_softness():
     x, y = batch()
     rules = {"kernel": Uniform(bits=3)}
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

@@ -364,7 +364,7 @@ def plain(tree: Any) -> Any:
         for case in TRAINED
     ],
 )
-def test_a_step_is_that_of_one_device_with_no_more_collectives_than_allowed(case, name, kind):
+def test_step_matches_one_device_within_the_allowed_collectives(case, name, kind):
     """As on one device, with state sharded like the params, and no more collectives than allowed.
 
     The step that has it all computes its gradients; the others are given them, and so start from the
@@ -499,7 +499,7 @@ def alone(tx: optax.GradientTransformation, params: Any, updates: Any) -> tuple[
         ),
     ],
 )
-def test_each_quantizer_gives_the_bits_of_one_device(transform, place, kind):
+def test_quantizers_match_one_device_bit_for_bit(transform, place, kind):
     """Bit for bit as on one device, where no sum of floats crosses devices."""
     expected, _ = alone_expected(transform)
     shape, spec = PLACES[place]
@@ -609,7 +609,7 @@ def quantized_steps(
     ],
     ids=str,
 )
-def test_quantized_state(bits, shape, spec, block, kind):
+def test_quantized_state_matches_one_device(bits, shape, spec, block, kind):
     """As on one device, sharded like the params; devices exchange no more than magnitudes."""
     sharding = jax.NamedSharding(mesh((4, 2), kind), spec)
     moment, text = quantized_steps(shape, sharding, bits, block[1])
@@ -633,7 +633,7 @@ def test_noise_does_not_depend_on_the_number_of_devices(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("place", ["rows", "columns"])
-def test_collectives_grow_with_the_scales_alone(place, kind):
+def test_collectives_grow_only_with_the_scales(place, kind):
     """They do not grow with the weight, even where the mask of clamped elements is counted in runs."""
     shape, spec = PLACES[place]
     sharding = jax.NamedSharding(mesh(shape, kind), spec)

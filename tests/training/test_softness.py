@@ -33,7 +33,7 @@ from optax_clipquant.training.softness import soften
 
 
 @pytest.mark.parametrize("steepness", [0.5, 20.0, 1000.0])
-def test_schedule_is_the_scaled_sigmoid(platform, variant, steepness):
+def test_schedule_matches_the_scaled_sigmoid(platform, variant, steepness):
     schedule = variant(softness_schedule(100, 900, steepness))
     counts = np.arange(0, 1000, 7)
     values = np.array([schedule(jnp.asarray(count, jnp.int32)) for count in counts])
@@ -51,7 +51,7 @@ def test_schedule_is_the_scaled_sigmoid(platform, variant, steepness):
     chex.assert_type(schedule(jnp.asarray(5, jnp.int32)), jnp.float32)
 
 
-def test_schedule_takes_vectors_and_python_numbers():
+def test_schedule_accepts_vectors_and_python_numbers():
     schedule = softness_schedule(0, 10)
     np.testing.assert_array_equal(schedule(jnp.array([0, 10, 11])), [1, 0, 0])
     assert schedule(0) == 1
@@ -66,7 +66,7 @@ def test_schedule_takes_vectors_and_python_numbers():
         ((0, 5, float("nan")), "steepness must be positive, got nan"),
     ],
 )
-def test_schedule_refuses(args, message):
+def test_schedule_refuses_bad_arguments(args, message):
     with pytest.raises(ValueError, match=message):
         softness_schedule(*args)
 
@@ -75,7 +75,7 @@ FLOATS = st.floats(width=32, allow_nan=True, allow_infinity=True)
 
 
 @hypothesis.given(hnp.arrays(np.float32, (2, 5), elements=FLOATS))
-def test_the_ends_are_exact(pair):
+def test_softness_0_and_1_are_exact(pair):
     level, latent = pair
     np.testing.assert_array_equal(soften(level, latent, 0), level)
     np.testing.assert_array_equal(soften(level, latent, jnp.float32(1)), latent)
@@ -85,7 +85,7 @@ def test_the_ends_are_exact(pair):
     hnp.arrays(np.float32, (2, 5), elements=st.floats(-1e6, 1e6, width=32)),
     st.lists(st.floats(0, 1, width=32), min_size=3, max_size=8),
 )
-def test_monotone_between(pair, values):
+def test_softness_is_monotone(pair, values):
     level, latent = pair
     path = np.array([soften(level, latent, s) for s in sorted(values)], np.float64)
     reach = np.abs(latent - level.astype(np.float64))
@@ -97,7 +97,7 @@ def test_monotone_between(pair, values):
     np.testing.assert_allclose(path, exact, rtol=0, atol=float(tolerance.max()))
 
 
-def test_softness_1_is_training_in_float():
+def test_softness_1_trains_like_float():
     x, y = batch()
     soft, plain = optimizer(quantize_weights(Uniform(bits=2), softness=1.0)), optimizer()
     params = {"soft": projected(Uniform(bits=2)), "plain": projected(Uniform(bits=2))}
@@ -110,7 +110,7 @@ def test_softness_1_is_training_in_float():
     chex.assert_trees_all_close(latent, params["soft"], rtol=1e-6, atol=1e-7)
 
 
-def test_softness_0_is_the_hard_grid():
+def test_softness_0_stays_on_the_grid():
     for softness in (0.0, lambda count: 0.0 * count):
         tx = optimizer(quantize_weights(Uniform(bits=3), softness=softness))
         hard = optimizer(quantize_weights(Uniform(bits=3)))
@@ -138,7 +138,7 @@ def test_on_the_grid_from_the_end_of_the_schedule(name):
         assert_on_grid(params, state)
 
 
-def test_scan_with_a_schedule():
+def test_schedule_works_under_scan():
     tx = optimizer(quantize_weights(Ternary(), softness=softness_schedule(2, 20)))
     params = projected(Ternary())
 
@@ -153,7 +153,7 @@ def test_scan_with_a_schedule():
     assert losses[-1] < losses[0]
 
 
-def test_inject_hyperparams():
+def test_works_with_inject_hyperparams():
     """Softness by hand: a hyperparameter of the state."""
     tx = optax.inject_hyperparams(quantize_weights, static_args="residual_bits")(
         quantizer=Uniform(bits=3), softness=1.0
@@ -171,7 +171,7 @@ def test_inject_hyperparams():
 
 
 @pytest.mark.parametrize("softness", [-0.1, 1.5, float("nan"), np.float32(2)])
-def test_refuses_numbers_outside_0_to_1(softness):
+def test_numbers_outside_0_to_1_are_refused(softness):
     with pytest.raises(ValueError, match="softness must be from 0 to 1, got"):
         quantize_weights(Uniform(bits=4), softness=softness)
 
@@ -186,20 +186,20 @@ def test_no_warning_on_the_grid():
 
 
 @pytest.mark.parametrize("steepness", [1e-7, 1e-3, 1.0, 20.0, 200.0])
-def test_schedule_of_any_steepness_in_float64(steepness):
+def test_schedule_matches_float64_at_any_steepness(steepness):
     r = np.arange(11) / 10
     expected = (1 + np.tanh(steepness / 2 * (0.5 - r)) / np.tanh(steepness / 4)) / 2
     found = softness_schedule(0, 10, steepness)(jnp.arange(11))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_refuses_text():
+def test_text_is_refused():
     with pytest.raises(TypeError, match=r"must be a number or a schedule, got '0\.5'"):
         quantize_weights(Uniform(bits=4), softness="0.5")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(("given", "used"), [(1.5, 1.0), (-0.5, 0.0)])
-def test_what_a_schedule_gives_is_cut(given, used):
+def test_scheduled_softness_is_clipped_to_0_to_1(given, used):
     params = projected(Uniform(bits=4))
     updates = jax.tree.map(lambda p: 0.01 * jnp.ones_like(p), params)
     emitted = []

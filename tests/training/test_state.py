@@ -84,7 +84,7 @@ def train(tx, steps: int = 60):
 
 
 @pytest.mark.parametrize("name", cases(OPTIMIZERS, ["adam", "masked", "adafactor"]))
-def test_trains_as_in_float(name):
+def test_trains_like_float(name):
     (_, state), losses = train(OPTIMIZERS[name])
     floats = bytes_of(state)
     assert losses[-10:].mean() < 0.7 * losses[0]
@@ -103,7 +103,7 @@ def big_params() -> dict:
 
 
 @pytest.mark.parametrize(("bits", "bound"), [(8, 2.1), (4, 1.2)])
-def test_bytes_a_weight(bits, bound):
+def test_bytes_per_weight(bits, bound):
     params = big_params()
     weights = sum(p.size for p in jax.tree.leaves(params))
     tx = quantize_state(optax.adam(1e-3), bits=bits, **({"block_size": 128} if bits == 4 else {}))
@@ -116,7 +116,7 @@ def test_bytes_a_weight(bits, bound):
     assert arguments - 4 * weights <= bound * weights
 
 
-def test_three_together():
+def test_clip_state_and_residual_combine_in_7_bytes_per_weight():
     """Params, state and latent weights: 7.2 bytes a weight, of 12 in float; on the grid."""
     params = projected(Uniform(bits=4))
     tx = optax.chain(
@@ -142,7 +142,7 @@ def test_three_together():
     export_params(params, state)
 
 
-def test_agrees_with_adam_as_well_as_bitsandbytes_promises_for_its_own():
+def test_adam_agrees_within_the_tolerance_of_bitsandbytes():
     """Its own test: errors of the params below 6e-5, and 6e-4 of their size, after each of 50 steps
     from the params of float Adam. (The mean of the relative errors is ruled by the few params nearest
     to zero, and is above in some steps for bitsandbytes as well; so the median of the steps.)
@@ -188,7 +188,7 @@ def test_steps_stay_small_where_gradients_span_decades(bits):
     assert float(sizes[50:].mean()) < (0.4 if bits == 8 else 0.8)
 
 
-def test_one_overflowing_gradient_harms_its_own_element_only():
+def test_overflowing_gradient_affects_only_its_element():
     """Its neighbours are as without it, and so is all else after it."""
     tx = quantize_state(optax.adam(1e-2), block_size=16, min_size=1)
     params = jnp.zeros((64, 64))
@@ -204,7 +204,7 @@ def test_one_overflowing_gradient_harms_its_own_element_only():
             assert np.isfinite(updates[1, 20]) == (step != 1)
 
 
-def test_what_is_small_or_no_float_stays_as_it_is():
+def test_small_or_non_float_leaves_stay_unquantized():
     params = {"w": jnp.zeros((64, 64)), "b": jnp.zeros(64)}
     state = quantize_state(optax.adam(1e-3)).init(params)
     adam = state.inner_state[0]
@@ -216,7 +216,7 @@ def test_what_is_small_or_no_float_stays_as_it_is():
         quantize_state(optax.adam(1e-3), min_size=4097).init(params)
 
 
-def test_it_works_and_warns_where_nothing_is_large():
+def test_warns_when_no_array_is_large():
     tx = quantize_state(optax.sgd(0.1, momentum=0.9))
     g = jnp.ones(3)
     with pytest.warns(UserWarning, match="nothing is quantized") as caught:
@@ -237,12 +237,12 @@ def test_it_works_and_warns_where_nothing_is_large():
         ({"block_size": 64.0}, "block_size must be an integer of at least 16, got 64.0"),
     ],
 )
-def test_refuses(kwargs, message):
+def test_bad_arguments_are_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
         quantize_state(optax.adam(1e-3), **kwargs)
 
 
-def test_refuses_to_round_latent_weights():
+def test_latent_weights_are_refused():
     inner = optax.chain(optax.adam(1e-3), quantize_weights(Uniform(bits=4)))
     with pytest.raises(ValueError, match="put that transform after"):
         quantize_state(inner).init({"w": jnp.ones((64, 64))})
@@ -267,7 +267,7 @@ def test_state_types_are_stable_and_nothing_recompiles(bits):
     donating(params, state)
 
 
-def test_wrappers():
+def test_works_inside_optax_wrappers():
     tx = quantize_state(optax.adam(1e-2))
     params = net()
     for wrapped in (
@@ -286,7 +286,7 @@ def test_wrappers():
     chex.assert_trees_all_close(jax.tree.map(lambda u: u[1], updates), single, rtol=1e-6)
 
 
-def test_nnx_optimizer():
+def test_works_in_an_nnx_optimizer():
     model = nnx.Linear(64, 128, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, quantize_state(optax.adam(1e-2)), wrt=nnx.Param)
     x = jax.random.normal(jax.random.key(0), (32, 64))
@@ -335,7 +335,7 @@ def test_checkpoints_continue_identically(tmp_path, bits):
         chex.assert_trees_all_equal(step(*step(*found, 3), 4), expected)
 
 
-def test_scalars_and_empty_arrays_stay_as_they_are():
+def test_scalars_and_empty_arrays_stay_unquantized():
     tx = quantize_state(
         optax.inject_hyperparams(optax.adam)(1e-3), min_size=0, block_size=np.int64(32)
     )
@@ -376,7 +376,7 @@ def test_iterates_are_refused_by_name(name, tx, traced):
         ),
     ],
 )
-def test_one_refusal_names_all_that_must_stay(tx, keeps):
+def test_refusal_suggests_a_where_that_works(tx, keeps):
     params = {"w": jnp.zeros((64, 64)), "v": jnp.zeros((64, 64))}
     with pytest.raises(ValueError, match="where=") as caught:
         quantize_state(tx).init(params)
@@ -398,7 +398,7 @@ def test_where_chooses_what_is_quantized():
     assert isinstance(optax.tree.get(state, "nu")["w"], CompandedArray)
 
 
-def test_a_state_of_other_bits_or_blocks_is_refused():
+def test_state_with_other_bits_or_blocks_is_refused():
     params = {"w": jnp.ones((128, 64))}
     state = quantize_state(optax.adam(1e-2)).init(params)
     for kwargs, message in (
@@ -409,7 +409,7 @@ def test_a_state_of_other_bits_or_blocks_is_refused():
             quantize_state(optax.adam(1e-2), **kwargs).update(params, state, params)
 
 
-def test_no_leaf_costs_more_than_in_float():
+def test_no_leaf_costs_more_than_float():
     """Narrow arrays, whose blocks would need as many scales, stay as they are."""
     params = {"thin": jnp.ones((2, 2)), "row": jnp.ones((1, 3)), "long": jnp.ones((4096, 2))}
     state = quantize_state(optax.sgd(0.1, momentum=0.9), min_size=0).init(params)
@@ -420,7 +420,7 @@ def test_no_leaf_costs_more_than_in_float():
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_init_on_shapes_gives_the_shapes_of_init(bits):
+def test_init_accepts_abstract_params(bits):
     """Given ShapeDtypeStructs, which hold no values, as orbax restores into; and under ``eval_shape``."""
     params = net()
     tx = quantize_state(optax.adamw(1e-2), bits=bits, min_size=0)
@@ -430,7 +430,7 @@ def test_init_on_shapes_gives_the_shapes_of_init(bits):
         chex.assert_trees_all_equal_shapes_and_dtypes(made, expected)
 
 
-def test_updates_of_another_structure_than_the_gradients():
+def test_updates_may_differ_in_structure_from_the_gradients():
     """Lookahead takes gradients of its fast params, and gives updates of both."""
     params = optax.LookaheadParams.init_synced({"w": jnp.ones((64, 64))})
     tx = quantize_state(optax.lookahead(optax.adam(1e-2), 5, 0.5))

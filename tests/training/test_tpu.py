@@ -117,5 +117,5 @@ def test_a_step_reads_the_latent_weights_twice_and_the_params_once(found):
         assert latent <= arguments <= 1.01 * latent
 
 
-def test_clip_without_telemetry_is_optax_clip(found):
+def test_clip_without_telemetry_costs_what_optax_clip_costs(found):
     assert found["clip"] == found["optax.clip"]

@@ -88,7 +88,7 @@ def test_half_precision_params_equal_the_rounded_levels(dtype, name):
     chex.assert_type(latent_params(params, state)["Dense_0"]["kernel"], jnp.float32)
 
 
-def test_is_the_recursion_in_float64():
+def test_matches_the_recursion_in_float64():
     """latent += u; params = nearest level of latent: by brute force over levels."""
     tx = quantize_weights(Uniform(bits=4, scale_rule="absmax"))
     w = weights((40, 6)) * 0.1
@@ -143,7 +143,7 @@ def test_second_call_compiles_nothing():
         params, state, _ = step(params, state, *batch())
 
 
-def test_donation():
+def test_params_and_state_can_be_donated_together():
     tx = optimizer(quantize_weights(Uniform(bits=4)))
     params = mlp_params()
     state = tx.init(params)
@@ -156,7 +156,7 @@ def test_donation():
     assert_on_grid(params, state)
 
 
-def test_vmap():
+def test_works_under_vmap():
     tx = optimizer(quantize_weights(Uniform(bits=3, group_size=5)))
     start = [projected(Uniform(bits=3, group_size=5), seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *start)
@@ -174,7 +174,7 @@ class Model(nn.Module):
         return nn.Dense(4)(nn.relu(nn.Dense(10)(x)))
 
 
-def test_linen_train_state():
+def test_works_in_a_linen_train_state():
     model = Model()
     x, y = batch()
     quantizer = Uniform(bits=4)
@@ -213,7 +213,7 @@ class NnxModel(nnx.Module):
         return self.second(nnx.relu(self.first(x)))
 
 
-def test_nnx_optimizer():
+def test_works_in_an_nnx_optimizer():
     x, y = batch()
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         model = NnxModel(nnx.Rngs(0))
@@ -249,7 +249,7 @@ def test_nnx_optimizer():
 
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("name", ["zscore7", "uniform2-groups"])
-def test_round_weights_is_on_the_grid(platform, variant, stochastic, name):
+def test_round_weights_stays_on_the_grid(platform, variant, stochastic, name):
     tx = optimizer(round_weights(QUANTIZERS[name], stochastic=stochastic))
     params = projected(QUANTIZERS[name])
     state = tx.init(params)
@@ -261,7 +261,7 @@ def test_round_weights_is_on_the_grid(platform, variant, stochastic, name):
         assert_on_grid(params, state)
 
 
-def test_the_plain_form_stalls_and_the_others_train():
+def test_nearest_rounding_stalls_and_the_others_train():
     quantizer = Uniform(bits=4, scale_rule="absmax")
     x, y = batch()
 
@@ -315,7 +315,7 @@ def test_latent_params_keep_small_updates():
     chex.assert_trees_all_close(latent_params(params, state)["w"], weights((10, 3)) + 1e-4)
 
 
-def test_update_without_params():
+def test_update_without_params_is_refused():
     for make in (quantize_weights, round_weights):
         tx = make(Uniform(bits=4))
         params = mlp_params()
@@ -334,7 +334,7 @@ def test_init_refuses_what_quantize_params_refuses():
         round_weights({"nothing": Uniform()}).init(mlp_params())
 
 
-def test_export_needs_the_state_of_these_params():
+def test_export_refuses_the_state_of_other_params():
     params = mlp_params()
     with pytest.raises(ValueError, match="no state of quantize_weights"):
         export_params(params, optax.sgd(0.1).init(params))
@@ -356,7 +356,7 @@ def test_export_warns_of_weights_off_the_grid():
     jax.jit(export_params)(params, state)
 
 
-def test_nan_gradients_are_seen():
+def test_nan_gradients_reach_params_and_export():
     tx = quantize_weights(Uniform(bits=4))
     params = projected(Uniform(bits=4))
     state = tx.init(params)
@@ -368,7 +368,7 @@ def test_nan_gradients_are_seen():
     assert np.isnan(export_params(params, state)["Dense_0"]["kernel"].dequantize()[0, 0])
 
 
-def test_none_and_integer_leaves_pass():
+def test_none_and_integer_leaves_pass_through():
     tx = quantize_weights(Uniform(bits=4))
     params = {"w": jnp.asarray(weights((4, 3))), "none": None, "steps": jnp.arange(3)}
     params = dequantize_params(quantize_params(params, Uniform(bits=4)))
@@ -381,7 +381,7 @@ def test_none_and_integer_leaves_pass():
     assert exported["none"] is None
 
 
-def test_partitioned_boxes_survive():
+def test_partitioned_boxes_are_kept():
     params = {"kernel": nn.Partitioned(jnp.asarray(weights((6, 4))), names=(None, None))}
     tx = quantize_weights(Uniform(bits=4))
     state = tx.init(params)
@@ -407,7 +407,7 @@ def test_state_survives_msgpack():
     chex.assert_trees_all_equal(step(params, restored, *batch()), step(params, state, *batch()))
 
 
-def test_export_tells_of_a_state_that_orbax_restored_onto_other_levels(tmp_path):
+def test_export_warns_of_a_state_that_orbax_restored_onto_other_levels(tmp_path):
     """Orbax keeps arrays alone, and asks no one whether they belong there."""
 
     def trained(quantizer):
@@ -425,7 +425,7 @@ def test_export_tells_of_a_state_that_orbax_restored_onto_other_levels(tmp_path)
 
 
 @pytest.mark.parametrize("make", [quantize_weights, round_weights])
-def test_dtype_of_the_updates(make):
+def test_updates_are_at_least_float32(make):
     """Half precision could not hold the difference of two levels exactly; float64 has no need of less."""
     tx = make(Uniform(bits=4))
     with jax.enable_x64(True):
@@ -464,7 +464,7 @@ def test_float16_params_at_the_end_of_the_range_stay_finite(name):
     assert_on_grid(params, state)
 
 
-def test_round_weights_may_be_donated():
+def test_round_weights_can_be_donated():
     params = projected(Uniform(bits=4))
     tx = round_weights(Uniform(bits=4), stochastic=True)
     state = tx.init(params)
@@ -489,7 +489,7 @@ def test_export_refuses_other_shapes(shape, group_size):
             export_params(other, round_weights(rule).init(params))
 
 
-def test_the_class_of_a_quantizer_is_none():
+def test_quantizer_class_is_refused():
     for make in (quantize_weights, round_weights):
         with pytest.raises(TypeError, match="quantizer must be a Quantizer or a mapping"):
             make(Uniform)
@@ -503,7 +503,7 @@ def test_the_class_of_a_quantizer_is_none():
         round_weights(Uniform(bits=4), stochastic=True),
     ],
 )
-def test_more_elements_than_an_int32_counts(tx):
+def test_export_of_more_elements_than_an_int32_counts(tx):
     params = [jax.ShapeDtypeStruct((5, 30_000, 40_000), jnp.bfloat16)]
     state = jax.eval_shape(tx.init, params)
     updates, new = jax.eval_shape(tx.update, params, state, params)

@@ -34,7 +34,7 @@ def brute_force(sizes, errors, budget):
 
 
 @hypothesis.given(st.integers(1, 5), st.integers(1, 4), st.data())
-def test_knapsack_against_brute_force(rows, columns, data):
+def test_knapsack_matches_brute_force(rows, columns, data):
     draw = lambda low, high: data.draw(  # noqa: E731
         st.lists(st.integers(low, high), min_size=rows * columns, max_size=rows * columns)
     )
@@ -102,7 +102,7 @@ def test_widths_have_the_least_error_within_the_budget(bits, quantizer):
     assert sum(leaf["kernel"].nbytes_packed for leaf in qparams.values()) <= budget
 
 
-def test_rules_serve_training():
+def test_rules_work_in_training():
     params = mlp_params()
     batches = [batch(i) for i in range(4)]
     sensitivity = squared_gradients(lambda p, b: mlp_loss(p, *b), params, batches)
@@ -140,7 +140,7 @@ def test_paths_with_dots_boxes_and_nnx_states_match_their_rules():
     quantize_params(boxed, rules)
 
 
-def test_sensitivity_may_be_scalars_and_other_quantizers_serve():
+def test_accepts_scalar_sensitivities_and_other_quantizers():
     params = tree()
     rules = allocate_bits(
         params,
@@ -172,7 +172,7 @@ def test_sensitivity_may_be_scalars_and_other_quantizers_serve():
     ],
     ids=str,
 )
-def test_refuses(edit, message):
+def test_bad_arguments_are_refused(edit, message):
     params = tree()
     arguments = {
         "bits_per_param": 5.0,
@@ -187,13 +187,13 @@ def test_refuses(edit, message):
         allocate_bits(params, arguments.pop("sensitivity"), **arguments)
 
 
-def test_no_batches_are_refused():
+def test_missing_batches_are_refused():
     with pytest.raises(ValueError, match="batches is empty"):
         squared_gradients(lambda p, b: 0.0, {"w": jnp.ones(2)}, [])
 
 
 @pytest.mark.parametrize(("size", "sensitivity"), [(1e22, 1e-3), (1e-22, 1.0), (1.0, 1e-33), (1.0, 1e33)])  # fmt: skip
-def test_errors_beyond_the_range_of_float32(size, sensitivity):
+def test_errors_beyond_the_range_of_float32_are_compared(size, sensitivity):
     params = {name: size * jnp.asarray(weights((16, 16), seed=i)) for i, name in enumerate("abc")}
     factors = {"a": 1.0, "b": 1e-2, "c": 1e-4}
     plain = {name: factor * jnp.ones(()) for name, factor in factors.items()}
@@ -205,7 +205,7 @@ def test_errors_beyond_the_range_of_float32(size, sensitivity):
     assert len({rule.bits for rule in found.values()}) > 1
 
 
-def test_the_budget_holds_although_the_solver_has_a_tolerance():
+def test_budget_holds_despite_the_tolerance_of_the_solver():
     """Its tolerance is relative: of tens of millions of bytes, one too many passes for none."""
     rng = np.random.default_rng(0)
     tried = 0

@@ -51,7 +51,7 @@ def assert_same_run(row: dict, expected: dict) -> None:
     np.testing.assert_allclose(row["first"], expected["first"], rtol=1e-5)
 
 
-def test_traced_numbers_train_as_fixed_ones():
+def test_traced_hyperparameters_train_like_fixed_ones():
     """One point is enough: the runs that sweeps are compared with trace their numbers, to be one program."""
     expected = next(row for row in separate_runs() if (row["c"], row["R"]) == (0.01, 2))
     assert_same_run(jax.jit(functools.partial(train, 0.01, 2))(), expected)
@@ -83,7 +83,7 @@ def test_compiles_once(caplog):
     assert len(compiled) == 1, caplog.messages
 
 
-def test_columns_take_numbers_of_every_kind():
+def test_columns_accept_numbers_of_every_kind():
     seen = {}
 
     def evaluate(**point):
@@ -198,7 +198,7 @@ sweep(evaluate, {"x": list(range(5))}, batch_size=2, path=sys.argv[1], progress=
     assert [row["m"] for row in json.loads(path.read_text())["rows"]] == [0, 1, 2, 3, 4]
 
 
-def test_a_failed_write_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path, grid = tmp_path / "sweep.json", {"x": list(range(4)), "y": [0.5]}
     calls, writes = [], []
 
@@ -217,7 +217,7 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["sweep.json"]
 
 
-def test_the_file_is_plain_json(tmp_path):
+def test_file_is_plain_json(tmp_path):
     path = tmp_path / "sweep.json"
 
     def evaluate(c, R):
@@ -249,7 +249,7 @@ def test_the_file_is_plain_json(tmp_path):
     "grid",
     [{"c": [1.0, 3.0]}, {"c": [1, 2]}, {"c": [1.0]}, {"d": [1.0, 2.0]}, {"c": [1.0, 2.0, 3.0]}],
 )
-def test_a_file_of_another_grid_is_refused(tmp_path, grid):
+def test_file_of_another_grid_is_refused(tmp_path, grid):
     path = tmp_path / "sweep.json"
     sweep(lambda c: {"loss": c}, {"c": [1.0, 2.0]}, path=path, progress=False)
     before = path.read_bytes()
@@ -258,7 +258,7 @@ def test_a_file_of_another_grid_is_refused(tmp_path, grid):
     assert path.read_bytes() == before
 
 
-def test_a_file_of_other_metrics_is_refused(tmp_path):
+def test_file_with_other_metrics_is_refused(tmp_path):
     path, grid = tmp_path / "sweep.json", {"c": [1.0, 2.0]}
     sweep(lambda c: {"loss": c}, grid, path=path, progress=False)
     with pytest.raises(ValueError, match=r"sweep\.json: its rows have .*'loss'.*another path"):
@@ -288,7 +288,7 @@ def test_a_file_of_other_metrics_is_refused(tmp_path):
         "\udcff",
     ],
 )
-def test_a_damaged_file_is_refused(tmp_path, text):
+def test_damaged_file_is_refused(tmp_path, text):
     path = tmp_path / "sweep.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(
@@ -297,14 +297,14 @@ def test_a_damaged_file_is_refused(tmp_path, text):
         sweep(lambda c: {"loss": c}, {"c": [1.0, 2.0]}, path=path, progress=False)
 
 
-def test_a_missing_folder_is_refused_before_the_runs(tmp_path):
+def test_missing_folder_is_refused_before_the_runs(tmp_path):
     calls = []
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         sweep(flaky(99, calls), {"x": [1], "y": [1.0]}, path=tmp_path / "no/x.json", progress=False)
     assert not calls
 
 
-def test_runs_that_are_not_finite_are_marked_failed():
+def test_non_finite_runs_are_marked_failed():
     def diverging(lr):
         w = jax.lax.fori_loop(0, 200, lambda _, w: w - lr * 2 * w, jnp.ones(()))
         return {"loss": w**2, "score": 1 - w, "cost": jnp.where(jnp.isfinite(w), 5.0, 0.0)}
@@ -424,12 +424,12 @@ def test_bad_metrics_are_refused(found, message):
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, 2.5])
-def test_a_bad_batch_size_is_refused(batch_size):
+def test_bad_batch_size_is_refused(batch_size):
     with pytest.raises(ValueError, match=f"must be an integer of at least 1, .*got {batch_size}"):
         sweep(lambda c: {"loss": c}, {"c": [1.0]}, batch_size=batch_size, progress=False)
 
 
-def test_prints_a_table():
+def test_sweep_prints_as_a_table():
     result = sweep(
         lambda c, R: {"loss": c / 3, "size": R}, {"c": [0.1, 1.0], "R": [100000]}, progress=False
     )
