@@ -1,11 +1,11 @@
-"""Eight host devices, strict dtypes, and each platform that is there."""
+"""Settings for all tests: eight host devices, strict dtype promotion, and every available platform."""
 
 import gc
 import os
 import pathlib
 
-# Before jax is imported: it reads this once. HOST_DEVICES=1 is what most users have; tests that need
-# eight skip themselves then.
+# Set before jax is imported, since it reads this once. With HOST_DEVICES=1, as most users have it, tests
+# that need eight skip themselves.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + f" --xla_force_host_platform_device_count={os.environ.get('HOST_DEVICES', 8)}"
@@ -15,14 +15,14 @@ import hypothesis
 import jax
 import pytest
 
-# Run by hand.
+# Benchmarks are run by hand.
 collect_ignore = ["benchmarks"]
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Most of the time goes into compiling, much of it the same programs again, in both workers of a run.
-# jax writes to the folder without a lock: who reads half of a program warns (see pyproject.toml), and
+# Most of the time goes into compilation, much of it of the same programs, in both workers of a run. jax
+# writes to the folder without a lock: a worker that reads half a program warns (see pyproject.toml) and
 # compiles it.
 _cache = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", str(_cache))
@@ -35,7 +35,7 @@ hypothesis.settings.load_profile("default")
 
 
 def pytest_collection_finish() -> None:
-    """Imports and tests are here to stay: the collector need not walk them at each of jax's traces."""
+    """Freezes imports and tests, which stay, so that the collector need not walk them at every trace."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
@@ -54,7 +54,7 @@ def _platforms() -> list[str]:
 
 @pytest.fixture(params=_platforms())
 def platform(request: pytest.FixtureRequest):
-    """Runs the test on each platform that jax finds: on Colab's TPU, on the TPU too."""
+    """Runs the test on each platform that jax finds, such as a TPU on Colab."""
     with jax.default_device(jax.devices(request.param)[0]):
         yield request.param
 

@@ -8,7 +8,7 @@ import zlib
 import ml_dtypes
 import numpy as np
 
-# The reader: NumPy, ml_dtypes for bfloat16, and the page. Nothing of optax_clipquant.
+# The reader uses NumPy, ml_dtypes for bfloat16, and nothing of optax_clipquant.
 DTYPES = {"BOOL": "bool", "U8": "uint8", "I8": "int8", "I32": "int32", "F16": "float16", "F32": "float32", "BF16": "bfloat16"}  # fmt: skip
 
 

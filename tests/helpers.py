@@ -1,4 +1,4 @@
-"""Test data, float64 references and ways to start Python, shared by several test files."""
+"""Test data, float64 references and subprocess helpers, shared by several test files."""
 
 import functools
 import importlib.util
@@ -32,7 +32,7 @@ from optax_clipquant import (
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
-# Every kind of grid: mid-rise, mid-tread, with zero points, groups with a short last one, tensors.
+# Every kind of grid: mid-rise, mid-tread, affine, groups with a shorter last one, per tensor.
 QUANTIZERS = {
     "binary": Binary(),
     "binary-groups": Binary(group_size=5),
@@ -57,13 +57,13 @@ QUANTIZERS = {
     "normalfloat3-groups": NormalFloat(bits=3, group_size=5),
 }
 
-# One of each kind, where a test compiles much.
+# One of each kind, for tests that compile a lot.
 CORE = [
     *("binary", "ternary", "uniform2", "uniform3", "uniform4", "uniform8", "zscore7"),
     *("uniform4-groups", "uniform4-asymmetric", "ternary-absmax", "normalfloat3-groups"),
 ]
 
-# What decodes by another formula: even levels, levels around zero, zero points, z-scores.
+# One quantizer for each formula of decoding.
 FORMULAS = ["uniform4", "ternary", "uniform4-asymmetric", "zscore7"]
 
 
@@ -72,14 +72,14 @@ def _case(*values, gate: bool, id: str | None = None):
 
 
 def cases(values: Iterable[Any], gate: Collection[Any]) -> list[Any]:
-    """A case for each value, of which the gate runs those in ``gate``."""
+    """A case for each value; those not in ``gate`` are marked slow."""
     return [_case(value, gate=value in gate) for value in values]
 
 
 # Each quantizer; the gate runs one of each kind.
 NAMES = [_case(name, gate=name in CORE, id=name) for name in QUANTIZERS]
 
-# Each quantizer, and one of each kind in half precision, of which the gate runs one of each formula.
+# Each quantizer, and one of each kind in half precision; the gate runs one of each formula of the latter.
 DTYPED = [
     *(_case(name, jnp.float32, gate=name in CORE) for name in QUANTIZERS),
     *(
@@ -89,7 +89,7 @@ DTYPED = [
     ),
 ]
 
-# Compiled for each quantizer, and run op by op for one of each kind.
+# Each quantizer under jit, and one of each kind run op by op.
 VARIANTS = [
     *(_case(jax.jit, name, gate=name in CORE, id=f"jit-{name}") for name in QUANTIZERS),
     *(_case(lambda fn: fn, name, gate=name == "uniform4", id=f"eager-{name}") for name in CORE),
@@ -110,7 +110,7 @@ def weights(shape: tuple[int, ...], kind: str = "normal", seed: int = 0) -> np.n
 
 
 def squared_error(quantizer, w: np.ndarray, axis=None) -> np.ndarray:
-    """In float64."""
+    """The squared error of quantization, in float64."""
     dequantized = np.asarray(quantizer.quantize(jnp.asarray(w)).dequantize(), np.float64)
     return np.sum((dequantized - w.astype(np.float64)) ** 2, axis=axis)
 
@@ -161,7 +161,7 @@ def make_step(tx):
 
 
 def assert_on_grid(params, state):
-    """Bit for bit, the sign of zero included, and without export's warning."""
+    """Asserts that params equal their levels bit for bit, with the sign of zero, and export does not warn."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         exported = export_params(params, state)
@@ -191,7 +191,7 @@ def run_example(script: str, *args: str | pathlib.Path) -> subprocess.CompletedP
 
 
 def compiled() -> dict[str, str]:
-    """For a process that compiles much: this one's cache (see conftest.py)."""
+    """Environment variables that share the compilation cache with a subprocess (see conftest.py)."""
     return {
         "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -210,12 +210,12 @@ def _example(script: str) -> types.ModuleType:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], script: str, *args: object) -> tuple[int, str]:
-    """The exit code and the message of an example that stops at its arguments.
+    """The exit code and the message of an example that rejects its arguments.
 
-    In this process: another one would do little but import.
+    Runs in this process, since a subprocess would spend its time importing.
     """
     with pytest.raises(SystemExit) as stopped:
         _example(script).main([str(arg) for arg in args])
     code, message = stopped.value.code, capsys.readouterr().err
-    # Python prints a text that it finds there, and exits with 1.
+    # Given a string as exit code, Python prints it and exits with 1.
     return (1, message + code) if isinstance(code, str) else (code, message)

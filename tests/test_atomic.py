@@ -1,4 +1,4 @@
-"""Replaced whole or not at all, and as the file that was there."""
+"""Atomic replacement of files, which keeps mode and owner."""
 
 import os
 import stat

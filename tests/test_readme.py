@@ -1,4 +1,4 @@
-"""Every Python snippet of a page runs, those of one page in their order as one program."""
+"""Every Python snippet of the pages runs; the snippets of one page run in order, as one program."""
 
 import pathlib
 import re
@@ -21,7 +21,7 @@ def snippets(page: pathlib.Path) -> list[str]:
 @pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=str)
 def test_snippets_run(page, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    # As a user has it: without this test suite's strictness.
+    # As for a user, without this test suite's strictness.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         exec(compile("\n".join(snippets(page)), str(page), "exec"), {"__name__": "readme"})
 

@@ -1,7 +1,7 @@
-"""Models of several libraries, and what each does with its weights, worked out by hand.
+"""Models of several libraries, with the use of each weight worked out by hand.
 
-Each function gives a function, its params (shapes suffice), its further arguments, and the expected
-use of each leaf by its path.
+Each case returns a function, its params (or their shapes), its other arguments, and the expected
+``Use`` of each leaf by path.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ TOKENS = spec(2, 6, dtype=jnp.int32)
 
 
 def of_linen(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
-    """A forward function, and the shapes of the module's params."""
+    """The forward function of a module, the shapes of its params, and its arguments."""
     variables = jax.eval_shape(module.init, jax.random.key(0), *args, **kwargs)
     rest = {name: tree for name, tree in variables.items() if name != "params"}
 
@@ -456,7 +456,7 @@ def closed_over_by_custom_vjp() -> Case:
 
 
 def changed_before_their_products() -> Case:
-    """Equalised, masked, fake-quantized, weight-normalised, merged with an adapter, repeated."""
+    """Weights that are equalised, masked, fake-quantized, weight-normalised, merged with an adapter, or repeated."""
 
     def forward(params, x):
         x = x @ (params["scaled"] * 0.5)
@@ -488,7 +488,7 @@ def changed_before_their_products() -> Case:
 
 
 def used_twice() -> Case:
-    """The second axis is contracted first; the first axis too, later."""
+    """A weight whose second axis is contracted first, and whose first axis later."""
 
     def forward(params, x):
         hidden = jax.nn.relu(x @ params["tied"].T)

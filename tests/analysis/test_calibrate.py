@@ -31,7 +31,7 @@ def normal(seed: int, *shape: int) -> jax.Array:
 
 
 def correlated(seed: int, tokens: int, width: int) -> jax.Array:
-    """Inputs as models have them: correlated, and of very different power."""
+    """Inputs like a model's activations: correlated, and of very different magnitude."""
     mix = normal(1000 + width, width, width) / width**0.5
     power = jnp.exp(normal(2000 + width, 1, width))
     return normal(seed, tokens, width) @ mix * power
@@ -105,7 +105,7 @@ def test_moments_match_the_squared_jacobian(name):
 
 
 def gptq(w: np.ndarray, h: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Codes, row after row, with 1% of the mean diagonal as damping."""
+    """The codes of GPTQ, row by row, with 1% of the mean diagonal as damping."""
     w = w.astype(np.float64).copy()
     h = h.astype(np.float64) + 0.01 * np.mean(np.diag(h)) * np.eye(len(h))
     upper = np.linalg.cholesky(np.linalg.inv(h)).T
@@ -231,7 +231,7 @@ def data(*shape: int) -> list[jax.Array]:
 
 
 ONCE, POOLED, SEARCH = "compensated", "compensated, pooled", "weighted search"
-# The function, the shapes of its weights, its batches, and how each weight is quantized.
+# For each model: the function, the shapes of its weights, its batches, and how each weight is quantized.
 MODELS = {
     "scan and remat": (
         scanned,
@@ -299,7 +299,11 @@ def prepared(name: str) -> tuple:
     return fn, params, batches, methods
 
 
-IN_THE_GATE = ("scan and remat", "tied", "bfloat16")  # the others compile as much, for other kinds
+IN_THE_GATE = (
+    "scan and remat",
+    "tied",
+    "bfloat16",
+)  # the others take as long to compile, and cover other kinds
 
 
 @pytest.mark.parametrize(
@@ -340,7 +344,7 @@ def test_outputs_change_less_than_with_least_squares(name):
             total += float(jnp.sum(jnp.square(difference.astype(jnp.float32))))
         return total
 
-    # Tied: half of the error is that of the rows looked up, which no compensation knows of.
+    # Tied: half of the error comes from the rows looked up, which compensation cannot see.
     bound = 0.95 if SEARCH in found.values() else 0.75 if name == "tied" else 0.6
     assert error(qparams) < bound * error(plain)
 

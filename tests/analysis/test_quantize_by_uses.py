@@ -1,4 +1,4 @@
-"""Which leaves are quantized, and along which axes, where the function's trace says."""
+"""Selection of leaves and of axes by traced uses."""
 
 import re
 
@@ -21,7 +21,7 @@ from optax_clipquant import (
 
 
 def arrays(shapes, seed=0):
-    """Normal weights of the shapes of a tree."""
+    """A tree of normally distributed weights with the given shapes."""
     leaves, treedef = jax.tree.flatten(shapes)
     return treedef.unflatten(
         jnp.asarray(weights(leaf.shape, seed=seed + i), leaf.dtype) for i, leaf in enumerate(leaves)
@@ -107,7 +107,7 @@ def test_uses_of_other_params_are_refused():
 
 
 def net():
-    """Two layers, of which the second hardly matters for the result, though its squared error does."""
+    """Two layers, the second of which hardly affects the result in spite of its squared error."""
 
     def forward(params, x):
         hidden = jnp.tanh(x @ params["a"])
@@ -141,7 +141,7 @@ def test_an_evaluated_allocation_is_never_worse_than_uniform():
         found = forward(dequantize_params(qparams), x)
         return sum(jnp.sum((a - b) ** 2) for a, b in zip(found, forward(params, x), strict=True))
 
-    # By a sensitivity that misleads: c is the last thing that matters.
+    # A misleading sensitivity: c matters least.
     misleading = {"a": 1e-4, "b": 1e-4, "c": 1.0, "gain": 0.0}
     plain = allocate_bits(params, misleading, bits_per_param=4.5, uses=uses)
     assert plain["^c$"].bits == 8
@@ -164,7 +164,7 @@ def test_an_evaluated_allocation_is_never_worse_than_uniform():
     assert loss_of(chosen) == min(map(loss_of, list(asked)))
     assert loss_of(chosen) <= loss_of(dict.fromkeys("abc", 4))
 
-    # By one that is right, it is better than uniform.
+    # With a correct one, the allocation beats uniform widths.
     right = {"a": 1.0, "b": 1.0, "c": 1e-6, "gain": 0.0}
     rules = allocate_bits(params, right, bits_per_param=4.5, uses=uses, evaluate=evaluate)
     assert loss_of({p: rules[f"^{p}$"].bits for p in "abc"}) < loss_of(dict.fromkeys("abc", 4)) / 2

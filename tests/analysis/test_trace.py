@@ -28,13 +28,13 @@ def test_use_of_each_leaf(name):
 
 
 def products(uses):
-    """What decides which leaves are quantized, and with which axes."""
+    """The part of each use that decides which leaves are quantized, and along which axes."""
     return {path: (use.is_weight, use.reduced(9)) for path, use in uses.items() if use.is_weight}
 
 
 @pytest.mark.parametrize("name", models.CASES)
 def test_tracing_loss_or_gradients_selects_the_same_weights(name):
-    """A backward pass contracts the other axes, which are told beside the first."""
+    """A backward pass contracts other axes, which are listed beside the first."""
     fn, params, args, expected = case(name)
     if name in ("closed_over_by_custom_vjp", "loop_counter"):
         pytest.skip("it has no derivatives")
@@ -109,7 +109,7 @@ def test_unsupported_operations_are_reported_as_unknown():
 
 
 def test_non_weights_are_recognised_under_any_name():
-    """Gains, shifts, tables, masks and state of the shapes and names that kernels have."""
+    """Gains, shifts, tables, masks and state with the shapes and names of kernels."""
 
     def forward(params, x, labels, positions):
         y = (x - params["mean/kernel"][None, None]) * params["weight"][None, None]
@@ -189,7 +189,7 @@ def test_accepts_any_arguments_and_trees():
 
 
 def test_uses_of_carried_weights_reach_a_fixed_point():
-    """Weights that are swapped at each step may be either; what is mixed with data is no weight."""
+    """Weights that swap places at each step have both uses; a value mixed with data is not a weight."""
 
     def forward(params, x):
         def body(carry, _):
@@ -231,7 +231,7 @@ def index(x, at):
 
 @st.composite
 def rearrangements(draw):
-    """A shape, and functions of an array of it: transposes, reshapes, slices, indices."""
+    """A shape and a chain of transposes, reshapes, slices and indexing for an array of that shape."""
     shape = tuple(draw(st.lists(EXTENTS, min_size=1, max_size=3)))
     x, steps = np.zeros(shape), []
     for _ in range(draw(st.integers(0, 4))):
@@ -262,7 +262,7 @@ def rearrangements(draw):
 
 @hypothesis.given(rearrangements())
 def test_contracted_axes_match_brute_force(case):
-    """Against the places of the leaf that a sum really runs over, found by moving their numbers."""
+    """The reference moves the leaf's indices through the same operations, to see which are summed over."""
     shape, steps, contracted = case
 
     def rearrange(x):

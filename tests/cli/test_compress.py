@@ -1,4 +1,4 @@
-"""What is quantized, how, and what is said of the rest."""
+"""``compress``: which tensors are quantized, how, and what is reported of the others."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def test_each_quantizer_matches_the_library(tmp_path, options, quantizer):
 
 
 def specs(**tensors) -> dict:
-    """By name, dtypes and shapes; names with ``__`` for a dot."""
+    """Specs by name, from dtypes and shapes; ``__`` in a name stands for a dot."""
     return {
         name.replace("__", "."): (np.dtype(getattr(ml_dtypes, dtype, dtype)), shape)
         for name, (dtype, shape) in tensors.items()

@@ -22,7 +22,7 @@ NAMES = ["token_embd.weight", "blk.0.attn_v.weight", "blk.0.ffn_down.weight", "o
 
 @pytest.fixture
 def files(tmp_path):
-    """A float model as a Hugging Face folder, and a GGUF file of its shapes."""
+    """A float model as a Hugging Face folder, and a GGUF file with the same shapes."""
     folder = tmp_path / "model"
     folder.mkdir()
     tensors = {name: weights(shape, seed=i) for i, (name, shape) in enumerate(SHAPES.items())}
@@ -43,7 +43,7 @@ def run(*args):
 
 
 def read(path):
-    """Type and values of each tensor, by the package gguf."""
+    """The type and values of each tensor, read with the gguf package."""
     return {
         tensor.name: (tensor.tensor_type.name, gguf.dequantize(tensor.data, tensor.tensor_type))
         for tensor in gguf.GGUFReader(path).tensors

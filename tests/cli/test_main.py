@@ -38,7 +38,7 @@ METADATA = {"format": "pt", "ünicode": '"quotes"\n'}
 
 
 def checkpoint() -> dict[str, np.ndarray]:
-    """Names and dtypes as PyTorch's checkpoints have them."""
+    """A checkpoint with the names and dtypes of PyTorch's."""
     bfloat16 = ml_dtypes.bfloat16
     return {
         "embed.weight": weights((40, 24)),
@@ -118,10 +118,10 @@ def test_round_trip_equals_quantize_then_dequantize(source, tmp_path, options, q
     assert_same(read(plain), wanted)
     with safetensors.safe_open(plain, "numpy") as file:
         assert file.metadata() == METADATA
-    # Another reader finds the same.
+    # safetensors' reader agrees.
     others = safetensors.numpy.load_file(plain)
     assert_same({k: np.asarray(v) for k, v in others.items()}, wanted)
-    # And the library.
+    # And so does the library.
     loaded = load(small)
     assert {name for name, leaf in loaded.items() if isinstance(leaf, QArray)} == QUANTIZED
     assert_same({k: np.asarray(v) for k, v in dequantize_params(loaded).items()}, wanted)
@@ -175,7 +175,7 @@ def test_first_matching_rule_decides(source, tmp_path, capsys):
         capsys, "compress", source, tmp_path / "small", *(f"--rule={rule}" for rule in rules)
     )
     bits = {row["path"]: row["bits"] for row in report["tensors"]}
-    assert bits["layer.0.q.weight"] == 4  # the first that is found
+    assert bits["layer.0.q.weight"] == 4  # the first match decides
     assert bits["layer.0.conv.weight"] == 2
     assert bits["a/b~c"] == bits["embed.weight"] == 32
     assert bits["a"] == 8
@@ -205,7 +205,7 @@ def test_budget_is_kept_and_spent(tmp_path, capsys, budget):
     assert widths == sorted(widths, reverse=True)  # each squared error counts alike
     assert widths[0] > 2
     least = 2 * sorted(rules.WIDTHS).index(8) * 64 * 32
-    assert budget * count - packed < least  # no tensor could have been given much more
+    assert budget * count - packed < least  # the budget is nearly used up
 
 
 def test_impossible_budget_is_refused_before_reading(source, tmp_path, monkeypatch, capsys):
@@ -328,7 +328,7 @@ def test_errors(source, tmp_path, capsys, args, message):
 
 
 def test_decompress_refuses_a_header_that_contradicts_the_codes(source, tmp_path, capsys):
-    """With a checksum that fits, as a faulty writer would leave it."""
+    """The checksum is right, as after a faulty writer."""
     small = tmp_path / "small"
     assert run("compress", source, small, "--bits", 4) == 0
     tensors = read(small)
@@ -473,7 +473,7 @@ def test_error_in_the_reading_thread_is_reported(source, tmp_path, monkeypatch, 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A folder with ``in``, 10 tensors of 16 MB, and ``small``, the same compressed."""
+    """A folder with ``in``, 10 tensors of 16 MB, and ``small``, its compressed version."""
     folder = tmp_path_factory.mktemp("large")
     specs = {f"w{i}": (np.dtype(np.float32), (2048, 2048)) for i in range(10)}
     with container.writing(folder / "in", specs, {}) as file:
@@ -499,7 +499,7 @@ def test_numpy_memory_holds_few_tensors(tmp_path, large, command):
 
 @pytest.mark.parametrize("options", [("--bits", 3), ("--budget", 5)], ids=["3 bits", "budget"])
 def test_jax_memory_holds_few_tensors(tmp_path, large, options):
-    """Counted where they are made: tracemalloc does not see it."""
+    """Counted at allocation, since tracemalloc does not see JAX's memory."""
     gc.collect()
     device = sum(x.nbytes for x in jax.live_arrays())
     peak = 0
@@ -542,9 +542,9 @@ sys.exit(code)
     ("bits", "most"), [(4, 2**26 + 60e6), (3, 3 * 2**26 + 300e6)], ids=["numpy", "jax"]
 )
 def test_peak_resident_memory(tmp_path, bits, most):
-    """670 MB of tensors of 67 MB each, of which the test itself makes one."""
+    """On 670 MB in tensors of 67 MB, of which the test itself holds one."""
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    # A small process starts it: a child counts its parent's memory.
+    # Started by a small process, since a child's peak includes its parent's memory.
     process = subprocess.run(
         ["sh", "-c", '"$0" -c "$1" "$2" "$3"', sys.executable, CHILD, str(tmp_path), str(bits)],
         capture_output=True, text=True, check=True, env=env,
@@ -566,7 +566,7 @@ def test_library_imports_nothing_slow():
 
 
 def test_command_starts_without_jax_or_rich(source, tmp_path):
-    """Nor for rich, where it shows no table."""
+    """Rich is imported only to show a table."""
     small, plain = tmp_path / "small", tmp_path / "plain"
     code = (
         "import sys; from optax_clipquant.cli.main import main; code = main(); "
@@ -640,14 +640,14 @@ def test_names_that_stdout_cannot_encode_are_printed(tmp_path):
 
 
 def test_named_pipe_is_refused(tmp_path, capsys):
-    """To open it would wait for a writer."""
+    """Opening it would wait for a writer."""
     os.mkfifo(tmp_path / "pipe")
     assert run("inspect", tmp_path / "pipe") == 1
     assert "is not a regular file" in capsys.readouterr().err
 
 
 def test_closed_stdout_ends_quietly(source):
-    """As `| head -1` does."""
+    """As with ``| head -1``."""
     code = "import sys; from optax_clipquant.cli.main import main; sys.exit(main())"
     command = f'"$0" -c "{code}" inspect "$1" --json | true; echo "${{PIPESTATUS[0]}}"'
     env = os.environ | {"PYTHONUNBUFFERED": "1"}

@@ -126,7 +126,7 @@ def test_decode_nasty_scales(threads, symmetric, data):
 
 
 def test_subnormal_numbers_are_flushed_like_xla(threads):
-    """XLA has 0 there."""
+    """XLA flushes them to 0."""
     w = np.array([[128 * 2.0**-126, 1.1e-38, -1.1e-38, 2.0**-127]], np.float32)
     check(w, threads, 8, 0, None)
     grid = Grid(scale=jnp.full((1, 1), 2.0**-126), bits=2, lower=-2, upper=1, offset=0.5)
@@ -148,7 +148,7 @@ def test_decode_of_scalars_batches_and_float64(threads):
     assert decoded(q, threads) == 1.5
     batch = jax.vmap(Uniform(4, group_size=5).quantize)(jnp.asarray(weights((3, 7, 4))))
     assert decoded(batch, threads).tobytes() == np.asarray(batch.dequantize()).tobytes()
-    # As of a file that was written under x64.
+    # As in a file written under x64.
     wide = dataclasses.replace(batch.grid, dtype=np.dtype(np.float64))
     found = decoded(QArray(batch.qvalue, wide), threads)
     np.testing.assert_array_equal(found, np.asarray(batch.dequantize(), np.float64))

@@ -6,7 +6,7 @@ import re
 import pytest
 from helpers import EXAMPLES, refusal, run_example, run_python
 
-# A block fewer, which takes half of the time to compile.
+# One block less, which halves the compile time.
 SMALL = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -18,7 +18,7 @@ char_lm.main(sys.argv[2:])
 
 @pytest.fixture
 def text(tmp_path: pathlib.Path) -> pathlib.Path:
-    """A text that is easy to learn, to see that it is learnt."""
+    """A text that is easy to learn, so that learning shows in a few steps."""
     path = tmp_path / "text.txt"
     path.write_text("".join(f"{i} and {i + 1} are two. " for i in range(4000)))
     return path
@@ -55,7 +55,7 @@ def test_clipping_part_compares_bounds(tmp_path: pathlib.Path, text: pathlib.Pat
         COLUMNS="160",
     )
     assert process.returncode == 0, process.stderr
-    # Bits a character, the worst jump, the share that is clipped, and the bound of those that find one.
+    # Bits per character, the worst jump, the clipped fraction, and the bound of transforms that adapt one.
     rows = {
         name: [float(x) for x in rest.replace("%", "").split()]
         for name, rest in re.findall(
@@ -71,7 +71,7 @@ def test_clipping_part_compares_bounds(tmp_path: pathlib.Path, text: pathlib.Pat
     assert by_zscore[2] == 100
     assert 0.01 < by_quantile[3] < 10
     assert 0.1 < by_zscore[3] < 10
-    # At this rate the loss rises but for the bounds that are tight from the start.
+    # At this learning rate the loss rises, except with bounds that are tight from the start.
     for tight in (by_value, by_zscore):
         assert tight[0] < plain[0] / 2
         assert tight[1] < plain[1] / 2

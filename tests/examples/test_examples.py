@@ -35,7 +35,7 @@ def test_digits_runs(tmp_path: pathlib.Path, args: list[str], rows: list[str]):
 @pytest.mark.slow
 def test_sweep_runs_and_resumes(tmp_path: pathlib.Path):
     args = ("--steps", "60", "--c", "0.1", "0.01", "--R", "1", "7", "--out", str(tmp_path))
-    for _ in range(2):  # the second takes the results of the first
+    for _ in range(2):  # the second run reads the results of the first
         process = run_example("sweep.py", *args)
         assert process.returncode == 0, process.stderr
         rows = re.findall(r"(?m)^ *(0.01|0.1) +([17]) +([\d.]+) +([\d.]+) *$", process.stdout)

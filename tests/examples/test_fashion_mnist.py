@@ -1,4 +1,4 @@
-"""The Fashion-MNIST example, on scikit-learn's digits written as IDX files, and on its own data."""
+"""The Fashion-MNIST example, on scikit-learn's digits written as IDX files and on Fashion-MNIST."""
 
 import gzip
 import pathlib

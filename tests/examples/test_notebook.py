@@ -1,4 +1,4 @@
-"""The notebook for Colab: run with few steps, and what it was committed with."""
+"""The Colab notebook runs with few steps, and its stored outputs come from a full run."""
 
 import json
 
@@ -41,7 +41,7 @@ def test_notebook_runs(tmp_path):
     text = printed(run)
     assert "compiled 2 times for 60 steps" in text
     assert "as in training: True" in text
-    assert "dense/kernel" in text  # of the table that is printed
+    assert "dense/kernel" in text  # the printed table
     assert pictures(run) == 3
     assert (tmp_path / "digits-4-bits.safetensors").exists()
 

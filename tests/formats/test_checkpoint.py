@@ -1,4 +1,4 @@
-"""Shards are one model; other files are told by their first bytes; unknown dtypes are carried."""
+"""Sharded checkpoints, recognition of other file types by their first bytes, and unknown dtypes."""
 
 import io
 import json

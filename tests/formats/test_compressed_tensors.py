@@ -53,14 +53,14 @@ def tensors_in(folder):
 
 
 def unpacked(words, count, bits):
-    """``count`` codes of each row, a bit at a time."""
+    """The ``count`` codes of each row, unpacked bit by bit."""
     rows = [sum(int(word) % 2**32 << 32 * i for i, word in enumerate(row)) for row in words]
     codes = [[row >> bits * i & 2**bits - 1 for i in range(count)] for row in rows]
     return np.array(codes, np.int64) - 2 ** (bits - 1)
 
 
 def decoded(tensors, module, bits):
-    """The weight of a layer, as the format has it, in the dtype of its scales."""
+    """The weight of a layer, decoded as the format defines it, in the dtype of its scales."""
     parts = {part: tensors.get(f"{module}.weight_{part}") for part in ("packed", "scale", "shape", "zero_point")}  # fmt: skip
     outputs, length = parts["shape"]
     levels = unpacked(parts["packed"], length, bits)
@@ -69,7 +69,7 @@ def decoded(tensors, module, bits):
     if parts["zero_point"] is not None:
         zeros = unpacked(parts["zero_point"].T, outputs, bits).T
         levels = levels - np.repeat(zeros, run, 1)
-    # Below 2**24, the product of two short numbers is exact: it is rounded once.
+    # Below 2**24 the product of the code and the scale is exact in float32, so it is rounded once.
     return (levels * np.repeat(scales, run, 1)).astype(parts["scale"].dtype)
 
 
@@ -90,7 +90,7 @@ QUANTIZERS = [
     (Ternary(group_size=32), 4),
     (Uniform(5), 8),
 ]
-# Each in float32, and one with zero points and one without in the others.
+# Every grid in float32; in the other dtypes, one with and one without zero points.
 CASES = [
     (quantizer, bits, dtype)
     for quantizer, bits in QUANTIZERS

@@ -1,7 +1,7 @@
-"""Killed at any moment, nothing is lost: training resumes bit for bit, and a file is whole or absent.
+"""Processes killed at any moment: training resumes bit for bit, and a file is whole or absent.
 
-The script forks its workers from a process that has imported everything and started no backend, so
-that a kill costs as little as it can.
+The script forks its workers from a process that has imported everything but started no backend, so that
+a kill is as cheap as possible.
 """
 
 import os
@@ -169,5 +169,5 @@ def test_training_resumes_bit_for_bit(tmp_path: pathlib.Path):
 def test_killed_save_leaves_a_whole_file(tmp_path: pathlib.Path):
     killed, exists, left = run(SAVING, tmp_path, 20)
     assert (killed, exists) == ("20", "True")
-    # The next save removes what a killed one left; the last was killed too. (And the compiled programs.)
+    # Each save removes the files of killed ones; those of the last, also killed, may stay. (And the cache.)
     assert int(left) <= 2

@@ -1,4 +1,4 @@
-"""The page on the file format is enough: a reader written from it alone reads what ``save`` writes."""
+"""The page on the file format suffices: a reader written from it alone reads what ``save`` writes."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from optax_clipquant import Uniform, ZScore, dequantize_params, load, save
 def check(path, tree):
     save(path, tree, metadata={"note": 'ünï "quoted" \n'})
     found = read(path)
-    # Were codes written in another order, `load` might read them in that order too.
+    # An independent check of the order of codes: `save` and `load` might share a mistake.
     for wanted in (dequantize_params(load(path)), dequantize_params(tree)):
         assert found.keys() == wanted.keys()
         for name, array in wanted.items():

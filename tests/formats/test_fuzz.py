@@ -1,4 +1,4 @@
-"""Bytes at random: exact data or ``ValueError``, with wrong checksums and with right ones."""
+"""Randomly altered files, with wrong and with right checksums: exact data or a ``ValueError``."""
 
 import hashlib
 import json
@@ -54,7 +54,7 @@ def leaf(tree, name: str):
 
 
 def exact_or_refused(path: pathlib.Path) -> bool:
-    """Whether it was read, and then as the page says."""
+    """Whether the file was read, in which case the data must be what the page says."""
     try:
         tree = load(path)
     except ValueError as error:
@@ -64,7 +64,7 @@ def exact_or_refused(path: pathlib.Path) -> bool:
         expected = read(path)
     for name, wanted in expected.items():
         array = leaf(tree, name)
-        with jax.enable_x64(array.dtype == np.float64):  # which jax would cut, with a warning
+        with jax.enable_x64(array.dtype == np.float64):  # which jax would truncate, with a warning
             found = np.asarray(array)
         assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape), name
         if found.dtype.kind != "f" and found.dtype.name != "bfloat16":
@@ -95,7 +95,7 @@ def test_altered_bytes_are_found_or_harmless(tmp_path, content, count):
             load(path)
         except ValueError as error:
             assert str(path) in str(error)  # noqa: PT017
-        else:  # what was altered is the padding of the header
+        else:  # only the padding of the header was altered
             assert {name: array.tobytes() for name, array in read(path).items()} == wanted
 
 
@@ -105,7 +105,7 @@ def read_of(path: pathlib.Path, content: bytes) -> dict[str, np.ndarray]:
 
 
 def mutate(x, rng: random.Random):
-    """``x`` with one part of it another."""
+    """``x`` with one part replaced."""
     if isinstance(x, dict) and x and rng.random() < 0.85:
         key = rng.choice(list(x))
         if rng.random() < 0.1:
@@ -146,11 +146,11 @@ def test_altered_contents_with_right_checksums_are_exact_or_refused(tmp_path, co
             specs[name] = spec
         path.write_bytes(joined({"__metadata__": signed(described, specs, stored)} | specs, bytes(stored)))  # fmt: skip
         loaded += exact_or_refused(path)
-    assert loaded > count / 10  # that some bits of codes and scales are others is no damage
+    assert loaded > count / 10  # other bits of codes and scales are valid contents
 
 
 def signed(described, specs: dict, data: bytes) -> dict[str, str]:
-    """The metadata, with the checksums that fit."""
+    """The metadata with checksums that match the content."""
     dtypes = {"U8": "uint8", "I8": "int8", "I32": "int32", "F16": "float16", "F32": "float32", "BF16": "bfloat16", "BOOL": "bool"}  # fmt: skip
     if isinstance(described, dict) and isinstance(described.get("leaves"), list):
         names = sorted(n for n in specs if n == "~" or n[:2] not in ("~s", "~z", "~m"))

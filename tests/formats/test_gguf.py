@@ -29,7 +29,7 @@ from optax_clipquant import (
 
 gguf = pytest.importorskip("gguf")
 
-# Least and largest code, bits, and the type with codes of that range.
+# For each type: the smallest and the largest code, and the bits.
 GRIDS = {
     "TQ2_0": (-1, 1, math.log2(3)),
     "Q4_0": (-8, 7, 4),
@@ -39,7 +39,7 @@ GRIDS = {
 
 
 def write_like(path, shapes, arch="llama", heads=(4, 2), **tensors):
-    """A GGUF file of zeros by the package gguf, with some metadata of each kind."""
+    """A GGUF file of zeros, written with the gguf package, with metadata of each kind."""
     writer = gguf.GGUFWriter(path, arch)
     writer.add_uint32(f"{arch}.attention.head_count", heads[0])
     writer.add_uint32(f"{arch}.attention.head_count_kv", heads[1])
@@ -59,7 +59,7 @@ def write_like(path, shapes, arch="llama", heads=(4, 2), **tensors):
 
 
 def read(path):
-    """Type and values of each tensor, by the package gguf."""
+    """The type and values of each tensor, read with the gguf package."""
     found = {}
     for tensor in gguf.GGUFReader(path).tensors:
         values = gguf.dequantize(tensor.data, tensor.tensor_type)
@@ -68,7 +68,7 @@ def read(path):
 
 
 def random_array(rng, kind, rows, blocks, *, dtype=np.float32, offset=0.0):
-    """A ``QArray`` ``[rows, columns]`` of any codes, whose scales reach both ends of what is exact."""
+    """A ``QArray`` ``[rows, columns]`` of random codes, with scales from end to end of the exact range."""
     lower, upper, bits = GRIDS[kind]
     size = 256 if kind == "TQ2_0" else 32
     codes = rng.integers(lower, upper + 1, (rows, blocks * size), dtype=np.int8)
@@ -213,7 +213,7 @@ def test_axes_in_any_order_give_the_same_products(tmp_path, shape, transpose, pr
 
 
 def rotated(x, interleaved):
-    """Rotary embedding at position 3 of a head's outputs: of neighbours, or of halves."""
+    """Rotary embedding of a head's outputs at position 3, which pairs neighbours, or halves."""
     angles = 3 * 10.0 ** -np.arange(x.size // 2)
     a, b = (x[::2], x[1::2]) if interleaved else np.split(x, 2)
     a, b = a * np.cos(angles) - b * np.sin(angles), a * np.sin(angles) + b * np.cos(angles)
@@ -450,7 +450,7 @@ def test_without_the_gguf_package_only_other_types_fail(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_llama_cpp_runs_a_quantized_llama(tmp_path):
-    """A llama of two layers: its next tokens, and their probabilities, are those of a pass in NumPy."""
+    """Next tokens and probabilities of a two-layer llama agree with a forward pass in NumPy."""
     xllamacpp = pytest.importorskip("xllamacpp")
     heads, size, width, words = 4, 16, 64, 96
     shapes = {"token_embd.weight": (words, width), "output_norm.weight": (width,)}

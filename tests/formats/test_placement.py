@@ -1,4 +1,4 @@
-"""``load(like=...)`` lands each leaf where its leaf of ``like`` is."""
+"""``load(like=...)`` places each leaf where the leaf of ``like`` is."""
 
 import jax
 import jax.numpy as jnp

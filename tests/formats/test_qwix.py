@@ -19,7 +19,7 @@ from optax_clipquant import (
 
 qwix = pytest.importorskip("qwix")
 
-# qwix asks flax for a name that has another now.
+# qwix uses a name that flax has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning")
 
 FITTING = {

@@ -348,10 +348,10 @@ def test_size_is_near_the_ideal(file, name):
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero points"])
 @pytest.mark.parametrize("split", [True, False], ids=["nested", "flat"])
 def test_header_of_many_small_leaves_is_small(file, length, symmetric, split):
-    """Of 500 leaves the 8 KB are 16 bytes each: what is measured is the header."""
+    """With 500 leaves the allowance of 8 KB is 16 bytes each, so that this measures the header."""
     w = jnp.asarray(weights((64, 32)))
     q = jax.jit(Uniform(bits=4, symmetric=symmetric).quantize)(w)
-    # A path is written once, so that only its part beyond 100 characters is not covered.
+    # A path is written once; the allowance covers 100 characters of it.
     tree = {}
     for i in range(500):
         path = f"model/layers_{i}/attention/".ljust(length - 6, "x").replace("xxxxx", "x/xxx")

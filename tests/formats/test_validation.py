@@ -24,7 +24,7 @@ TENSORS = {
 
 
 def write(path: pathlib.Path, tensors=None, grid=None, shape=(8, 6), nodes=None, **edits) -> None:
-    """A file with right checksums, whatever it says. ``grid`` replaces items of the grid by index."""
+    """Writes a file with right checksums and any contents. ``grid`` replaces items of the grid by index."""
     tensors = TENSORS if tensors is None else tensors
     static = GRID.copy()
     for index, value in (grid or {}).items():
@@ -47,13 +47,13 @@ def crc(*names: str, of: dict[str, np.ndarray]) -> int:
 
 
 def with_(**changes) -> dict[str, np.ndarray]:
-    """``TENSORS`` with others; ``s``, ``z`` and ``m`` are the parts of ``a``."""
+    """``TENSORS`` with some replaced; ``s``, ``z`` and ``m`` are the parts of ``a``."""
     tensors = TENSORS | {f"~{k}0" if len(k) == 1 and k in "szm" else k: v for k, v in changes.items()}  # fmt: skip
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def plain(*names: str) -> dict:
-    """A file of arrays with these names, and nothing else."""
+    """A file of plain arrays with these names."""
     tensors = {name: np.ones(2, np.float32) for name in names}
     return {"tensors": tensors, "leaves": [crc(name, of=tensors) for name in sorted(names)], "grids": []}  # fmt: skip
 

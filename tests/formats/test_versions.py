@@ -1,4 +1,4 @@
-"""Files that version 1 wrote when it was made load for ever, to the same arrays."""
+"""Stored files of format version 1 keep loading, to the same arrays."""
 
 import pathlib
 

@@ -25,7 +25,7 @@ def mesh(shape=(8,), names=("data",)):
 
 
 def averaged(tx, params, axis="data", on=None, check_vma=True):
-    """Initial state, and a jitted update from (8, ...) gradients, a row a device."""
+    """The initial state, and a jitted update of (8, ...) gradients, one row per device."""
     on = on or mesh()
     specs = state_specs(jax.eval_shape(tx.init, params), axis)
     init = jax.shard_map(tx.init, mesh=on, in_specs=P(), out_specs=specs, check_vma=check_vma)
@@ -47,7 +47,7 @@ def gradients(shape, seed=0, dtype=jnp.float32):
 @pytest.mark.parametrize("error_feedback", [True, False])
 @pytest.mark.parametrize(("bits", "bound"), [(8, 0.02), (4, 0.35)])
 def test_mean_is_exact_to_within_rounding(bits, bound, error_feedback, check_vma):
-    """Also of leaves that split into no whole blocks, and of small ones, which are exact."""
+    """Also for leaves that do not divide into whole blocks; small leaves are exact."""
     grads = {"a": gradients((70, 90)), "b": gradients((5,)), "c": gradients((4096,), 1), "n": None}
     params = jax.tree.map(lambda g: jnp.zeros(g.shape[1:]), grads)
     tx = average_gradients("data", bits=bits, error_feedback=error_feedback)
@@ -105,7 +105,7 @@ def test_all_devices_get_the_same_bits():
 
 @pytest.mark.parametrize(("bits", "bound"), [(8, 0.02), (4, 0.4)])
 def test_error_feedback_keeps_the_sum_within_one_rounding(bits, bound):
-    """Gradients that are the same in each step: without feedback the error would grow with them."""
+    """With equal gradients in every step, the error would grow linearly without feedback."""
     grads = {"a": gradients((64, 128))}
     exact = np.asarray(grads["a"], np.float64).mean(0)
     largest = float(jnp.abs(grads["a"]).max())
@@ -115,7 +115,7 @@ def test_error_feedback_keeps_the_sum_within_one_rounding(bits, bound):
         found, state = step(grads, state)
         total += np.asarray(found["a"], np.float64)
         assert np.abs(total - steps * exact).max() < bound * largest, steps
-    # Nearest codes without it: the same error each time.
+    # Without feedback, nearest rounding makes the same error each time.
     one, _ = step(
         grads, averaged(average_gradients("data", bits=bits), {"a": jnp.zeros((64, 128))})[0]
     )
@@ -151,7 +151,7 @@ def test_non_finite_gradients_reach_all_devices_and_leave_no_error(bad):
 
 
 def sent(text: str) -> float:
-    """Bytes that leave a device, of 8, from the compiled program.
+    """Bytes that each of 8 devices sends, read from the compiled program.
 
     An all-to-all and an all-gather send 7/8 of the full array; an all-reduce twice that, as a ring.
     """
@@ -168,7 +168,7 @@ def sent(text: str) -> float:
     ("bits", "bound"), [(8, 0.27), pytest.param(4, 0.15, marks=pytest.mark.slow)]
 )
 def test_traffic_is_a_fraction_of_float32(bits, bound):
-    """Of those of a float32 mean, in a net of large and small leaves. (The target is .3 at 8 bits.)"""
+    """Relative to a float32 mean, in a net with large and small leaves. (The target is .3 at 8 bits.)"""
     grads = {"a": gradients((256, 512)), "b": gradients((512, 300)), "bias": gradients((512,))}
     params = jax.tree.map(lambda g: jnp.zeros(g.shape[1:]), grads)
     state, step = averaged(average_gradients("data", bits=bits), params)
@@ -185,7 +185,7 @@ def test_traffic_is_a_fraction_of_float32(bits, bound):
 
 
 def train(tx, steps=150):
-    """A net on noisy data, a batch of 8 a device; the mean loss of the last 20 steps."""
+    """The mean loss of the last 20 steps of a net on noisy data, with a batch of 8 per device."""
     keys = jax.random.split(jax.random.key(0), 3)
     params = {
         "a": jax.random.normal(keys[0], (64, 128)) / 8,
@@ -216,7 +216,7 @@ def train(tx, steps=150):
 
 
 def mean_of(axis):
-    """The plain mean as a transform, with a state that ``state_specs`` knows."""
+    """The plain mean as a transform, with a state that ``state_specs`` accepts."""
     return optax.stateless(lambda updates, _: jax.lax.pmean(updates, axis))
 
 
@@ -268,7 +268,7 @@ def test_gradients_already_summed_are_refused():
 
 @pytest.mark.parametrize("error_feedback", [True, False])
 def test_init_accepts_abstract_params(error_feedback):
-    """Given ShapeDtypeStructs, which hold no values, and under ``eval_shape``."""
+    """ShapeDtypeStructs, which hold no values, and tracers under ``eval_shape``."""
     params = {"a": jnp.ones((64, 70)), "b": jnp.ones(3)}
     tx = average_gradients("data", error_feedback=error_feedback)
     expected = tx.init(params)

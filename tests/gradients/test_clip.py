@@ -79,7 +79,7 @@ def test_nan_passes_uncounted_and_infinity_is_clamped():
     clipped, state = update(1.0, jnp.array([jnp.nan, jnp.inf, -jnp.inf, 0.5]))
     np.testing.assert_array_equal(clipped, [np.nan, 1, -1, 0.5])
     assert float(state.clip_fraction) == 0.5
-    # A bound beyond float16 is its largest number.
+    # A bound beyond float16's range becomes its largest number.
     clipped, _ = update(1e6, jnp.array([jnp.inf], jnp.float16))
     assert float(clipped[0]) == float(jnp.finfo(jnp.float16).max)
     tx = optax.apply_if_finite(optax.chain(clip_by_value(1.0), optax.sgd(1.0)), 5)
@@ -267,7 +267,7 @@ def test_works_under_vmap():
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_fraction_over_many_leaves(monkeypatch, variant, devices):
-    """Those of one shape are counted together, in bounded numbers, where there is one device."""
+    """On one device, leaves of equal shape are counted together, a bounded number at a time."""
     monkeypatch.setattr(jax, "device_count", lambda: devices)
     rng = np.random.default_rng(0)
     shapes = [*[(5,)] * 19, *[(4, 3)] * 8, (), (0, 3), *[(96, 64)] * 2, (8192,)]

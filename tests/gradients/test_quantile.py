@@ -15,7 +15,7 @@ from optax_clipquant import (
 
 
 def student(key, shape):
-    """With 2 degrees of freedom."""
+    """Student's t with 2 degrees of freedom."""
     a, b = jax.random.split(key)
     return jax.random.normal(a, shape) / jnp.sqrt(jax.random.exponential(b, shape))
 
@@ -72,7 +72,7 @@ def test_step_matches_the_formula_in_float64():
 
 
 def test_bound_does_not_oscillate_in_the_tail():
-    """With the undamped step the bound would jump about the quantile 0.9999 for ever."""
+    """Undamped, the bound would oscillate about the quantile 0.9999 forever."""
     tx = clip_by_quantile(0.9999, initial=3.9)
 
     def step(state, key):
@@ -93,7 +93,7 @@ def test_bound_follows_a_drift():
         return state, (state.clip_fraction, state.threshold / scale)
 
     _, (share, ratio) = jax.lax.scan(step, tx.init(None), jnp.arange(120))
-    # It lags behind: what makes up for 5% a step is a share of 0.05 * (1 + 0.05 / 0.2).
+    # It lags: keeping up with 5% per step takes a clipped fraction of 0.05 * (1 + 0.05 / 0.2).
     np.testing.assert_allclose(np.mean(share[60:]), 0.0625, rtol=0.03)
     assert np.ptp(ratio[60:]) < 0.15
 
@@ -156,7 +156,7 @@ def test_per_leaf_works_in_an_nnx_optimizer():
 
 @pytest.mark.parametrize("per_leaf", [False, True])
 def test_zeros_are_not_counted(per_leaf):
-    """Of an embedding of which a step touches few rows, the bound follows those."""
+    """The bound follows the few rows of an embedding that a step touches."""
     tx = clip_by_quantile(0.99, per_leaf=per_leaf)
 
     def step(state, key):
@@ -176,7 +176,7 @@ def test_zeros_are_not_counted(per_leaf):
 
 
 def test_bound_is_nearly_unbiased_with_few_elements():
-    """Where no element or one is clamped, the step is in proportion to how many were to be."""
+    """Where at most one element is clamped, the step is proportional to the expected number."""
     tx = clip_by_quantile(0.99)
 
     def step(state, key):

@@ -1,4 +1,4 @@
-"""What the transforms that keep a running state have in common."""
+"""Properties shared by the transforms that keep a running state."""
 
 import math
 
@@ -44,7 +44,7 @@ def test_tracking_keeps_dtypes_and_state_types(platform, variant, name, dtype):
 
 
 def _pick(output):
-    """Without the float0, which no jitted function returns."""
+    """The tree without float0 leaves, which a jitted function cannot return."""
     updates, state = output
     assert updates["f"].dtype == jax.dtypes.float0
     return updates["w"], state

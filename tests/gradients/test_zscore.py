@@ -15,7 +15,7 @@ from optax_clipquant import (
 def zclip(norms, z, decay, warmup_steps, max_norm):
     """The algorithm of arXiv:2504.02507 in float64: norms after clipping, and thresholds.
 
-    But for what the moments take: the norm, cut a little above the threshold.
+    Except that the moments take in the norm capped a little above the threshold.
     """
     clipped, thresholds, collected = [], [], []
     for g in norms:
@@ -54,7 +54,7 @@ def test_matches_zclip_in_float64(z, decay, warmup_steps, max_norm, size):
     def step(state, norm):
         grads = {k: jnp.asarray(d / length, jnp.float32) * norm for k, d in direction.items()}
         updates, state = tx.update(grads, state)
-        # In units of the size, whose square may not be a float32.
+        # In units of the size, whose square may overflow float32.
         return state, (optax.tree.norm(optax.tree.scale(1 / size, updates)), state)
 
     _, (found, states) = jax.jit(
@@ -79,7 +79,7 @@ def test_zero_and_non_finite_norms_are_not_recorded():
     np.testing.assert_array_equal(updates, g)
     updates, _ = tx.update(jnp.array([jnp.inf, 100.0]), state)
     np.testing.assert_array_equal(updates, [np.nan, 0])
-    # Finite, and the square is not: not let through.
+    # The norm is finite but its square is not; it must not pass.
     updates, _ = tx.update(jnp.array([1e30, 100.0]), state)
     np.testing.assert_array_equal(updates, [0, 0])
     updates, after = tx.update(jnp.array([1e18, 0.0]), state)

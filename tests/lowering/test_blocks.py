@@ -19,7 +19,7 @@ SEARCHING = [
 
 @pytest.fixture
 def blocks(monkeypatch):
-    """On one device, of so few elements that small arrays have several."""
+    """Sets the block size, small enough that small arrays have several blocks, on one device."""
     monkeypatch.setattr(jax, "device_count", lambda: 1)
 
     def of(size: int) -> None:
@@ -34,7 +34,7 @@ def blocks(monkeypatch):
 @pytest.mark.parametrize("quantizer", SEARCHING, ids=str)
 @pytest.mark.parametrize("warm", [False, True])
 def test_fit_in_blocks_matches_fit_of_the_whole(blocks, quantizer, axis, warm):
-    """Also where the last block reaches back, and is of a shorter last group."""
+    """Also where the last block overlaps the one before it, and has a shorter last group."""
     quantizer = dataclasses.replace(quantizer, channel_axis=axis)
     w = jnp.asarray(weights((100, 2, 100), "student3"))
     found = []
@@ -43,7 +43,7 @@ def test_fit_in_blocks_matches_fit_of_the_whole(blocks, quantizer, axis, warm):
         start = quantizer.fit(w * 1.01) if warm else None
         found.append(quantizer.fit(w, start=start))
     for grid in found[:-1]:
-        # Sums in another order may round a scale the other way.
+        # Summing in another order may round a scale differently.
         np.testing.assert_allclose(grid.scale, found[-1].scale, rtol=2.0**-7)
         assert np.mean(grid.scale == found[-1].scale) > 0.95
         if grid.zero_point is not None:
@@ -106,7 +106,7 @@ def test_no_blocks_on_several_devices():
     ids=str,
 )
 def test_a_search_over_a_model_takes_little_memory(blocks, quantizer, dtype):
-    """Without blocks, 3/8 of each array in each round, of all arrays at once, and in float32."""
+    """Without blocks, each round would hold 3/8 of every array at once, in float32."""
     blocks(2**20)
     model = {f"w{i}": jax.ShapeDtypeStruct((2048, 2048), dtype) for i in range(4)}
     if quantizer.group_size:

@@ -44,7 +44,7 @@ def test_neighbours_and_streams_are_independent():
 
 @pytest.mark.parametrize("every", [1, 2, 3, 10])
 def test_noise_is_even_over_steps(every):
-    """Of any run of steps, and of every k-th, the right share is below p, to within a few."""
+    """In any run of steps, and every k-th step, the fraction below p is right to within a few."""
     values = numbers((20, 20), range(0, 1000 * every, every))
     for p in (0.003, 0.1, 0.37, 0.5, 0.9):
         below = np.cumsum(values < p, axis=0)
@@ -55,7 +55,7 @@ def test_noise_is_even_over_steps(every):
 
 @pytest.mark.parametrize(("mean", "std", "bound"), [(0.01, 0.05, 0.9), (0.02, 0.005, 0.5)])
 def test_sum_of_rounded_steps_drifts_less_than_with_independent_noise(mean, std, bound):
-    """Steps far smaller than a unit: 1,000 of them, rounded each, against their float sum."""
+    """1,000 steps far smaller than a unit, each rounded, against their float sum."""
     updates = np.random.default_rng(0).normal(mean, std, (1000, 400))
 
     def final(draws):

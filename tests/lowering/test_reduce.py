@@ -12,9 +12,9 @@ from optax_clipquant.lowering.reduce import Span, extremes
 
 @pytest.fixture(params=[1, 8])
 def devices(request, monkeypatch):
-    """With how many a reduction reckons: parts that they would have to share are reduced whole.
+    """Sets the number of devices that a reduction assumes: parts that devices would share are reduced whole.
 
-    What is compiled must be a function of the test's own, or it would be the one of the other number.
+    Tests must compile fresh functions, or a program compiled for the other number would be reused.
     """
     monkeypatch.setattr(jax, "device_count", lambda: request.param)
     return request.param
@@ -24,7 +24,7 @@ def devices(request, monkeypatch):
 @pytest.mark.parametrize("axes", [None, (0,), (1,), (-1,)])
 @pytest.mark.parametrize(("place", "nan"), [(0, np.nan), (7, -np.nan), (-1, np.nan)])
 def test_extremes_keep_nan(devices, shape, axes, place, nan):
-    """The compiler may not: XLA's CPU backend drops NaN from the maximum of a large array."""
+    """XLA's CPU backend drops NaN from a plain maximum of a large array."""
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     x.reshape(-1)[place] = nan
     high, low = jax.jit(lambda x: extremes(x, Span(axes)))(jnp.asarray(x))
@@ -47,7 +47,7 @@ def test_extremes_are_exact_at_the_limits_of_the_range(devices):
     x = np.full((192, 256), huge)
     x[::2] = -huge
     high, low = jax.jit(lambda x: extremes(x))(jnp.asarray(x))
-    assert (high, low) == (huge, -huge)  # and no NaN, though both sums overflow
+    assert (high, low) == (huge, -huge)  # not NaN, though both sums overflow
     x = np.zeros((192, 256), np.float32)
     x[0, 0], x[1, 1] = 1e-30, -0.0
     high, low = jax.jit(lambda x: extremes(x))(jnp.asarray(x))
@@ -69,14 +69,14 @@ def test_extremes_and_sums_share_one_loop(devices, dtype, axes):
 
 
 def results(x: jax.Array, span: Span) -> list[jax.Array]:
-    """Of arrays that are computed, and share something."""
+    """Reduces computed arrays that share a subexpression."""
 
     shared = jnp.tanh(x)
     return span.reduce(("max", "max", "sum", "sum"), [x, -x, shared, jnp.square(shared)])
 
 
-# Where runs of 16 fit, of fewer, and none; the last axis alone; three axes, of which the middle one is long;
-# groups along the last axis; several lengths of which nothing divides.
+# Lengths that runs of 16, of fewer, or none divide; the last axis alone; three axes with a long middle one;
+# groups along the last axis; several lengths that nothing divides.
 SHAPES_AND_AXES = [
     ((192, 256), (0,)),
     ((192, 256), (0, 1)),
@@ -120,7 +120,7 @@ def test_reductions_work_under_vmap_and_grad(devices, shape, axes):
 
 
 def test_runs_share_their_reduction(devices):
-    """The axis of pieces in runs of 3, the last of 1, each reduced over an axis of its own."""
+    """Pieces in runs of 3, the last run of 1, and an axis within each piece that is reduced."""
     x = weights((4, 16, 256))
     found = results(jnp.asarray(x), Span((1,), 0, 3))
     each = np.tanh(x.astype(np.float64)).sum(axis=1, keepdims=True)
@@ -131,7 +131,7 @@ def test_runs_share_their_reduction(devices):
 
 
 def reduced_at_once(x: jax.Array, axes: tuple[int, ...], platform: str) -> int:
-    """The most arrays that one reduction of the program for a platform has."""
+    """The largest number of arrays in one reduction of the program for a platform."""
     lowered = (
         jax.jit(lambda x: results(x, Span(axes))).trace(x).lower(lowering_platforms=(platform,))
     )
@@ -152,7 +152,7 @@ def test_cpu_reduces_arrays_together_where_no_device_shares_a_run(devices):
     "name", ["binary", "ternary", "uniform2", "uniform4", "uniform2-asymmetric"]
 )
 def test_fits_hardly_depend_on_the_device_count(monkeypatch, name, axis):
-    """Where most is reduced together, against devices so many that nothing is."""
+    """One device, where most arrays are reduced together, against many, where none are."""
     quantizer = QUANTIZERS[name]
     quantizer = dataclasses.replace(quantizer, channel_axis=axis)
     w = jnp.asarray(weights((256, 128), "student3"))

@@ -15,7 +15,7 @@ BITS = [8, 4]
 
 
 def levels(bits: int, negative: bool) -> np.ndarray:
-    """For a largest magnitude of 1, in float64."""
+    """The levels for a largest magnitude of 1, in float64."""
     if negative:
         k = np.arange(-(2 ** (bits - 1)) + 1, 2 ** (bits - 1))
         return np.sign(k) * (k / k[-1]) ** 2
@@ -24,7 +24,7 @@ def levels(bits: int, negative: bool) -> np.ndarray:
 
 
 def blocks_of(x: np.ndarray, block: tuple[int, int]) -> np.ndarray:
-    """(blocks, size), in float64."""
+    """The blocks of an array as ``(blocks, size)``, in float64."""
     axis, size = block
     return np.moveaxis(x.astype(np.float64), axis, -1).reshape(-1, size)
 
@@ -57,7 +57,7 @@ def test_encodes_to_the_nearest_level(bits, x, positive):
         table = levels(bits, w.min() < 0)
         nearest = np.abs(table[None] - w[:, None] / largest).min(1)
         error = np.abs(found - w) / largest
-        # Where there are no negative numbers, what is nearest to zero takes the first level.
+        # In blocks without negative numbers, numbers nearest to zero take the first level above it.
         kept = (w == 0) | (w.min() < 0) | (w / largest >= table[table > 0].min())
         assert np.all(error[kept] <= nearest[kept] + 1e-6)
         np.testing.assert_allclose(
@@ -88,7 +88,7 @@ def test_stochastic_rounding_is_unbiased(bits, positive):
     mean = np.asarray(once(jnp.arange(2000)), np.float64).mean(0)
     largest = np.abs(x).max(1, keepdims=True)
     table = levels(bits, not positive)
-    # Below the first level second moments are rounded up, always.
+    # Second moments below the first level are always rounded up.
     right = (np.abs(x) / largest > table[table > 0].min()) | (not positive)
     assert right.mean() > 0.5
     assert (np.abs(mean - x) / largest)[right].max() < 0.005 * np.diff(table).max() + 1e-6
@@ -101,7 +101,7 @@ def test_stochastic_rounding_is_unbiased(bits, positive):
     [((150, 80), (-2, 64)), ((3, 128, 64), (-2, 64)), ((70, 12, 8), (-3, 64)), ((100,), (-1, 64))],
 )
 def test_error_is_within_a_level_of_the_smaller_magnitude(shape, block, bits, positive):
-    """The largest of its block or of its row, in float64; of rows and columns that span decades."""
+    """The smaller of the largest magnitudes of its block and its row, with rows and columns that span decades."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal(shape).astype(np.float32)
     axis, size = len(shape) + block[0], block[1]
@@ -159,7 +159,7 @@ def test_non_finite_values_leave_their_block_intact(bits, block, bad):
     assert np.all(np.isfinite(kept.scale))
     assert np.isfinite(found[7, 100])
     assert np.sign(found[7, 100]) == (0 if np.isnan(bad) else np.sign(bad))
-    # Where it is to be seen, NaN, and again no other.
+    # With keep_nan they become NaN, and no other element does.
     seen = np.asarray(compand(jnp.asarray(x), block, bits, keep_nan=True).decode())
     np.testing.assert_array_equal(np.isfinite(seen), others)
     np.testing.assert_array_equal(seen[others], clean[others])
@@ -175,7 +175,7 @@ def test_keep_nan_works_in_blocks_without_negative_numbers(bits):
 
 @pytest.mark.parametrize("bits", BITS)
 def test_an_overflowing_second_moment_becomes_the_largest(bits):
-    """A step divides by it: it must not become zero."""
+    """An optimizer divides by it, so it must not become zero."""
     x = jnp.full((1, 64), 2.0).at[0, 3].set(jnp.inf).at[0, 4].set(jnp.nan)
     np.testing.assert_allclose(compand(x, (-1, 64), bits).decode(), 2.0)
 
@@ -202,7 +202,7 @@ def test_restoring_into_other_bits_or_blocks_names_both(bits):
         restore({"mu": compand(x, (-2, 64), 12 - bits)}, raw)
     with pytest.raises(ValueError, match=r"scale=\[1, 64\].*restore into has .*scale=\[2, 64\]"):
         restore({"mu": compand(x, (-2, 32), bits)}, raw)
-    # Checkpoints were without a layout.
+    # Older checkpoints have no layout.
     state = flax.serialization.to_state_dict(kept)
     del state["layout"]
     found = flax.serialization.from_state_dict(kept, state)

@@ -25,7 +25,7 @@ def traced_r(w: jax.Array) -> QArray:
 
 
 def expanded(grid: Grid, x: jax.Array, shape) -> np.ndarray:
-    """A scale or zero point at each element, by index arithmetic."""
+    """The scale or zero point of each element, by index arithmetic."""
     index = list(np.indices(shape))
     for axis in range(len(shape)):
         if grid.group is not None and axis == grid.group[0] + len(shape):
@@ -36,7 +36,7 @@ def expanded(grid: Grid, x: jax.Array, shape) -> np.ndarray:
 
 
 def levels(grid: Grid, shape) -> np.ndarray:
-    """All levels at each element, in float64, the last axis over codes."""
+    """All levels of each element in float64, with codes along the last axis."""
     zero = 0 if grid.zero_point is None else expanded(grid, grid.zero_point, shape)[..., None]
     codes = np.arange(grid.lower, grid.upper + 1)
     if grid.codebook is not None:
@@ -83,7 +83,7 @@ def test_stochastic_rounding_is_unbiased(quantizer):
     choices = levels(grid, w.shape)
     inside = (w > choices.min(-1)) & (w < choices.max(-1))
     error = np.abs(np.mean(decoded, 0) - w) / step
-    # Five standard errors of the mean of a rounding, which has a deviation of at most half a step.
+    # Five standard errors, where one rounding has a standard deviation of at most half a step.
     assert np.max(np.where(inside, error, 0)) < 5 * 0.5 / np.sqrt(len(keys))
     # Only the two levels around a weight occur.
     assert np.max(np.where(inside, np.abs(decoded - w) / step, 0)) < 1.001
@@ -170,7 +170,7 @@ def test_restoring_onto_other_levels_names_both_and_the_path(through, saved, oth
     w = jnp.asarray(weights((8, 4)))
     kept, target = ({"a": {"w": quantizer.quantize(w)}} for quantizer in (saved, other))
     state = flax.serialization.to_state_dict(kept)
-    if through == "orbax":  # which keeps arrays, and no static half
+    if through == "orbax":  # which keeps arrays but not the static half
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(tmp_path / "kept", state)
             checkpointer.wait_until_finished()
@@ -205,7 +205,7 @@ def test_narrow_codes_survive_msgpack():
 
 
 def test_levels_are_fixed_points_of_stochastic_rounding():
-    # Dividing by the reciprocal puts some levels a unit in the last place below their code.
+    # Multiplying by the reciprocal puts some levels one unit in the last place below their code.
     grid = Uniform(bits=8).fit(jnp.asarray(weights((64, 256))))
     codes = jnp.arange(4096 * 256, dtype=jnp.int32).reshape(4096, 256) % 256 - 128
     codes = codes.astype(jnp.int8)
@@ -216,7 +216,7 @@ def test_levels_are_fixed_points_of_stochastic_rounding():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_rounding_to_half_precision_cannot_be_compiled_away(dtype):
-    # A compiler may drop a cast to bfloat16 that is followed by one back, but not reduce_precision.
+    # A compiler may drop a cast to bfloat16 and back, but not reduce_precision.
     q = Uniform(bits=8).quantize(jnp.asarray(weights((64, 8))).astype(dtype))
     widen = lambda q: q.dequantize().astype(jnp.float32)  # noqa: E731
     chex.assert_trees_all_equal(jax.jit(widen)(q), widen(q))
@@ -226,7 +226,7 @@ def test_rounding_to_half_precision_cannot_be_compiled_away(dtype):
 @pytest.mark.parametrize("size", [1.0, 1e-3, 2e-5, 1e-7])
 @pytest.mark.parametrize("quantizer", MIXED)
 def test_float16_keeps_its_smallest_numbers(variant, quantizer, size):
-    """``reduce_precision`` makes those below 2**-14 zero."""
+    """``reduce_precision`` alone would flush numbers below 2**-14 to zero."""
     w = jnp.asarray(weights((24, 6)) * np.float32(size)).astype(jnp.float16)
     q = quantizer.quantize(w)
     grid, codes = q.grid, np.asarray(q.qvalue, np.float32)
@@ -244,7 +244,7 @@ FLOAT8 = [getattr(ml_dtypes, name) for name in dir(ml_dtypes) if name.startswith
 
 @pytest.mark.parametrize("dtype", [t for t in FLOAT8 if ml_dtypes.finfo(t).nmant])
 def test_float8_rounding_matches_the_cast(dtype, variant):
-    """From the least level to the largest, between them and beyond, where some have no infinity."""
+    """From the smallest level to the largest, between levels, and beyond, where some types have no infinity."""
     every = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
     every = np.unique(every[np.isfinite(every)])
     middles = (every[1:] + every[:-1]) / 2

@@ -33,7 +33,7 @@ def test_each_scale_serves_one_group(shape, size, scales, group):
     assert grid.group == group
     shared, found = cut_groups(shape, contracted_axes(len(shape)), size)
     assert scale_shape(shape, shared, found) == scales
-    # Of an extent of 1 nobody knows whether it is shared, nor does it matter.
+    # An axis of extent 1 may count as shared or not, which makes no difference.
     again, _ = groups_of(shape, scales, group)
     assert scale_shape(shape, again, group) == scales
 
@@ -87,8 +87,8 @@ def test_start_with_other_groups_is_refused():
     data=st.data(),
 )
 def test_groups_are_exact(shape, size, data):
-    """Growing one weight changes the decoded values of at most ``group_size`` weights, all of one
-    index of each axis that is not contracted.
+    """Growing one weight changes the decoded values of at most ``group_size`` weights, all at the same
+    index along each axis that is not contracted.
     """
     axes = data.draw(st.sets(st.sampled_from(range(len(shape))), min_size=1))
     use = Use({"dot"}, contracted=axes)

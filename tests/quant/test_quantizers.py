@@ -17,7 +17,7 @@ KINDS = ["normal", "laplace", "student3", "heavy", "uniform", "skewed"]
 
 
 def best_ternary_error(w: np.ndarray) -> np.ndarray:
-    """By trying each number of weights that are not 0, along the first axis."""
+    """The least error of three levels along the first axis, from trying every number of non-zero weights."""
     magnitude = -np.sort(-np.abs(w.astype(np.float64)), axis=0)
     sums = np.cumsum(magnitude, axis=0)
     count = np.arange(1, len(w) + 1).reshape(-1, *([1] * (w.ndim - 1)))
@@ -25,7 +25,7 @@ def best_ternary_error(w: np.ndarray) -> np.ndarray:
 
 
 def best_uniform_error(w: np.ndarray, bits: int) -> np.ndarray:
-    """By trying 3,000 scales of either sign, each then refit by least squares, along the first axis."""
+    """The least error along the first axis over 3,000 scales of either sign, each refit by least squares."""
     w = w.astype(np.float64)
     lower, upper = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     offset = 0.5 if bits <= 2 else 0.0
@@ -73,7 +73,7 @@ def test_mse_is_close_to_brute_force_and_never_worse_than_absmax(kind, bits, lim
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=25)  # most are compiled anew
+@hypothesis.settings(max_examples=25)  # most shapes compile anew
 @hypothesis.given(
     w=hnp.arrays(
         np.float32,
@@ -92,7 +92,7 @@ def test_mse_is_never_worse_than_absmax(w, bits, symmetric):
 
 
 def test_errors_on_normal_weights_stay_at_the_design_figures():
-    """The figures that the design was chosen by: squared error on N(0, 1), channels of 512."""
+    """Squared errors on N(0, 1) with channels of 512, which the design was chosen by."""
     w = weights((512, 2000))
     n = w.size
     assert squared_error(Uniform(bits=1), w) / n < 0.369
@@ -132,7 +132,7 @@ def test_affine_levels_span_the_weights_and_include_zero(w, bits):
 )
 @pytest.mark.parametrize("bits", cases(range(1, 9), [1, 4, 8]))
 def test_affine_levels_stay_finite_for_weights_over_the_whole_range(bits, dtype):
-    """Such weights are twice the range apart."""
+    """Such weights span twice the largest number of the dtype."""
     largest = float(jnp.finfo(dtype).max)
     w = jnp.asarray([largest, -largest, largest / 3, 0], dtype)
     q = Uniform(bits=bits, symmetric=False, channel_axis=None, scale_rule="absmax").quantize(w)
@@ -157,8 +157,8 @@ def test_zscore_matches_the_article_in_float64(R, resolution, shape, shift):
     w64 = w.astype(np.float64)
     z = (w64 - w64.mean()) / w64.std()
     codes = np.clip(np.round(resolution * z), -R, R)
-    # A code differs only where the kept mean, a multiple of 1/64 step, moves a weight over the
-    # middle between two levels, or the scale's 8 bits do.
+    # A code differs only where the rounding of the mean, to a multiple of 1/64 step, or of the scale,
+    # to 8 bits, moves a weight across the midpoint between two levels.
     position = resolution * z
     near = (
         np.abs(np.abs(position - np.round(position)) - 0.5)
@@ -241,7 +241,7 @@ NASTY = {
 }
 
 
-# One of each kind of grid; in half precision one of each formula, and what its range makes nasty.
+# One of each kind of grid; in half precision one of each formula, and values nasty for its range.
 NASTY_CASES = [
     *((name, case, jnp.float32) for name in CORE for case in NASTY),
     *(
@@ -268,7 +268,7 @@ def test_nasty_values_have_defined_results(name, case, dtype):
     if case in ("zeros", "denormal"):
         np.testing.assert_array_equal(dequantized, 0)
     if case in ("constant", "negative", "one", "scalar") and "asymmetric" not in name:
-        # Its levels are at two thirds of the largest magnitude.
+        # Its outer levels lie at two thirds of the largest magnitude.
         w64 = w64 / 1.5 if name == "ternary-absmax" else w64
         np.testing.assert_allclose(dequantized, w64, rtol=2.0**-7)
 
@@ -285,7 +285,7 @@ def test_non_finite_weights_never_become_finite(name, bad):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("name", NAMES)
 def test_non_finite_weights_never_become_finite_in_large_arrays(name, bad):
-    """Where XLA's CPU backend takes extremes by other means, which drop NaN."""
+    """XLA's CPU backend drops NaN from a plain maximum of a large array."""
     w = weights((192, 256))
     places = (np.array([0, 7, 100, 191]), np.array([0, 255, 31, 254]))
     w[places] = bad
@@ -336,7 +336,7 @@ def test_warm_starts_recover_from_any_scale(quantizer):
     ids=str,
 )
 def test_warm_start_is_one_round_of_least_squares(quantizer, axis):
-    """In float64: the nearest levels at the scale before, then the scale of the least squared error."""
+    """In float64: the nearest levels at the starting scale, then the scale of least squared error for them."""
     quantizer = dataclasses.replace(quantizer, channel_axis=axis)
     w = weights((192, 160), "student3")
     fitted = quantizer.fit(jnp.asarray(w))
@@ -361,7 +361,7 @@ def test_warm_start_from_a_zero_scale_takes_the_absmax_scale():
         start = quantizer.fit(jnp.zeros_like(w))
         assert not start.scale.any()
         found = quantizer.fit(w, start=start)
-        # The outermost level of that one is half a step inside.
+        # Ternary's absmax scale is two thirds of the one that spans the weights.
         factor = 1.5 if isinstance(quantizer, Ternary) else 1
         np.testing.assert_allclose(jnp.abs(found.scale), factor * jnp.abs(absmax.scale), rtol=0.01)
 
@@ -511,7 +511,7 @@ def test_zscore_works_under_vmap_over_its_hyperparameters():
     for i, R in enumerate((1, 2, 3)):
         expected = ZScore(R=R, resolution=2.0).quantize(w)
         np.testing.assert_array_equal(found.qvalue[i], expected.qvalue)
-    # A grid that vmap has stacked serves outside of it too, whatever the shapes.
+    # A grid stacked by vmap also works outside of it, whatever the shapes.
     three = jnp.asarray(weights((3, 8, 3)))
     grids = jax.vmap(lambda w, R: ZScore(R=R).fit(w))(three, jnp.arange(1, 4))
     np.testing.assert_array_equal(
@@ -527,11 +527,11 @@ def test_R_as_text_is_refused():
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", NAMES)
 def test_non_finite_weights_make_their_whole_group_non_finite(name, bad):
-    """And nothing else."""
+    """Weights of other groups stay finite."""
     w = weights((15, 6))
     w[7, 2] = bad
     q = QUANTIZERS[name].quantize(jnp.asarray(w))
-    # The grid that decodes a code of one to the number of its scale.
+    # A grid that decodes code 1 to the index of its scale.
     marked = Grid(jnp.arange(1.0, 1 + q.scale.size).reshape(q.scale.shape), group=q.grid.group)
     owner = np.asarray(marked.decode(jnp.ones_like(q.qvalue)))
     np.testing.assert_array_equal(np.isfinite(q.dequantize()), owner != owner[7, 2])

@@ -1,4 +1,4 @@
-"""Pictures show the numbers that they are given."""
+"""Plots show the numbers they are given."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ from optax_clipquant import QArray, Uniform, plots, quantize_params, summarize
 
 
 def draw(figure) -> None:
-    """Lays it out, which raises where something does not fit together."""
+    """Renders the figure, which raises if its parts are inconsistent."""
     figure.canvas.draw()
 
 
@@ -35,11 +35,11 @@ def test_weight_histogram_counts_all_weights(name):
     np.testing.assert_allclose(bars, w.size, rtol=1e-5)
     (stems,) = axes.get_lines()
     levels, counts = stems.get_data()
-    # Channels are mirrored, or have their zero points at other codes.
+    # Channels may be mirrored, or have their zero points at other codes.
     assert 1 < len(levels) <= 2 * (q.grid.upper - q.grid.lower) + 1
     if q.grid.codebook is None:
         assert counts.sum() == w.size
-        # One step apart: that is the unit.
+        # Levels are one step apart, since the unit is the step.
         np.testing.assert_allclose(np.mod(np.diff(levels) + 0.5, 1), 0.5, atol=2e-3)
     assert axes.get_xlabel() == "weight, in steps of its grid"
 
@@ -130,7 +130,7 @@ def test_leaf_bars_show_odd_names_and_infinite_ratios():
     summary = summarize(params, quantize_params(params, Uniform(bits=4)))
     figure, axes = plots.subplots(2)
     plots.leaf_bars(axes, summary)
-    draw(figure)  # $...$ would be mathematics
+    draw(figure)  # $...$ must not be parsed as mathematics
     labels = [label.get_text() for label in axes[0].get_yticklabels()]
     assert "a$b$c$_ (4)" in labels
     assert max(map(len, labels)) <= 48 + len(" (4)")

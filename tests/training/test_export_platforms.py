@@ -1,4 +1,4 @@
-"""What is public and jittable is lowered for each platform, serialised, and run back here."""
+"""Everything public and jittable is exported for every platform, serialised, and run again here."""
 
 import jax
 import jax.export
@@ -43,7 +43,7 @@ TRANSFORMS = {
 
 
 def check(fn, *args):
-    """Exported for all platforms and run on this one, ``fn`` gives what it gives when it is jitted."""
+    """Asserts that ``fn``, exported for all platforms and run on this one, agrees with jitted ``fn``."""
     leaves, treedef = jax.tree.flatten(args)
 
     def flat(*leaves):

@@ -1,4 +1,4 @@
-"""Training loops that change the params themselves, each beside the same loop in float."""
+"""Training loops that edit the params outside the chain, each compared with the same loop in float."""
 
 import functools
 
@@ -37,7 +37,7 @@ STEPS = 40
 
 @pytest.fixture(autouse=True, scope="module")
 def _as_users_have_it():
-    """Optax's wrappers and NNX do not hold the strictness of this test suite."""
+    """Relaxes dtype promotion: Optax's wrappers and NNX do not work under the strict kind."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -126,7 +126,7 @@ def lookahead(tx, dtype):
 
 
 def sharpness_aware(tx, dtype):
-    """As by hand: the gradient is taken at perturbed params, which are then taken back."""
+    """SAM by hand: the gradient is taken at perturbed params, which are then moved back."""
     params, rho = start(dtype), 0.05
     state = tx.init(params)
 
@@ -211,7 +211,7 @@ GATE = ["4 bits", "soft, 8-bit residual, bfloat16"]
 
 
 def run(loop, tx, dtype):
-    """The weights after each step, and the widest step of their grids."""
+    """The weights after each step, and the largest step of their grids."""
     found, step = [], 0.0
     for w, state in loop(tx, dtype):
         found.append(np.asarray(w, np.float32))
@@ -238,8 +238,8 @@ def test_edited_loop_follows_the_float_loop_to_within_the_grid(loop, kind):
     found, step = run(loop, tx, dtype)
     off = np.abs(found - expected).max((1, 2)) / step
     if kind == "rounded":
-        # Nothing is kept between the levels: each weight walks about the float one, and their root
-        # mean square stays within the 0.5 of one stochastic rounding and what gradients leave of more.
+        # No latent weights: each weight walks randomly about the float one, with a root mean square of
+        # the 0.5 of one stochastic rounding plus what gradients have yet to correct.
         off = np.sqrt(np.square((found - expected) / step).mean((1, 2))) * (1.2 / 0.7)
     curves = "\n".join(
         f"{i:3d}  {loss(f):8.3f}  {loss(e):8.3f}  {o:6.2f}"
@@ -262,7 +262,7 @@ def test_edited_loop_follows_the_float_loop_to_within_the_grid(loop, kind):
     ids=["hard", "soft", "8-bit residual", "soft, 8-bit residual"],
 )
 def test_small_updates_are_not_mistaken_for_edits(options, dtype):
-    """200 of 1e-3 on a grid of steps of 0.3; with a decay outside of 1e-4 beside it, as in float."""
+    """200 updates of 1e-3 on a grid with steps of 0.3, also with an outside decay of 1e-4, match float."""
     first = jnp.asarray(np.linspace(-2.4, 2.1, 96, dtype=np.float32).reshape(SHAPE), dtype)
     tx = quantize_weights(Uniform(bits=4, channel_axis=None), **options)
 
@@ -290,7 +290,7 @@ def test_small_updates_are_not_mistaken_for_edits(options, dtype):
 
 
 def test_decay_outside_the_chain_is_followed():
-    """Of 1e-4 in 200 steps, by .0198 of each weight in float; replacing the latents would lose most."""
+    """200 steps of 1e-4 take .0198 off each weight in float; replacing the latents would lose most of it."""
     tx = quantize_weights(Uniform(bits=4))
     params = {"w": jnp.asarray(np.linspace(0.5, 2.0, 96, dtype=np.float32).reshape(SHAPE))}
     state = tx.init(params)
@@ -328,7 +328,7 @@ def test_resumes_from_a_checkpoint_bit_for_bit(options):
 
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_no_state_holds_a_typed_key(stochastic):
-    """Flax, msgpack and safetensors have no such arrays."""
+    """Flax, msgpack and safetensors cannot store them."""
     for tx in (
         round_weights(Uniform(bits=4), stochastic=stochastic),
         quantize_weights(Uniform(bits=4), residual_bits=8),
@@ -377,7 +377,7 @@ def test_params_of_another_dtype_or_shape_are_refused(name):
             jax.eval_shape(tx.update, updates, state, wrong)
     for shape in ((24, 1), (1, 4), (4,), (24, 4, 1)):
         if name == "round_weights" and shape == (1, 4):
-            continue  # its state has the scales alone, which are those of one row too
+            continue  # its state only has scales, which would fit a single row too
         wrong = {"w": jnp.ones(shape, jnp.bfloat16)}
         with pytest.raises(ValueError, match=r"params leaf 'w' has shape .*call tx\.init again"):
             jax.eval_shape(tx.update, wrong, state, wrong)
@@ -425,7 +425,7 @@ def test_tree_map_params_error_tells_how_to_shard_the_state():
 
 @pytest.mark.parametrize("options", [{}, {"softness": 0.5}, {"residual_bits": 8}])
 def test_meta_gradients_match_the_latent_path(options):
-    """Against finite differences, in float64, of the path with the levels' distances as they are."""
+    """Against float64 finite differences of the latent path, with the distances to the levels held fixed."""
     rate, steps, first = 0.05, 6, weights(SHAPE).astype(np.float64)
     tx = quantize_weights(Uniform(bits=4), **options)
 
@@ -469,7 +469,7 @@ def test_meta_gradients_match_the_latent_path(options):
 
 @pytest.mark.parametrize("make", [quantize_weights, round_weights, clipquant])
 def test_uses_select_leaves_and_give_them_their_axes(make):
-    """A bias of two axes stays float, a transposed weight and stacked layers have a scale for each output."""
+    """A two-axis bias stays float; a transposed weight and stacked layers get a scale for each output."""
     params = {
         "transposed": jnp.asarray(weights((5, 24))),
         "layers": jnp.asarray(weights((3, 5, 5))),

@@ -1,6 +1,6 @@
-"""The same test over every style of model and of tree, and over optax's wrappers.
+"""One test over every style of model and tree, and over optax's wrappers.
 
-TREES and WRAPPERS are the table of what works; REFUSED is that of what is refused, and how.
+TREES and WRAPPERS list the combinations that work, and REFUSED those that are refused, with the errors.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ GRID = Uniform(bits=4)
 
 @pytest.fixture(autouse=True, scope="module")
 def _as_users_have_it():
-    """Flax, Equinox and some optimizers do not hold the strictness of this test suite."""
+    """Relaxes promotion: Flax, Equinox and some optimizers do not work under the strict kind."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
@@ -59,7 +59,7 @@ def everything(residual_bits: int | None = None) -> optax.GradientTransformation
 
 @dataclasses.dataclass
 class Case:
-    """Params, and the output of the model for them, whose square is the loss."""
+    """Params and the function that applies the model to them; the loss is the square of its output."""
 
     params: Any
     apply: Any
@@ -234,7 +234,7 @@ def chain(*last: optax.GradientTransformation) -> optax.GradientTransformation:
 
 
 FULL = chain(quantize_weights(GRID))
-# Whether both of the layers end up on a grid.
+# Each wrapper, and whether both layers end up on a grid.
 WRAPPERS: dict[str, tuple[optax.GradientTransformation, bool]] = {
     "MultiSteps": (optax.MultiSteps(FULL, 2).gradient_transformation(), True),
     "masked": (
@@ -295,7 +295,7 @@ def test_trains_inside_optax_wrappers(name):
 
 
 REFUSED = {
-    # Its params are one long vector, which has no channels.
+    # It turns the params into one long vector, which has no channels.
     "flatten": (lambda: optax.flatten(FULL), ValueError, "no leaf of params is selected"),
     "quantize_state": (lambda: quantize_state(FULL), ValueError, "put that transform after"),
     "average_gradients alone": (
@@ -314,7 +314,7 @@ def test_unsupported_combinations_are_refused(name):
 
 
 def test_export_warns_after_lookahead_moved_params_off_the_grid():
-    """Its slow params are means of what stood on the grid."""
+    """Lookahead's slow params are means of params that stood on the grid."""
     tx = optax.lookahead(FULL, sync_period=2, slow_step_size=0.5)
     params = optax.LookaheadParams.init_synced(
         dequantize_params(quantize_params(mlp_params(), GRID))

@@ -1,4 +1,4 @@
-"""The table of optimizers in the README of the benchmarks, and whether it is true."""
+"""The table of optimizers in the benchmarks' README is complete and true."""
 
 import pathlib
 import re

@@ -1,6 +1,6 @@
-"""Two processes that train together: as one process does, and bit for bit so after one was killed.
+"""Two processes that train together match one process, and resume bit for bit after one is killed.
 
-Checkpoints are orbax's, which each process writes its part of.
+Checkpoints are Orbax's, of which each process writes its part.
 """
 
 import contextlib
@@ -87,7 +87,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def started(folder: pathlib.Path, processes: int, pause: float = 0.0):
-    """The processes, none of which outlives this."""
+    """Starts the processes, and kills those that are left at the end."""
     folder.mkdir(exist_ok=True)
     flags = f"--xla_force_host_platform_device_count={4 // processes}"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
@@ -110,7 +110,7 @@ def started(folder: pathlib.Path, processes: int, pause: float = 0.0):
 
 
 def ends(folder: pathlib.Path, processes: int) -> tuple[list[list[np.ndarray]], int]:
-    """What each process ends with, and the step that they began at."""
+    """The end state of each process, and the step that they started from."""
     with started(folder, processes) as running:
         for index, process in enumerate(running):
             assert process.wait(timeout=120) == 0, (folder / f"log{index}").read_text()[-3000:]
@@ -127,7 +127,7 @@ def assert_same(found: list[np.ndarray], expected: list[np.ndarray]) -> None:
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> list[np.ndarray]:
-    """The end state of two processes that are not killed, which is the same in both."""
+    """The common end state of two processes that are not killed."""
     (first, second), begun = ends(tmp_path_factory.mktemp("pair"), 2)
     assert_same(first, second)
     assert begun == 0
@@ -135,7 +135,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[np.ndarray]:
 
 
 def test_two_processes_train_as_one_does(tmp_path, expected):
-    """The weights to the bit, and the rest but for the order in which four gradients are summed."""
+    """Weights agree bit for bit, and the rest up to the order in which four gradients are summed."""
     (alone,), _ = ends(tmp_path, 1)
     assert_same(alone[:1], expected[:1])
     for found, want in zip(alone[1:], expected[1:], strict=True):

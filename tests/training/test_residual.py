@@ -60,7 +60,7 @@ def test_each_scale_has_a_unit_that_bounds_the_error(variant, name):
     assert kept.grid.scale.shape == grid.scale.shape
     chex.assert_type(kept.qvalue, jnp.int8)
     assert np.all(np.abs(np.asarray(kept.dequantize()) - residual) <= 0.5001 * units(kept))
-    # Half of a step, or what is beyond the outermost level, is 127 units.
+    # 127 units are half a step, or the distance beyond the outermost level.
     one, zero = (grid.decode(jnp.full((33, 7), code, jnp.int8)) for code in (1, 0))
     step = np.abs(np.asarray(one - zero))
     assert np.all(127 * units(kept) <= 1.02 * np.maximum(step / 2, np.abs(residual).max()))
@@ -70,7 +70,7 @@ def test_each_scale_has_a_unit_that_bounds_the_error(variant, name):
 
 
 def stood(w, quantizer=Uniform(bits=4)):  # noqa: B008 (immutable)
-    """The levels of ``w`` on the grid that is fit to it, and the grid."""
+    """The levels of ``w`` on the grid fitted to it, and the grid."""
     grid = quantizer.fit(w)
     return grid.decode(grid.encode(w)), grid
 
@@ -82,8 +82,7 @@ def test_stochastic_rounding_is_unbiased():
     fn = jax.jit(jax.vmap(lambda step: advance(w, level, grid, kept, 0, step).dequantize()))
     mean = np.asarray(fn(jnp.arange(4000)), np.float64).mean(0)
     unit = np.asarray(kept.grid.scale.astype(jnp.float32))
-    # Nearer than independent draws would be, whose means have errors of up to half a unit over
-    # sqrt(4000), which is .008.
+    # Closer than with independent noise, whose means have errors of up to half a unit / sqrt(4000) = .008.
     assert np.abs((mean - residual) / unit).max() < 0.002
     assert abs(((mean - residual) / unit).mean()) < 0.0002
 
@@ -129,7 +128,7 @@ def test_one_bit_codes_are_fine_around_zero(variant, name):
     first = variant(start)(w, level, grid)
     assert first.grid.scale.shape == grid.scale.shape
     unit = np.asarray(first.grid.decode(jnp.ones(w.shape, jnp.int8)), np.float64)
-    # A float64 reference: the squares around each weight.
+    # A float64 reference: the neighbouring squares of each weight.
     root = np.floor(np.sqrt(np.abs(np.asarray(w, np.float64))) / unit)
     low, high = (root * unit) ** 2, ((root + 1) * unit) ** 2
     nearest = np.where(np.abs(w) - low < high - np.abs(w), low, high) * np.sign(w)
@@ -140,7 +139,7 @@ def test_one_bit_codes_are_fine_around_zero(variant, name):
     found = np.abs(np.asarray(fn(jnp.arange(4000)), np.float64))
     assert np.all((found >= low * (1 - 1e-5)) & (found <= high * (1 + 1e-5)))
     assert np.all(np.abs(found.mean(0) - np.abs(w)) < 0.002 * (high - low))
-    # Where a weight changes its sign, finer than codes of the distance to its level would be.
+    # Where a weight changes sign, these are finer than codes of the distance to its level.
     distance = np.abs(np.asarray(w - level))
     small = np.abs(w) < 0.1 * np.abs(level)
     assert np.median((high - low)[small]) < 0.5 * distance.max() / 127
@@ -163,7 +162,7 @@ def test_unchanged_one_bit_residual_is_kept():
 
 
 def zero_updates(quantizer, w, residual_bits, steps=1000):
-    """The grids before and after, and how far the latent weights are from ``w``, in units."""
+    """The grids before and after zero updates, and the distance of the latent weights from ``w``, in units."""
     tx = quantize_weights(quantizer, residual_bits=residual_bits)
     params = {"w": jnp.asarray(w)}
     zeros = {"w": jnp.zeros_like(params["w"])}
@@ -179,7 +178,7 @@ def zero_updates(quantizer, w, residual_bits, steps=1000):
     if residual_bits is not None:
         kept = moved.latent["w"]
         unit = kept.grid.decode(jnp.ones(w.shape, jnp.int8))
-        if quantizer == Binary():  # the codes are of roots
+        if quantizer == Binary():  # its codes hold roots
             unit = (2 * jnp.abs(kept.dequantize()) + unit) * unit
         error /= unit
     return state.grid["w"], moved.grid["w"], np.asarray(error)
@@ -199,10 +198,10 @@ CLOSED_FORM = {
 
 @pytest.mark.parametrize("name", CLOSED_FORM)
 def test_zero_updates_move_no_scale(name):
-    """Saturated weights, 11% of them at 1 bit, lie outside the levels: cut, they would shrink it."""
+    """Saturated weights (11% at 1 bit) lie outside the levels: clipping them would shrink the scale."""
     before, after, error = zero_updates(CLOSED_FORM[name], weights((128, 16)), 8)
     np.testing.assert_allclose(after.scale, before.scale, rtol=0.01)
-    assert error.max() < 10  # where a scale goes back and forth by its last bit, levels do too
+    assert error.max() < 10  # where the last bit of a scale flips back and forth, levels move too
     assert error.mean() < 1
 
 
@@ -219,7 +218,7 @@ def test_zero_updates_move_no_scale(name):
 )
 @pytest.mark.parametrize("kind", ["normal", "heavy"])
 def test_zero_updates_move_searched_scales_no_more_than_float_does(quantizer, kind):
-    """A search goes on to a better scale in float too: compared is where it ends."""
+    """With float latents the search keeps improving the scale too, so the end results are compared."""
     w = weights((128, 64), kind)
     _, floats, _ = zero_updates(quantizer, w, None)
     _, after, distance = zero_updates(quantizer, w, 8)
@@ -304,7 +303,7 @@ def test_state_takes_a_byte_per_weight():
     assert nbytes == 512 * 256 + 256 * (4 + 2) + 4
     compiled = jax.jit(tx.update, donate_argnums=(0, 1)).lower(params, state, params).compile()
     memory = compiled.memory_analysis()
-    # Updates and params of 4 bytes a weight each, and the state.
+    # Updates and params take 4 bytes per weight each, besides the state.
     assert memory.argument_size_in_bytes <= (4 + 4) * 512 * 256 + nbytes + 64
 
 
@@ -351,7 +350,7 @@ def test_works_in_an_nnx_optimizer_with_softness():
 @pytest.mark.parametrize("dtype", cases([jnp.float32, jnp.bfloat16, jnp.float16], [jnp.bfloat16]))
 @pytest.mark.parametrize("name", ["uniform8", "uniform4", "uniform2", "binary", "zscore7"])
 def test_softness_and_half_precision_keep_the_latent(dtype, name):
-    """The level is found again from params that are between levels, rounded to their dtype."""
+    """The level must be recovered from params that lie between levels, rounded to their dtype."""
     rng = np.random.default_rng(0)
     tx = quantize_weights(QUANTIZERS[name], residual_bits=8, softness=softness_schedule(0, 400))
     params = {"w": jnp.asarray(rng.normal(size=(64, 32)), dtype)}
@@ -365,8 +364,8 @@ def test_softness_and_half_precision_keep_the_latent(dtype, name):
             params = optax.apply_updates(params, updates)
     error = np.asarray(latent_params(params, state)["w"]) - exact
     unit = np.asarray(state.latent["w"].scale.astype(jnp.float32))
-    if name == "binary":  # units of the roots of weights
+    if name == "binary":  # units of roots of weights
         error /= 2 * np.sqrt(np.abs(exact)) + unit
-    # A stochastic rounding a step, of at most a unit each.
+    # One stochastic rounding per step, of at most a unit.
     assert np.abs(error / unit).max() < 4 * np.sqrt(60)
     assert np.sqrt(np.mean(np.square(error / unit))) < np.sqrt(60)

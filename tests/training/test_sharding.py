@@ -1,5 +1,6 @@
-"""Eight devices compute the numbers of one, with state sharded like its params; the only communication
-is what a quantizer reduces over devices, which is as large as its scales.
+"""Training on eight devices matches training on one, with state sharded like its params.
+
+Devices only communicate what a quantizer reduces over them, which is as large as its scales.
 """
 
 import collections
@@ -35,7 +36,7 @@ from optax_clipquant import (
 from optax_clipquant.lowering.noise import noise
 
 P = jax.P
-# The gate runs on axes of one kind; where a case depends on the kind, it names it.
+# The gate runs on mesh axes of one kind; cases that depend on the kind name it.
 KINDS = ["Explicit", pytest.param("Auto", marks=pytest.mark.slow)]
 pytestmark = pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 host devices")
 
@@ -66,9 +67,9 @@ def nbytes(array: str) -> int:
 
 
 def collectives(text: str) -> collections.Counter[tuple[str, str]]:
-    """How many there are of each op and type of an operand, as ``("all-reduce", "f32[16,8]")``.
+    """Counts collectives by op and operand type, such as ``("all-reduce", "f32[16,8]")``.
 
-    An op that takes several operands counts as one for each: the compiler may combine them.
+    An op with several operands counts once for each, since the compiler may combine ops.
     """
     types = dict(re.findall(r"(%[\w.-]+) = (\([^=]*?\)|\S+) [\w-]+\(", text))
     found = collections.Counter()
@@ -110,7 +111,7 @@ SIZES = (64, 128, 128)
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How the batch, two kernels and two biases lie on a mesh, and the specs that a layer computes with."""
+    """How the batch, two kernels and two biases are sharded, and the specs that a layer computes with."""
 
     mesh: tuple[int, int]
     batch: P
@@ -157,7 +158,7 @@ def data(step: int) -> tuple[jax.Array, jax.Array]:
 
 
 def loss(params: dict[str, Any], x: jax.Array, y: jax.Array, layout: Layout | None) -> jax.Array:
-    """With a layout, every sharding is named, as Explicit axes demand where there is a choice."""
+    """With a layout, every sharding is named, as Explicit axes require where there is a choice."""
     for i in range(2):
         kernel, bias = params[f"Dense_{i}"]["kernel"], params[f"Dense_{i}"]["bias"]
         out = None
@@ -171,13 +172,13 @@ def loss(params: dict[str, Any], x: jax.Array, y: jax.Array, layout: Layout | No
 
 
 def gradients(step: int) -> dict[str, Any]:
-    """Gradients of a size at which every kind of clipping acts."""
+    """Gradients large enough that every kind of clipping acts."""
     drawn = iter(range(200 + 10 * step, 300))
     return jax.tree.map(lambda p: jnp.asarray(weights(p.shape, seed=next(drawn))) * 0.005, net())
 
 
 def training(tx: optax.GradientTransformation, layout: Layout | None, whole: bool):
-    """A step with the net's gradients of a batch, or with gradients as they are given."""
+    """A step that computes the net's gradients on a batch, or takes given gradients."""
 
     def step(params, state, *given):
         grads = jax.grad(loss)(params, *given, layout) if whole else given[0]
@@ -202,7 +203,7 @@ def on_one_device(tx: optax.GradientTransformation, whole: bool) -> tuple[Any, A
 def sharded(
     tx: optax.GradientTransformation, name: str, kind: str, whole: bool
 ) -> tuple[Any, Any, Any, str]:
-    """Initial state, params and state after the steps, and the text of the compiled step."""
+    """The initial state, the params and state after the steps, and the text of the compiled step."""
     layout = LAYOUTS[name]
     on = mesh(layout.mesh, kind)
     with jax.set_mesh(on):
@@ -213,11 +214,11 @@ def sharded(
             given = [jax.device_put(data(i), batch) for i in range(STEPS)]
         else:
             given = [(jax.device_put(gradients(i), shardings),) for i in range(STEPS)]
-        # In an Auto mesh's jit, zeros know of no sharding.
+        # Under jit on an Auto mesh, zeros have no sharding.
         initial = state = (tx.init if kind == "Auto" else jax.jit(tx.init))(params)
         step = training(tx, None if kind == "Auto" else layout, whole)
         text = step.lower(params, state, *given[0]).compile().as_text()
-        # By the jitted function: of int4, a compiled one refuses the layouts that it gave (jax 0.10.2).
+        # Through the jitted function: a compiled one refuses the int4 layouts it returned (jax 0.10.2).
         for each in given:
             params, state = step(params, state, *each)
     return initial, params, state, text
@@ -248,13 +249,13 @@ OPTIMIZERS = {
     "clipquant": clipquant(ADAM, c=0.005),
 }
 
-# What a step may send besides what it sends with Adam alone. All are all-reduces:
-#   leaf: of one number, for each axis of a leaf that is split;
+# The all-reduces that a step may send in addition to those with Adam alone:
+#   leaf: of one number, for each split axis of a leaf;
 #   column: of one number, for each weight whose columns are split;
 #   row: of a number for each column that a device holds, for each weight whose rows are split.
-# For rows these are the largest and the least, or at 1 bit the sums of positive and of negative weights;
-# then two sums in each round of least squares; and the same again for the units of residuals. For
-# z-scores, the largest, the least and the mean, then the squares and whether any weight differs.
+# For rows these are the largest and the smallest weight, or at 1 bit the sums of positive and negative
+# weights; then two sums in each round of least squares; and the same again for the units of residuals. For
+# z-scores, the largest, the smallest and the mean, then the squares and whether any weight differs.
 ALLOWED: dict[str, dict[str, int]] = {
     "value": {"leaf": 1},
     "value-silent": {},
@@ -287,7 +288,7 @@ def split(spec: P, axis: int) -> bool:
 
 
 def allowed(case: str, layout: Layout) -> collections.Counter[str]:
-    """The most all-reduces for each type of operand."""
+    """The largest number of all-reduces allowed for each operand type."""
     rule = collections.defaultdict(int, ALLOWED[case])
     found = collections.Counter()
     for i, kernel in enumerate(layout.kernels):
@@ -305,7 +306,7 @@ def allowed(case: str, layout: Layout) -> collections.Counter[str]:
 
 @functools.cache
 def plain_collectives(name: str, kind: str, whole: bool) -> collections.Counter[tuple[str, str]]:
-    # Of gradients that are given, Adam sends nothing.
+    # With given gradients, Adam sends nothing.
     if not whole:
         return collections.Counter()
     return collectives(sharded(ADAM, name, kind, whole)[-1])
@@ -316,13 +317,13 @@ def expected_of(case: str) -> tuple[Any, Any]:
     return on_one_device(OPTIMIZERS[case], case == "everything")
 
 
-# Whole steps, on other kinds of mesh and layouts too, with one optimizer that has it all.
+# Whole steps with one optimizer that combines everything, on other kinds of mesh and layouts too.
 OPTIMIZERS["everything"] = optax.chain(
     clip_by_value(0.005),
     quantize_state(ADAM, bits=8, block_size=16, min_size=256),
     quantize_weights(Uniform(bits=4), residual_bits=8),
 )
-# Both axes of a weight are split, over both of the mesh's, of one kind or the other.
+# Both axes of a weight are split over both mesh axes, of one kind or the other.
 TRAINED = [
     *(
         (case, "fsdp-tensor", ("Auto", "Explicit")[i % 2])
@@ -333,7 +334,7 @@ TRAINED = [
     *(("everything", name, "Explicit") for name in LAYOUTS),
     ("everything", "fsdp-tensor", "Auto"),
 ]
-# The gate runs what reduces over devices in each way, and all transforms together.
+# The gate runs one case for each way of reducing over devices, and all transforms together.
 GATE = [
     *(("quantile", "fsdp-tensor"), ("zscore", "fsdp-rows"), ("weights-zscore7", "fsdp-tensor")),
     *(("weights-uniform3", "fsdp-tensor"), ("weights-groups", "fsdp-rows")),
@@ -341,14 +342,14 @@ GATE = [
 ]
 
 
-# Devices sum floats for these, in another order than one does alone.
+# For these, devices sum floats in a different order from a single device.
 SUMMED = {"zscore", "softness"} | {
     f"weights-{name}" for name in ("binary", "ternary", "uniform2", "uniform3", "zscore7")
 }
 
 
 def plain(tree: Any) -> Any:
-    """On the host, keys as numbers."""
+    """The tree on the host, with keys as numbers."""
     return jax.device_get(
         jax.tree.map(
             lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x,
@@ -365,10 +366,10 @@ def plain(tree: Any) -> Any:
     ],
 )
 def test_step_matches_one_device_within_the_allowed_collectives(case, name, kind):
-    """As on one device, with state sharded like the params, and no more collectives than allowed.
+    """Also, the state is sharded like the params.
 
-    The step that has it all computes its gradients; the others are given them, and so start from the
-    same bits as on one device.
+    The case "everything" computes its gradients; the others are given them, and so start from the same
+    bits as on one device.
     """
     layout, whole = LAYOUTS[name], case == "everything"
     initial, params, state, text = sharded(OPTIMIZERS[case], name, kind, whole)
@@ -381,7 +382,7 @@ def test_step_matches_one_device_within_the_allowed_collectives(case, name, kind
     for (op, array), count in extra.items():
         shape = array[array.index("[") :]
         if op == "all-reduce":
-            sizes["[]" if shape == "[1]" else shape] += count  # a number, whatever its rank
+            sizes["[]" if shape == "[1]" else shape] += count  # a scalar, whatever its rank
         assert nbytes(array) <= 4 * max(SIZES)
     assert sizes <= allowed(case, layout)
 
@@ -396,12 +397,12 @@ def test_step_matches_one_device_within_the_allowed_collectives(case, name, kind
         chex.assert_trees_all_equal(plain((params, state)), plain(expected))
     for i in range(2):
         found, want = params[f"Dense_{i}"], expected[0][f"Dense_{i}"]
-        # Sums in another order: a few units in the last place.
+        # Sums in another order differ by a few units in the last place.
         np.testing.assert_allclose(found["bias"], want["bias"], atol=1e-6)
         if case == "zscore":
             np.testing.assert_allclose(found["kernel"], want["kernel"], atol=1e-6)
         else:
-            # That may put a weight on the next level, or round a scale the other way: hardly ever.
+            # Rarely, that puts a weight on the next level, or rounds a scale differently.
             assert np.sum(np.any(np.asarray(found["kernel"]) != want["kernel"], axis=0)) <= 1
     if case in ("clipquant", "everything"):
         with jax.set_mesh(mesh(layout.mesh, kind)):
@@ -409,7 +410,7 @@ def test_step_matches_one_device_within_the_allowed_collectives(case, name, kind
 
 
 def assert_sharded_like(state: Any, layout: Layout, on: jax.sharding.Mesh) -> None:
-    """Each leaf of the state that belongs to a param is split as that is, along all axes that it has."""
+    """Asserts that each state leaf that belongs to a param is split like it, along all its axes."""
     seen = 0
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         name = jax.tree_util.keystr(path)
@@ -423,7 +424,7 @@ def assert_sharded_like(state: Any, layout: Layout, on: jax.sharding.Mesh) -> No
         local = leaf.sharding.shard_shape(leaf.shape)
         for axis, size in enumerate(shape):
             devices = on.shape[spec[axis]] if split(spec, axis) else 1
-            # Codes of 4 bits lie two to a byte; scales of groups are as many as they are.
+            # 4-bit codes may be packed two to a byte; scales of groups are fewer.
             if leaf.shape[axis] * 2 >= size:
                 assert local[axis] * devices == leaf.shape[axis], (name, leaf.sharding)
                 seen += 1
@@ -432,7 +433,7 @@ def assert_sharded_like(state: Any, layout: Layout, on: jax.sharding.Mesh) -> No
     assert seen > 0
 
 
-# Transforms alone, of the same updates.
+# Single transforms, given the same updates.
 
 W, U = weights((64, 32)) * 0.1, weights((64, 32), seed=1) * 0.01
 # Where rows are split, sums in another order may move a scale by one step of bfloat16.
@@ -443,7 +444,7 @@ ALONE = {
     "asymmetric": Uniform(bits=8, symmetric=False),
     "zscore": ZScore(),
     "groups8": Uniform(bits=4, group_size=8),
-    # Groups of several devices, and groups that end inside a device, the last one shorter.
+    # Groups that span devices, and groups that end inside a device, the last one shorter.
     "groups16": Uniform(bits=4, group_size=16),
     "groups24": Uniform(bits=4, group_size=24),
     "asymmetric12": Uniform(bits=4, group_size=12, symmetric=False),
@@ -500,7 +501,7 @@ def alone(tx: optax.GradientTransformation, params: Any, updates: Any) -> tuple[
     ],
 )
 def test_quantizers_match_one_device_bit_for_bit(transform, place, kind):
-    """Bit for bit as on one device, where no sum of floats crosses devices."""
+    """Bit for bit, except where a sum of floats crosses devices."""
     expected, _ = alone_expected(transform)
     shape, spec = PLACES[place]
     sharding = jax.NamedSharding(mesh(shape, kind), spec)
@@ -525,12 +526,12 @@ def test_quantizers_match_one_device_bit_for_bit(transform, place, kind):
 
 
 def assert_scale_sized(text: str, scale: int, weight: int) -> None:
-    """Devices exchange arrays that are no larger than the scales, and in all much less than the weight.
+    """Asserts that devices exchange arrays no larger than the scales, and in total much less than the weight.
 
     Args:
-      text: of a compiled program.
-      scale: bytes of all the scales of a weight.
-      weight: bytes of what a device holds of it.
+      text: the text of a compiled program.
+      scale: the bytes of all scales of a weight.
+      weight: the bytes of the part of the weight that a device holds.
     """
     sizes = [nbytes(array) for _, array in collectives(text).elements()]
     assert all(size <= scale for size in sizes), collectives(text)
@@ -538,10 +539,10 @@ def assert_scale_sized(text: str, scale: int, weight: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-# Groups of two devices each, and groups that end inside a device, the last one shorter.
+# Groups that span two devices, and groups that end inside a device, the last one shorter.
 @pytest.mark.parametrize("size", [pytest.param(128, marks=pytest.mark.slow), 192, 96])
 def test_groups_may_cross_devices(size, kind):
-    """The bits of one device, and collectives no larger than the scales, if any."""
+    """Matches one device bit for bit, with collectives no larger than the scales."""
     w = jnp.asarray(weights((512, 64)))
     sharding = jax.NamedSharding(mesh((4, 2), kind), P(("x", "y"), None))
     quantizer = Uniform(bits=4, group_size=size)
@@ -573,7 +574,7 @@ def test_groups_may_cross_devices(size, kind):
 def quantized_steps(
     shape: tuple[int, ...], sharding: jax.NamedSharding, bits: int, block_size: int
 ) -> tuple[Any, str]:
-    """The first moment, and the text of a step, of Adam with its state in few bits: as on one device."""
+    """The first moment of Adam with quantized state, checked against one device, and the text of a step."""
     tx = quantize_state(optax.adam(1e-2), bits=bits, block_size=block_size)
     params = {"w": jax.random.normal(jax.random.key(0), shape)}
 
@@ -610,7 +611,7 @@ def quantized_steps(
     ids=str,
 )
 def test_quantized_state_matches_one_device(bits, shape, spec, block, kind):
-    """As on one device, sharded like the params; devices exchange no more than magnitudes."""
+    """Sharded like the params; devices exchange only magnitudes."""
     sharding = jax.NamedSharding(mesh((4, 2), kind), spec)
     moment, text = quantized_steps(shape, sharding, bits, block[1])
     assert moment.block == block
@@ -634,7 +635,7 @@ def test_noise_does_not_depend_on_the_number_of_devices(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("place", ["rows", "columns"])
 def test_collectives_grow_only_with_the_scales(place, kind):
-    """They do not grow with the weight, even where the mask of clamped elements is counted in runs."""
+    """Not with the weights, even where the mask of clamped elements is counted in runs."""
     shape, spec = PLACES[place]
     sharding = jax.NamedSharding(mesh(shape, kind), spec)
     rules = {"^a$": Uniform(bits=4), "^b$": Uniform(bits=4, group_size=8), "^c$": Uniform(bits=3)}

@@ -121,7 +121,7 @@ def test_softness_0_stays_on_the_grid():
 
 @pytest.mark.parametrize("name", cases(CORE, [*FORMULAS, "binary"]))
 def test_on_the_grid_from_the_end_of_the_schedule(name):
-    """And off it before: exporting then tells how many weights are."""
+    """Before that they are off the grid, and exporting reports the number of such weights."""
     chex.clear_trace_counter()
     tx = optimizer(quantize_weights(QUANTIZERS[name], softness=softness_schedule(1, 6)))
     params = projected(QUANTIZERS[name])
@@ -154,7 +154,7 @@ def test_schedule_works_under_scan():
 
 
 def test_works_with_inject_hyperparams():
-    """Softness by hand: a hyperparameter of the state."""
+    """Softness can be set by hand, as a hyperparameter in the state."""
     tx = optax.inject_hyperparams(quantize_weights, static_args="residual_bits")(
         quantizer=Uniform(bits=3), softness=1.0
     )

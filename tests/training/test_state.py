@@ -27,13 +27,13 @@ BITS = [8, 4]
 
 @pytest.fixture(autouse=True, scope="module")
 def _standard_promotion():
-    """Optimizers of optax do not hold strict promotion."""
+    """Relaxes dtype promotion: some optimizers of optax do not work under the strict kind."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
 
 def bytes_of(tree) -> float:
-    """As devices hold them: int4 arrays are packed, and ``nbytes`` says a byte for each element."""
+    """The bytes on device: int4 arrays are packed there, though ``nbytes`` counts a byte per element."""
     return sum(x.size * jax.dtypes.itemsize_bits(x.dtype) / 8 for x in jax.tree.leaves(tree))
 
 
@@ -111,13 +111,13 @@ def test_bytes_per_weight(bits, bound):
     state = step(tx.init(params), params)
     assert bytes_of(state) <= bound * weights
     compiled = step.lower(state, params).compile()
-    # What the compiled program takes besides the params.
+    # The memory of the compiled program besides the params.
     arguments = compiled.memory_analysis().argument_size_in_bytes
     assert arguments - 4 * weights <= bound * weights
 
 
 def test_clip_state_and_residual_combine_in_7_bytes_per_weight():
-    """Params, state and latent weights: 7.2 bytes a weight, of 12 in float; on the grid."""
+    """Params, state and latent weights take 7.2 bytes per weight, where float Adam takes 12."""
     params = projected(Uniform(bits=4))
     tx = optax.chain(
         clip_by_quantile(),
@@ -171,7 +171,7 @@ def test_adam_agrees_within_the_tolerance_of_bitsandbytes():
 
 @pytest.mark.parametrize("bits", BITS)
 def test_steps_stay_small_where_gradients_span_decades(bits):
-    """No second moment vanishes beside a first that does not."""
+    """No second moment rounds to zero beside a first that does not."""
     tx = quantize_state(optax.scale_by_adam(), bits=bits)
     scale = jnp.exp(3 * jax.random.normal(jax.random.key(0), (1, 1024)))
     state = tx.init(jnp.zeros((8, 1024)))
@@ -189,7 +189,7 @@ def test_steps_stay_small_where_gradients_span_decades(bits):
 
 
 def test_overflowing_gradient_affects_only_its_element():
-    """Its neighbours are as without it, and so is all else after it."""
+    """Its neighbours, and everything after it, are as without it."""
     tx = quantize_state(optax.adam(1e-2), block_size=16, min_size=1)
     params = jnp.zeros((64, 64))
     others = np.ones((64, 64), bool)
@@ -359,7 +359,7 @@ def test_scalars_and_empty_arrays_stay_unquantized():
 )
 @pytest.mark.parametrize("traced", [False, True])
 def test_iterates_are_refused_by_name(name, tx, traced):
-    """Also of params that are zero, as momentum is, and where nothing is computed."""
+    """Also for zero params, which look like momentum, and where nothing is computed."""
     params = {"w": jnp.zeros((64, 64))}
     init = quantize_state(tx).init
     with pytest.raises(ValueError, match=rf"of the optimizer's state.*where=.*{name}"):
@@ -410,7 +410,7 @@ def test_state_with_other_bits_or_blocks_is_refused():
 
 
 def test_no_leaf_costs_more_than_float():
-    """Narrow arrays, whose blocks would need as many scales, stay as they are."""
+    """Narrow arrays, which would need as many scales as elements, stay unquantized."""
     params = {"thin": jnp.ones((2, 2)), "row": jnp.ones((1, 3)), "long": jnp.ones((4096, 2))}
     state = quantize_state(optax.sgd(0.1, momentum=0.9), min_size=0).init(params)
     trace = state.inner_state[0].trace
@@ -421,7 +421,7 @@ def test_no_leaf_costs_more_than_float():
 
 @pytest.mark.parametrize("bits", BITS)
 def test_init_accepts_abstract_params(bits):
-    """Given ShapeDtypeStructs, which hold no values, as orbax restores into; and under ``eval_shape``."""
+    """ShapeDtypeStructs, which hold no values and which Orbax restores into, and tracers under ``eval_shape``."""
     params = net()
     tx = quantize_state(optax.adamw(1e-2), bits=bits, min_size=0)
     expected = tx.init(params)
@@ -431,7 +431,7 @@ def test_init_accepts_abstract_params(bits):
 
 
 def test_updates_may_differ_in_structure_from_the_gradients():
-    """Lookahead takes gradients of its fast params, and gives updates of both."""
+    """Lookahead takes gradients of its fast params, and returns updates of both copies."""
     params = optax.LookaheadParams.init_synced({"w": jnp.ones((64, 64))})
     tx = quantize_state(optax.lookahead(optax.adam(1e-2), 5, 0.5))
     updates, _ = tx.update({"w": jnp.ones((64, 64))}, tx.init(params), params)

@@ -1,4 +1,4 @@
-"""Memory and traffic of programs compiled for a TPU that is not here."""
+"""Memory and traffic of programs compiled for a TPU, which need not be present."""
 
 import importlib.util
 import json
@@ -11,11 +11,11 @@ pytestmark = [
     pytest.mark.skipif(
         importlib.util.find_spec("libtpu") is None, reason="needs the extra tpu-aot (libtpu)"
     ),
-    pytest.mark.xdist_group("tpu"),  # in one worker, which compiles once
+    pytest.mark.xdist_group("tpu"),  # in a single worker, so that it compiles once
 ]
 
 SIZE = 4096
-# In another process, since libtpu reads its settings when it starts.
+# In a subprocess, since libtpu reads its settings when it starts.
 SCRIPT = """
 import json
 import jax, jax.numpy as jnp, optax
@@ -98,15 +98,15 @@ def test_codes_are_read_packed_and_dequantized_in_the_matmul(found, name, bits, 
     codes, x = SIZE * SIZE * bits / 8, 2 * 64 * SIZE
     program = found[name]
     assert program["temporaries"] == 0
-    # Scales of one row take up to 16 rows of a tile.
+    # Scales of a single row are padded to up to 16 rows of a tile.
     assert program["arguments"] <= 1.01 * codes + 2 * 16 * scales + x
-    # The codes once, and x, the scales and the result a few times.
+    # The codes are read once, and x, the scales and the result a few times.
     assert program["accessed"] <= 1.01 * codes + 10 * (2 * scales + 2 * x)
 
 
 def test_a_step_reads_the_latent_weights_twice_and_the_params_once(found):
-    """Latent weights are read again for the rounding, since the scales are known only after the first
-    reading; params, to see what was changed outside the chain.
+    """Latent weights are read a second time to round them, once the scales are known; params are read to
+    detect edits outside the chain.
     """
     latent = 2 * SIZE * SIZE * 4
     for plain, program in (("adam", "on a grid"), ("optax.clip", "clip, on a grid")):

@@ -89,7 +89,7 @@ def test_half_precision_params_equal_the_rounded_levels(dtype, name):
 
 
 def test_matches_the_recursion_in_float64():
-    """latent += u; params = nearest level of latent: by brute force over levels."""
+    """``latent += u``, then ``params = nearest level``, by brute force over the levels."""
     tx = quantize_weights(Uniform(bits=4, scale_rule="absmax"))
     w = weights((40, 6)) * 0.1
     params = {"w": jnp.asarray(w)}
@@ -105,7 +105,7 @@ def test_matches_the_recursion_in_float64():
         scale = -largest / 8
         levels = np.arange(-8, 8)[:, None, None] * scale
         nearest = np.take_along_axis(levels, np.abs(levels - latent).argmin(0)[None], 0)[0]
-        # Scales are rounded to 8 bits, so a weight near the middle may go to the other side.
+        # Scales are rounded to 8 bits, so a weight near a midpoint may go to the other side.
         error = np.abs(np.asarray(params["w"]) - nearest)
         assert np.mean(error > 2.0**-7 * np.abs(nearest)) < 0.05
 
@@ -147,7 +147,7 @@ def test_params_and_state_can_be_donated_together():
     tx = optimizer(quantize_weights(Uniform(bits=4)))
     params = mlp_params()
     state = tx.init(params)
-    # Nothing in the state is the buffer of a param.
+    # No array of the state shares a buffer with a param.
     pointers = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(params)}
     assert not pointers & {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)}
     step = jax.jit(make_step(tx), donate_argnums=(0, 1))
@@ -239,7 +239,7 @@ def test_works_in_an_nnx_optimizer():
         chex.assert_trees_all_equal(
             nnx.to_pure_dict(dequantize_params(exported)), nnx.to_pure_dict(params)
         )
-        # The bare state, and bare params, are understood too.
+        # The bare state and bare params are accepted too.
         pure = export_params(nnx.as_pure(params), opt.opt_state)
         chex.assert_trees_all_equal(dequantize_params(pure), nnx.as_pure(params))
         graphdef, _, rest = nnx.split(model, nnx.Param, ...)
@@ -408,7 +408,7 @@ def test_state_survives_msgpack():
 
 
 def test_export_warns_of_a_state_that_orbax_restored_onto_other_levels(tmp_path):
-    """Orbax keeps arrays alone, and asks no one whether they belong there."""
+    """Orbax restores arrays without checking that they belong to these levels."""
 
     def trained(quantizer):
         tx, params = quantize_weights(quantizer), {"kernel": jnp.asarray(weights((16, 8)))}
@@ -426,7 +426,7 @@ def test_export_warns_of_a_state_that_orbax_restored_onto_other_levels(tmp_path)
 
 @pytest.mark.parametrize("make", [quantize_weights, round_weights])
 def test_updates_are_at_least_float32(make):
-    """Half precision could not hold the difference of two levels exactly; float64 has no need of less."""
+    """Half precision could not hold the difference of two levels exactly; float64 stays float64."""
     tx = make(Uniform(bits=4))
     with jax.enable_x64(True):
         for dtype, wide in (
@@ -484,7 +484,9 @@ def test_export_refuses_other_shapes(shape, group_size):
         for read in (export_params, latent_params):
             with pytest.raises(ValueError, match=r"'w' has shape .*, but opt_state .* of one run"):
                 read(other, state)
-    if shape != (13, 10) or group_size:  # else the grid would fit these too, and is all there is
+    if (
+        shape != (13, 10) or group_size
+    ):  # or the grid, which is all the state has, would fit these too
         with pytest.raises(ValueError, match=r"with scales of .*: they are not of one run"):
             export_params(other, round_weights(rule).init(params))
 

@@ -206,7 +206,7 @@ def test_errors_beyond_the_range_of_float32_are_compared(size, sensitivity):
 
 
 def test_budget_holds_despite_the_tolerance_of_the_solver():
-    """Its tolerance is relative: of tens of millions of bytes, one too many passes for none."""
+    """The solver's tolerance is relative: with tens of millions of bytes, one too many would pass."""
     rng = np.random.default_rng(0)
     tried = 0
     for _ in range(40):

@@ -46,13 +46,13 @@ def separate_runs() -> list[dict]:
 
 
 def assert_same_run(row: dict, expected: dict) -> None:
-    # A sum in another order may move a code by one.
+    # Summing in another order may move a code by one.
     np.testing.assert_allclose(row["loss"], expected["loss"], rtol=1e-3)
     np.testing.assert_allclose(row["first"], expected["first"], rtol=1e-5)
 
 
 def test_traced_hyperparameters_train_like_fixed_ones():
-    """One point is enough: the runs that sweeps are compared with trace their numbers, to be one program."""
+    """One point suffices: the runs that sweeps are compared with trace their hyperparameters too."""
     expected = next(row for row in separate_runs() if (row["c"], row["R"]) == (0.01, 2))
     assert_same_run(jax.jit(functools.partial(train, 0.01, 2))(), expected)
 
@@ -133,7 +133,7 @@ def test_rows_hold_python_numbers():
 
 
 def flaky(broken, calls):
-    """Metrics by way of the host, which fails from point ``broken`` on."""
+    """Metrics computed through a host callback, which fails from point ``broken`` on."""
 
     def host(x):
         if x >= broken:
@@ -161,7 +161,7 @@ def test_resumes_where_it_was_interrupted(tmp_path):
     assert result == fresh
     assert [row["failed"] for row in result.rows] == [x == 4 for x in range(7)]
 
-    # Complete: nothing is run, and the file stays as it is.
+    # A complete file: nothing runs, and the file is not written.
     calls.clear()
     before = path.read_bytes(), path.stat().st_mtime_ns
     assert sweep(flaky(99, calls), grid, path=path, progress=False) == fresh
