@@ -5,7 +5,8 @@ from .gradients.clip import ClipByValueState, clip_by_value, clip_fractions
 from .gradients.quantile import ClipByQuantileState, clip_by_quantile
 from .gradients.zscore import ClipByZScoreState, clip_by_zscore
 from .quant.grid import Grid
-from .quant.qarray import QArray, narrow
+from .quant.qarray import QArray
+from .quant.devices import narrow, shardings_for
 from .quant.quantizers import Binary, ChannelwiseQuantizer, Quantizer, Ternary, Uniform
 from .quant.normal_float import NormalFloat
 from .quant.zscore import ZScore
@@ -50,6 +51,7 @@ __all__ = [
     "Grid",
     "QArray",
     "narrow",
+    "shardings_for",
     "Quantizer",
     "ChannelwiseQuantizer",
     "ZScore",

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def split_axis(x: jax.Array, axis: int, first: int, last: int, size: int) -> jax.Array:
@@ -137,6 +138,28 @@ def split_spec(spec: jax.NamedSharding | None, axis: int) -> jax.NamedSharding |
 
 def reshard(x: jax.Array, spec: jax.NamedSharding | None) -> jax.Array:
     return x if spec is None else jax.sharding.reshard(x, spec)
+
+
+def sharding_of_scales(
+    sharding: jax.sharding.Sharding, shape: Sequence[int], codes: Sequence[int]
+) -> jax.sharding.Sharding:
+    """Where scales of ``shape`` lie, whose codes, of the shape ``codes``, are sharded so.
+
+    They are split as the codes are, but lie whole along an axis that they share or that does not
+    divide.
+    """
+    if not isinstance(sharding, jax.NamedSharding):
+        if sharding.num_devices == 1:
+            return sharding
+        devices = sorted(sharding.device_set, key=lambda device: device.id)
+        return jax.NamedSharding(jax.sharding.Mesh(np.array(devices), "all"), jax.P())
+    entries = (*sharding.spec, *(None,) * (len(codes) - len(sharding.spec)))
+    kept = []
+    for entry, extent in zip(entries, shape, strict=True):
+        axes = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+        pieces = math.prod(sharding.mesh.shape[axis] for axis in axes)
+        kept.append(entry if extent > 1 and extent % pieces == 0 else None)
+    return jax.NamedSharding(sharding.mesh, jax.P(*kept), memory_kind=sharding.memory_kind)
 
 
 def _divides(spec: jax.NamedSharding | None, axis: int, groups: int) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import flax.serialization
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
@@ -20,15 +21,23 @@ from optax_clipquant.lowering.sharding import (
     spec_of,
     split_axis,
 )
-from optax_clipquant.quant.levels import Levels, accepting_code_book, as_text, check_restored
+from optax_clipquant.quant.groups import groups_of
+from optax_clipquant.quant.levels import (
+    Levels,
+    accepting_code_book,
+    as_text,
+    check_restored,
+    levels_of,
+)
 
 _Fn = Callable[[jax.Array], jax.Array]
+_STATIC = tuple(field.name for field in dataclasses.fields(Levels))
 
 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("scale", "zero_point", "max_code"),
-    meta_fields=tuple(field.name for field in dataclasses.fields(Levels)),
+    meta_fields=_STATIC,
 )
 @accepting_code_book
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,6 +78,11 @@ class Grid(Levels):
     scale: jax.Array
     zero_point: jax.Array | None = None
     max_code: jax.Array | None = None
+
+    @property
+    def arrays(self) -> dict[str, jax.Array | None]:
+        """The traced half, by name."""
+        return {name: getattr(self, name) for name in ("scale", "zero_point", "max_code")}
 
     def __post_init__(self) -> None:
         # So that ``jnp.bfloat16``, a scalar type and not a dtype, may be given.
@@ -140,9 +154,8 @@ class Grid(Levels):
             return merge(self.round(levels * scale))
         values = (levels - expand(self._zero_point())) * scale
         # The outermost level may lie beyond the dtype's range where the weights reach its end.
-        largest = float(jnp.finfo(self.dtype).max)
-        inside = jnp.clip(values, -largest, largest)
-        return merge(self.round(jnp.where(jnp.isfinite(scale), inside, values)))
+        largest = jnp.where(jnp.isfinite(scale), float(jnp.finfo(self.dtype).max), jnp.inf)
+        return merge(self.round(jnp.clip(values, -largest, largest)))
 
     def _zero_point(self) -> jax.Array:
         assert self.zero_point is not None
@@ -179,6 +192,10 @@ class Grid(Levels):
         def same(y: jax.Array) -> jax.Array:
             return y
 
+        # Unflattened from another tree, or with an axis moved, a grid may have other scales than its
+        # static half says.
+        if self.scale.ndim:
+            groups_of(x.shape, self.scale.shape, self.group)
         if self.group is None:
             return same, same, same
         axis, size = self.group
@@ -238,20 +255,22 @@ def _entry_of(book: tuple[float, ...], index: jax.Array) -> jax.Array:
     )
 
 
-def _arrays_of(grid: Grid) -> dict[str, jax.Array | None]:
-    return {name: getattr(grid, name) for name in ("scale", "zero_point", "max_code")}
-
-
 def _to_state_dict(grid: Grid) -> dict[str, Any]:
-    return {**_arrays_of(grid), "levels": as_text(vars(grid.levels))}
+    return {**grid.arrays, "levels": as_text(vars(grid.levels))}
 
 
 def _from_state_dict(grid: Grid, state: Mapping[str, Any]) -> Grid:
     saved = dict(state)
     text = saved.pop("levels", None)
     path = flax.serialization.current_path()
-    check_restored(path, vars(grid.levels), text, _arrays_of(grid), saved)
+    check_restored(path, vars(grid.levels), text, grid.arrays, saved)
     return dataclasses.replace(grid, **saved)
 
 
 flax.serialization.register_serialization_state(Grid, _to_state_dict, _from_state_dict)
+jax.export.register_pytree_node_serialization(
+    Grid,
+    serialized_name="optax_clipquant.Grid",
+    serialize_auxdata=lambda static: bytes(as_text(dict(zip(_STATIC, static, strict=True)))),
+    deserialize_auxdata=lambda text: tuple(vars(levels_of(text)).values()),
+)

@@ -81,7 +81,7 @@ def groups_of(
     """
     cut = None if group is None else group[0] + len(shape)
     shared = []
-    fits = len(shape) == len(scale_shape)
+    fits = len(shape) == len(scale_shape) and (cut is None or cut >= 0)
     for axis, (n, scales) in enumerate(zip(shape, scale_shape, strict=False)):
         if axis == cut:
             fits &= group is not None and scales == math.ceil(n / group[1])
@@ -91,7 +91,8 @@ def groups_of(
             fits &= scales == n
     if not fits:
         raise ValueError(
-            f"scales of shape {scale_shape} in groups {group} do not fit an array of shape {shape}"
+            f"scales of shape {scale_shape} in groups {group} do not fit an array of shape {shape}; a "
+            "checkpoint restored into a tree that was quantized by another rule has such"
         )
     return tuple(shared), group
 

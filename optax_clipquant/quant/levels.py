@@ -75,6 +75,14 @@ def as_text(static: Mapping[str, Any]) -> np.ndarray:
     return np.frombuffer(json.dumps(static, default=str).encode(), np.uint8)
 
 
+def levels_of(text: bytes) -> Levels:
+    """What ``as_text`` wrote."""
+    found = json.loads(text)
+    for name in ("group", "codebook"):
+        found[name] = None if found[name] is None else tuple(found[name])
+    return Levels(**{**found, "dtype": np.dtype(found["dtype"])})
+
+
 def check_restored(
     path: str,
     here: Mapping[str, Any],

@@ -3,30 +3,40 @@
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, TypeGuard
 
 import flax.serialization
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from optax_clipquant.lowering.sharding import repeat_axis
+from optax_clipquant.quant.drop_in import DropIn, is_scalar_index, refuse_in_lax
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.levels import check_restored
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("qvalue", "grid"), meta_fields=())
 @dataclasses.dataclass(frozen=True, eq=False)
-class QArray:
+class QArray(DropIn):
     """A quantized array: codes, and the grid whose levels they name.
 
     Invariants:
       * ``dequantize() == grid.decode(qvalue)``.
       * ``qvalue`` has the logical shape. Its dtype is int8, or after ``narrow`` int4 or int2.
 
-    It can stand in a tree of params where an array stood: Flax's layers, ``jnp`` functions, arithmetic
-    and comparisons dequantize it where they touch it, inside ``jax.jit`` as a part of the operation that
-    reads it.
+    It can stand in a tree of params where an array stood: Flax's layers, ``jnp`` functions, methods,
+    operators and comparisons dequantize it where they touch it, inside ``jax.jit`` as a part of the
+    operation that reads it. ``optax_clipquant.quant.drop_in`` lists what works; ``jax.lax`` needs
+    ``dequantize()``.
+
+    ``jax.vmap``, ``jax.lax.scan`` (``nn.scan``, ``nnx.scan``) and ``q[i]`` take a stack of layers apart
+    into a ``QArray`` each, where each has its scales: ``uses=`` sees to that, ``expand_scale`` mends it
+    after the fact. Indices that take groups apart give an array, and so do lookups ``q[tokens]``, which
+    decode no other rows. Put it on a mesh with ``jax.device_put(qparams, shardings_for(qparams,
+    shardings))``.
 
     ``flax.serialization`` keeps which levels there are, and refuses to restore into a tree on other
     levels. Orbax keeps arrays alone and cannot tell: save ``flax.serialization.to_state_dict(tree)``
@@ -43,12 +53,6 @@ class QArray:
 
     qvalue: jax.Array
     grid: Grid
-
-    # As jax.Array, whose comparisons are elementwise too.
-    __hash__: ClassVar[None] = None  # pyright: ignore[reportIncompatibleMethodOverride]
-
-    # Binary operators of jax.Array then leave the work to the ones below.
-    __array_priority__ = 200
 
     @property
     def scale(self) -> jax.Array:
@@ -80,6 +84,11 @@ class QArray:
         return self.grid.dtype
 
     @property
+    def sharding(self) -> jax.sharding.Sharding:
+        """Where the codes lie."""
+        return self.qvalue.sharding
+
+    @property
     def nbytes_packed(self) -> int:
         """Bytes on disk: codes packed at ``bits`` each, scales of 2 bytes, zero points as they are."""
         zero_point = self.grid.zero_point
@@ -93,134 +102,121 @@ class QArray:
         """The array that the codes stand for."""
         return self.grid.decode(self.qvalue)
 
-    def __jax_array__(self) -> jax.Array:
-        return self.dequantize()
+    def expand_scale(self, axis: int) -> "QArray":
+        """The same array, with a scale for each index along ``axis``.
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        if copy is False:
+        So that ``jax.vmap``, ``jax.lax.scan`` and indexing can take the axis apart where a scale is
+        shared along it. ``quantize_params(..., uses=trace_weights(...))`` gives stacked layers and
+        experts a scale each from the start, which is more accurate too.
+
+        Args:
+          axis: one of the array's axes.
+
+        Raises:
+          ValueError: the array has no such axis.
+
+        Examples:
+          >>> grid = Grid(scale=jnp.full((1, 1, 1), 0.5), bits=4, lower=-8, upper=7)
+          >>> stack = QArray(jnp.ones((3, 2, 2), jnp.int8), grid).expand_scale(0)
+          >>> stack.scale.shape
+          (3, 1, 1)
+          >>> jax.vmap(lambda w: w @ jnp.ones(2))(stack).shape
+          (3, 2)
+        """
+        if not -self.ndim <= axis < self.ndim:
             raise ValueError(
-                "a QArray has no array of its values: it cannot be given without a copy"
+                f"expand_scale: axis {axis} is out of range for an array with {self.ndim} axes"
             )
-        return np.asarray(self.dequantize(), dtype=dtype)
+        axis %= self.ndim
+        group, length = self.grid.group, self.shape[axis]
+        grouped = group is not None and axis == group[0] + self.ndim
+        times = group[1] if group is not None and grouped else length
 
-    def __getitem__(self, index: Any) -> jax.Array:
+        def expand(scale: jax.Array) -> jax.Array:
+            return scale if scale.shape[axis] == length else repeat_axis(scale, axis, times, length)
+
+        arrays = {name: expand(x) for name, x in self.grid.arrays.items() if x is not None}
+        return QArray(
+            self.qvalue,
+            dataclasses.replace(self.grid, group=None if grouped else group, **arrays),
+        )
+
+    def __getitem__(self, index: Any) -> Any:
+        """``dequantize()[index]``; a ``QArray`` of it where integers, slices and None leave groups whole."""
+        entries = index if isinstance(index, tuple) else (index,)
+        if not any(entry is Ellipsis for entry in entries):
+            entries = (*entries, Ellipsis)
+        at = next(i for i, entry in enumerate(entries) if entry is Ellipsis)
+        named = sum(entry is not None for entry in entries) - 1
+        if named <= self.ndim and all(
+            entry is None or isinstance(entry, slice) or is_scalar_index(entry)
+            for i, entry in enumerate(entries)
+            if i != at
+        ):
+            full = (slice(None),) * (self.ndim - named)
+            part = self._part((*entries[:at], *full, *entries[at + 1 :]))
+            if part is not None:
+                return part
+        elif _are_rows(index) and self.ndim and not self._is_grouped(0):
+            # A lookup decodes the rows that it takes, and no others.
+            arrays = {
+                name: x[index] if x.shape[0] > 1 else x[jnp.zeros_like(index)]
+                for name, x in self.grid.arrays.items()
+                if x is not None
+            }
+            return dataclasses.replace(self.grid, **arrays).decode(self.qvalue[index])
         return self.dequantize()[index]
+
+    def _part(self, entries: tuple[Any, ...]) -> "QArray | None":
+        """What integers, slices and None take; None where they take groups apart."""
+        of_scales, behind, axis = [], 0, 0
+        for entry in entries:
+            if entry is None:
+                of_scales.append(entry)
+                behind += 1
+                continue
+            length = self.shape[axis]
+            whole = isinstance(entry, slice) and entry.indices(length) == (0, length, 1)
+            if self._is_grouped(axis):
+                if not whole:
+                    return None
+                behind = 0  # of the axes after the grouped one
+            elif isinstance(entry, slice):
+                behind += 1
+            if self.grid.scale.shape[axis] == 1:
+                entry = slice(None) if isinstance(entry, slice) else 0
+            of_scales.append(slice(None) if whole else entry)
+            axis += 1
+        group = None if self.grid.group is None else (-1 - behind, self.grid.group[1])
+        arrays = {
+            name: x[tuple(of_scales)] for name, x in self.grid.arrays.items() if x is not None
+        }
+        grid = dataclasses.replace(self.grid, group=group, **arrays)
+        return QArray(self.qvalue[entries], grid)
+
+    def _is_grouped(self, axis: int) -> bool:
+        return self.grid.group is not None and axis == self.grid.group[0] + self.ndim
 
     def __len__(self) -> int:
         return len(self.qvalue)
 
-    def __iter__(self) -> Iterator[jax.Array]:
-        return iter(self.dequantize())
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(len(self)))
 
-    def astype(self, dtype: Any) -> jax.Array:
-        return self.dequantize().astype(dtype)
 
-    @property
-    def T(self) -> jax.Array:
-        return self.dequantize().T
+def _are_rows(index: Any) -> TypeGuard[jax.Array]:
+    return (
+        isinstance(index, (jax.Array, np.ndarray))
+        and index.ndim > 0
+        and jnp.issubdtype(index.dtype, jnp.integer)
+    )
 
-    def __neg__(self) -> jax.Array:
-        return -self.dequantize()
 
-    def __abs__(self) -> jax.Array:
-        return abs(self.dequantize())
-
-    def __eq__(self, other: Any) -> Any:
-        return self.dequantize() == other
-
-    def __ne__(self, other: Any) -> Any:
-        return self.dequantize() != other
-
-    def __lt__(self, other: Any) -> jax.Array:
-        return self.dequantize() < other
-
-    def __le__(self, other: Any) -> jax.Array:
-        return self.dequantize() <= other
-
-    def __gt__(self, other: Any) -> jax.Array:
-        return self.dequantize() > other
-
-    def __ge__(self, other: Any) -> jax.Array:
-        return self.dequantize() >= other
-
-    def __add__(self, other: Any) -> jax.Array:
-        return self.dequantize() + other
-
-    def __radd__(self, other: Any) -> jax.Array:
-        return other + self.dequantize()
-
-    def __sub__(self, other: Any) -> jax.Array:
-        return self.dequantize() - other
-
-    def __rsub__(self, other: Any) -> jax.Array:
-        return other - self.dequantize()
-
-    def __mul__(self, other: Any) -> jax.Array:
-        return self.dequantize() * other
-
-    def __rmul__(self, other: Any) -> jax.Array:
-        return other * self.dequantize()
-
-    def __truediv__(self, other: Any) -> jax.Array:
-        return self.dequantize() / other
-
-    def __rtruediv__(self, other: Any) -> jax.Array:
-        return other / self.dequantize()
-
-    def __pow__(self, other: Any) -> jax.Array:
-        return self.dequantize() ** other
-
-    def __rpow__(self, other: Any) -> jax.Array:
-        return other ** self.dequantize()
-
-    def __matmul__(self, other: Any) -> jax.Array:
-        return self.dequantize() @ other
-
-    def __rmatmul__(self, other: Any) -> jax.Array:
-        return other @ self.dequantize()
+refuse_in_lax(QArray)
 
 
 def is_qarray(leaf: Any) -> bool:
     return isinstance(leaf, QArray)
-
-
-def narrow(qparams: Any) -> Any:
-    """``qparams`` with the codes as int4 or int2, and the scales as bfloat16, where they fit.
-
-    For accelerators, whose compilers keep such codes packed in memory: a 4-bit weight is then read
-    as half a byte. XLA's CPU backend gives each a byte all the same and is slow at writing them, so
-    int8 is the default. No value changes: scales that bfloat16 does not hold, as those of a file of
-    llama.cpp, stay as they are. Inside ``jax.jit``, where nothing can be compared, they become
-    bfloat16 all the same.
-
-    Args:
-      qparams: a tree with ``QArray`` leaves; other leaves are left alone.
-
-    Examples:
-      >>> grid = Grid(scale=jnp.full((1, 1), 0.5), bits=4, lower=-8, upper=7)
-      >>> narrow(QArray(jnp.array([[1, -8]], jnp.int8), grid)).qvalue.dtype
-      dtype(int4)
-    """
-
-    def narrow_leaf(leaf: Any) -> Any:
-        if not is_qarray(leaf):
-            return leaf
-        grid = leaf.grid
-        dtype = next(
-            (t for t in (jnp.int2, jnp.int4) if jnp.iinfo(t).min <= grid.lower and grid.upper <= jnp.iinfo(t).max),
-            leaf.qvalue.dtype,
-        )  # fmt: skip
-        # Fractional zero points mark a z-score grid, whose one scale may have all of float32's bits.
-        if grid.zero_point is None or jnp.issubdtype(grid.zero_point.dtype, jnp.integer):
-            short = grid.scale.astype(jnp.bfloat16)
-            same = jnp.array_equal(
-                short.astype(jnp.float32), grid.scale.astype(jnp.float32), equal_nan=True
-            )
-            if isinstance(same, Tracer) or same:
-                grid = dataclasses.replace(grid, scale=short)
-        return QArray(leaf.qvalue.astype(dtype), grid)
-
-    return jax.tree.map(narrow_leaf, qparams, is_leaf=is_qarray)
 
 
 def _as(dtype: Any, codes: Any) -> Any:
@@ -251,3 +247,9 @@ def _from_state_dict(array: QArray, state: Mapping[str, Any]) -> QArray:
 
 
 flax.serialization.register_serialization_state(QArray, _to_state_dict, _from_state_dict)
+jax.export.register_pytree_node_serialization(
+    QArray,
+    serialized_name="optax_clipquant.QArray",
+    serialize_auxdata=lambda _: b"",
+    deserialize_auxdata=lambda _: (),
+)

@@ -1,6 +1,5 @@
 """Where the leaves of a file go: into the structure and onto the devices of a given tree."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_clipquant._tree import PyTree, path_of
+from optax_clipquant.lowering.sharding import sharding_of_scales
 from optax_clipquant.quant.qarray import QArray, is_qarray
 
 
@@ -56,27 +56,9 @@ def _on_devices(array: np.ndarray, like: Any) -> Any:
     if not isinstance(sharding, jax.sharding.Sharding) or not getattr(like, "committed", True):
         return jnp.asarray(array)
     if array.shape != np.shape(like):
-        sharding = _for_scales(sharding, array.shape, np.shape(like))
+        sharding = sharding_of_scales(sharding, array.shape, np.shape(like))
     # Each process reads the file, and takes from it what it needs.
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-
-def _for_scales(
-    sharding: jax.sharding.Sharding, shape: tuple[int, ...], codes: tuple[int, ...]
-) -> jax.sharding.Sharding:
-    """Where scales of this shape are, whose codes are sharded so: whole along an axis that they share."""
-    if not isinstance(sharding, jax.NamedSharding):
-        if sharding.num_devices == 1:
-            return sharding
-        devices = sorted(sharding.device_set, key=lambda device: device.id)
-        return jax.NamedSharding(jax.sharding.Mesh(np.array(devices), "all"), jax.P())
-    entries = (*sharding.spec, *(None,) * (len(codes) - len(sharding.spec)))
-    kept = []
-    for entry, extent in zip(entries, shape, strict=True):
-        axes = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
-        pieces = math.prod(sharding.mesh.shape[axis] for axis in axes)
-        kept.append(entry if extent > 1 and extent % pieces == 0 else None)
-    return jax.NamedSharding(sharding.mesh, jax.P(*kept), memory_kind=sharding.memory_kind)
 
 
 def _parts(key: jax.tree_util.KeyPath) -> tuple[str, ...]:

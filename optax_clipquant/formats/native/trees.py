@@ -21,9 +21,9 @@ from optax_clipquant.formats.native.file import Parts, Tensors, writing_saved
 from optax_clipquant.formats.native.names import assemble, name_of, path_of_name
 from optax_clipquant.formats.native.placement import fill, place
 from optax_clipquant.formats.packing import pack, unpack
+from optax_clipquant.quant.devices import narrow as narrow_codes
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.qarray import QArray, is_qarray
-from optax_clipquant.quant.qarray import narrow as narrow_codes
 from optax_clipquant.quant.uses import Calibration
 
 _STORED = set(DTYPES.values())
