@@ -230,7 +230,7 @@ def _read_names(path: str) -> dict[str, Any]:
         try:
             names = json.load(file)
         except ValueError as error:
-            raise ValueError(f"{path} is no JSON ({error})") from error
+            raise ValueError(f"{path} is not JSON ({error})") from error
     if not isinstance(names, dict):
-        raise ValueError(f"{path} is no JSON object from the tensors of IN to names")
+        raise ValueError(f"{path} is not a JSON object from the tensors of IN to names")
     return names

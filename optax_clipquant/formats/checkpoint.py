@@ -1,4 +1,4 @@
-"""Checkpoints as Hugging Face has them: one safetensors file, or shards with an index, as one model.
+"""Checkpoints in Hugging Face's form: one safetensors file, or shards with an index, read as one model.
 
 The index, ``*.safetensors.index.json``, has a ``weight_map`` from the name of each tensor (in files of
 ``save``, of each leaf) to the file beside it that holds it. No JAX here.
@@ -29,16 +29,16 @@ class Checkpoint:
     """An open checkpoint: a safetensors file, an index, or a folder with one of these.
 
     Attributes:
-      path: as given.
+      path: the path as given.
       is_saved: whether ``save`` or the command wrote it.
-      leaves: what it holds of each leaf, by name; of each tensor, where ``save`` did not write it.
+      leaves: the description of each leaf by name; in files of other programs, of each tensor.
       nodes: the kinds of the nodes by name.
-      metadata: its text, without what ``save`` adds; of shards, what all agree upon.
+      metadata: its metadata without the entries of ``save``; for shards, the entries that all agree on.
 
     Raises:
       OSError: a file cannot be opened.
-      ValueError: a file is damaged or another kind of file, or the shards are not what the index says.
-        The message names the file.
+      ValueError: a file is damaged or of another type, or the shards do not match the index. The
+        message names the file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -66,7 +66,7 @@ class Checkpoint:
     def _take(self, readers: list[Reader], weight_map: Mapping[str, str] | None) -> list[dict[str, str]]:  # fmt: skip
         for reader in readers:
             for name, spec in reader.specs.items():
-                # What the index gives to another shard, or to none, is not a part of the model.
+                # Tensors that the index assigns to another shard, or omits, are not part of the model.
                 if weight_map is None or weight_map.get(name) == os.path.basename(reader.path):
                     self._readers[name] = reader
                     self.leaves[name] = plain(spec)
@@ -85,7 +85,7 @@ class Checkpoint:
             try:
                 assemble(dict.fromkeys(self.leaves), self.nodes)
             except ValueError as error:
-                raise ValueError(f"{self.path}: the shards are no tree ({error})") from error
+                raise ValueError(f"{self.path}: the shards do not form a tree ({error})") from error
         return [file.metadata for file in files]
 
     def _check_map(self, weight_map: Mapping[str, str] | None) -> None:
@@ -99,35 +99,35 @@ class Checkpoint:
 
     @property
     def specs(self) -> dict[str, Spec]:
-        """Dtype and shape of what each leaf stands for."""
+        """The dtype and shape of each leaf, dequantized."""
         return {name: leaf.spec for name, leaf in self.leaves.items()}
 
     @property
     def size(self) -> int:
-        """The bytes of all its files."""
+        """The total size of its files, in bytes."""
         return sum(os.path.getsize(file) for file in _files_of(self.path)[1])
 
     def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
-        """As ``Reader.read``, of a checkpoint that ``save`` did not write."""
+        """Like ``Reader.read``, for a checkpoint that ``save`` did not write."""
         return self._readers[name].read(name, out)
 
     def read_at(self, name: str, first: int, out: np.ndarray) -> None:
-        """As ``Reader.read_at``."""
+        """Like ``Reader.read_at``."""
         self._readers[name].read_at(name, first, out)
 
     def pieces(self, name: str) -> Iterator[np.ndarray]:
-        """As ``Reader.pieces``."""
+        """Like ``Reader.pieces``."""
         return self._readers[name].pieces(name)
 
     def tensors(self, name: str) -> Tensors:
-        """The tensors of a leaf, whose checksum is checked where ``save`` wrote it."""
+        """The tensors of a leaf; in files of ``save``, their checksum is verified."""
         if not self.is_saved:
             return {"": self.read(name)}
         file, entry = self._saved[name]
         return file.read(entry)
 
     def describing(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """Where tensors are decoded: names file and leaf in a complaint."""
+        """A context for decoding tensors, which adds the file and leaf to errors."""
         if not self.is_saved:
             return contextlib.nullcontext()
         return self._saved[name][0].describing(name)
@@ -145,7 +145,7 @@ def files_of(path: str | os.PathLike[str]) -> list[str]:
 
 
 def _files_of(path: str) -> tuple[dict[str, str] | None, list[str]]:
-    """The weight map of a checkpoint, None where there is no index, and its safetensors files."""
+    """The weight map of a checkpoint (None without an index), and its safetensors files."""
     if os.path.isdir(path):
         path = _main_file(path)
     if not path.endswith(".json"):
@@ -156,7 +156,7 @@ def _files_of(path: str) -> tuple[dict[str, str] | None, list[str]]:
         files = dict.fromkeys(weight_map.values())
         wrong = [f for f in files if not isinstance(f, str) or not f or os.path.basename(f) != f]
         if wrong:
-            raise ValueError(f"{wrong[0]!r} is no name of a file beside it")
+            raise ValueError(f"{wrong[0]!r} is not the name of a file beside it")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: damaged, or not the index of a checkpoint ({error})") from error
     folder = os.path.dirname(path)
@@ -167,7 +167,7 @@ def _files_of(path: str) -> tuple[dict[str, str] | None, list[str]]:
 
 
 def _main_file(folder: str) -> str:
-    """The index or the one safetensors file in a folder."""
+    """The path of the index, or of the only safetensors file, in a folder."""
     names = sorted(os.listdir(folder))
     for ending in (f".safetensors{_INDEX}", ".safetensors"):
         found = [name for name in names if name.endswith(ending) and not name.startswith(".")]
@@ -186,16 +186,16 @@ def writing_checkpoint(
     max_shard_size: int | None,
     writing: Callable[[str, list[str]], contextlib.AbstractContextManager[W]],
 ) -> Iterator[Callable[[str], W]]:
-    """A checkpoint, which takes the place of an old one once whole.
+    """Writes a checkpoint, which replaces an old one when it is complete.
 
     Args:
       path: the file; with ``max_shard_size``, the folder or the index.
       sizes: the bytes of each leaf, in the order in which they will be written.
-      max_shard_size: of the content of a shard, which one leaf alone may exceed; None for one file.
-      writing: opens a file that will hold the leaves of these names.
+      max_shard_size: the largest content of a shard, which a single leaf may exceed; None for one file.
+      writing: opens the file at a path for the leaves with the given names.
 
     Yields:
-      What tells the open file of each leaf.
+      A function from the name of a leaf to the open file for it.
     """
     path = os.fspath(path)
     with contextlib.ExitStack() as stack:
@@ -211,7 +211,7 @@ def writing_checkpoint(
         old = _old_shards(index)
         shards = _shards(sizes, max_shard_size)
         tag = ""
-        # Shards that an index refers to are not touched before the new index takes its place.
+        # The shards of an old index are left alone until the new index replaces it.
         while any(
             os.path.lexists(os.path.join(folder, name)) for name in _names(stem, tag, shards)
         ):
@@ -220,7 +220,7 @@ def writing_checkpoint(
         weight_map = {
             leaf: name for name, shard in zip(names, shards, strict=True) for leaf in shard
         }
-        # What is entered first is completed last.
+        # Entered first, so that it is completed last.
         file = stack.enter_context(replacing(index))
         content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         file.write(json.dumps(content, indent=1, sort_keys=True).encode())
@@ -268,7 +268,7 @@ def _names(stem: str, tag: str, shards: list[list[str]]) -> list[str]:
 
 
 def _removing(folder: str) -> Callable[..., None]:
-    """Removes a folder that was made for what then failed."""
+    """An exit callback that removes a newly made folder after a failure."""
 
     def exit(kind: type[BaseException] | None, *error: Any) -> None:
         if kind is not None:

@@ -1,4 +1,4 @@
-"""The dtypes of tensors in files, those included that NumPy lacks. No JAX here."""
+"""The dtypes of tensors in files, including those that NumPy lacks. No JAX here."""
 
 import math
 from typing import Any, NamedTuple
@@ -8,11 +8,11 @@ import numpy as np
 
 
 class Opaque(NamedTuple):
-    """A dtype that NumPy lacks, whose bytes are carried as they are.
+    """A dtype that NumPy lacks, whose bytes are carried unchanged.
 
     Attributes:
-      name: as safetensors has it, such as ``F6_E2M3``.
-      bits: of an element.
+      name: the name in safetensors, such as ``F6_E2M3``.
+      bits: bits per element.
     """
 
     name: str
@@ -36,12 +36,12 @@ DTYPES: dict[str, np.dtype] = {
     }.items()
 }
 TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
-_AXES = 64  # of NumPy
-_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # whose elements take no whole bytes
+_AXES = 64  # the most that NumPy supports
+_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # dtypes whose elements do not fill whole bytes
 
 
 def bits_of(dtype: DType) -> int:
-    """Bits of an element."""
+    """Bits per element of ``dtype``."""
     return dtype.bits if isinstance(dtype, Opaque) else 8 * dtype.itemsize
 
 
@@ -50,7 +50,7 @@ def nbytes(dtype: DType, shape: tuple[int, ...]) -> int:
 
 
 def check_shape(shape: tuple[int, ...]) -> None:
-    """Raises ``ValueError`` where NumPy has no array of this shape, even of zero bytes."""
+    """Raises ``ValueError`` if NumPy cannot represent this shape, even for an array of zero bytes."""
     if len(shape) > _AXES:
         raise ValueError(f"it has {len(shape):,} axes, and no more than {_AXES} can be read")
     if math.prod(n for n in shape if n) >= 2**59:
@@ -58,13 +58,13 @@ def check_shape(shape: tuple[int, ...]) -> None:
 
 
 def spec_of(tag: Any, shape: Any, size: int) -> Spec:
-    """Dtype and shape of a tensor of ``size`` bytes, as a header has them.
+    """Parses the dtype and shape that a header gives for a tensor of ``size`` bytes.
 
     Raises:
-      ValueError: there is no such tensor.
+      ValueError: the dtype, shape and size are invalid or contradict each other.
     """
     if not (isinstance(shape, list) and all(type(n) is int and 0 <= n < 2**63 for n in shape)):
-        raise ValueError("its shape is no list of counts")
+        raise ValueError("its shape is not a list of counts")
     if not (isinstance(tag, str) and tag):
         raise ValueError(f"its dtype is {tag!r}")
     check_shape(tuple(shape))

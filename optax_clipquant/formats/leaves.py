@@ -1,7 +1,7 @@
-"""The leaves of a tree for the files of other libraries: their names there, and their rows.
+"""Leaves of a tree as tensors in the files of other libraries: their names, and their layout as rows.
 
-Those files hold a weight as rows along the contracted axis, cut into blocks with a scale each. A leaf
-may have its contracted axes elsewhere, several of them, or the layers of a model stacked.
+Those files hold a weight as rows along the contracted axis, cut into blocks with a scale each. A leaf may
+have its contracted axis elsewhere, several contracted axes, or the layers of a model stacked.
 """
 
 import dataclasses
@@ -27,14 +27,14 @@ Names = Mapping[str, Target] | Callable[[str], Target]
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """A leaf of a tree, whose content may lie in a file.
+    """A leaf of a tree, whose content may still be in a file.
 
     Attributes:
       path: its keys, joined by slashes.
-      shape: of what it stands for.
-      dtype: of what it stands for.
-      grid: of a ``QArray``, None for an array.
-      read: gives the codes, or the array.
+      shape: its logical shape.
+      dtype: its dtype when dequantized.
+      grid: the grid of a ``QArray``, None for an array.
+      read: returns the codes, or the array.
     """
 
     path: str
@@ -44,11 +44,11 @@ class Leaf:
     read: Callable[[], np.ndarray]
 
     def whole(self) -> Any:
-        """The leaf as it stands in a tree."""
+        """The leaf as a ``QArray`` or an array."""
         return self.read() if self.grid is None else QArray(jnp.asarray(self.read()), self.grid)
 
     def values(self) -> np.ndarray:
-        """The array that it stands for."""
+        """The leaf as an array, dequantized."""
         return np.asarray(dequantize_params(self.whole()))
 
 
@@ -95,9 +95,9 @@ class Rows:
     Attributes:
       leaf: the leaf.
       layer: the index along its leading axis, or None.
-      axes: the order in which its axes (but the layer's) stand in the tensor.
-      shape: of the tensor, each of whose axes is one or several of these.
-      order: None, or which of its rows each row of the tensor is.
+      axes: the order of its axes (without the layers') in the tensor.
+      shape: the shape of the tensor, each axis of which is one or several of these axes.
+      order: None, or for each row of the tensor the index of the leaf's row.
     """
 
     leaf: Leaf
@@ -111,7 +111,7 @@ class Rows:
         return math.prod(self.shape)
 
     def checked(self, codes: np.ndarray) -> np.ndarray:
-        """``codes``, of which the grid has a level for each. Only those made by hand may have others."""
+        """``codes``, after a check that all are in the grid's range. Only a ``QArray`` made by hand can fail it."""
         grid = self.leaf.grid
         assert grid is not None
         if codes.size and not (grid.lower <= codes.min() and codes.max() <= grid.upper):
@@ -136,7 +136,7 @@ class Rows:
 
     @functools.cached_property
     def run(self) -> int:
-        """How many neighbours in a row share a scale; 1 where they do not, or the last run is shorter."""
+        """How many neighbours in a row share a scale; 1 if none do, or if the last run is shorter."""
         length = self.shape[-1]
         changes = np.flatnonzero(np.diff(self._row_index)) + 1
         run = length if changes.size == 0 else int(changes[0])
@@ -144,9 +144,9 @@ class Rows:
         return run if even else 1
 
     def scales(self, size: int, part: str = "scale") -> np.ndarray:
-        """The scale, or another part of the grid, of each block of ``size``, which divides ``run``.
+        """The scale, or another array of the grid, of each block of ``size``, which divides ``run``.
 
-        Of the tensor's shape, but along rows.
+        It has the tensor's shape, except along rows.
         """
         x = self._part(part)
         lead = len(self.axes) - self._tail
@@ -163,7 +163,7 @@ class Rows:
 
     @functools.cached_property
     def _tail(self) -> int:
-        """How many of the leaf's axes are a row of the tensor."""
+        """How many of the leaf's axes make up a row of the tensor."""
         extents = self._extents
         return next(n for n in range(1, len(extents) + 1) if math.prod(extents[-n:]) == self.shape[-1])  # fmt: skip
 
@@ -174,7 +174,7 @@ class Rows:
 
     @functools.cached_property
     def _indices(self) -> list[np.ndarray]:
-        """Which scale each index along an axis has."""
+        """For each axis, the index of the scale of each index along it."""
         grid = self.leaf.grid
         assert grid is not None
         scales = self._part("scale").shape
@@ -190,16 +190,16 @@ class Rows:
 
     @functools.cached_property
     def _row_index(self) -> np.ndarray:
-        """Which scale, of those of its row, each element of a row has."""
+        """The index of the scale, among those of its row, of each element of a row."""
         tail = self._part("scale").shape[-self._tail :]
         parts = np.ix_(*self._indices[-self._tail :])
         return np.ravel_multi_index(np.broadcast_arrays(*parts), tail).ravel()
 
 
 def integer_range(grid: Grid) -> tuple[int, int]:
-    """The least and the largest integer of which levels are multiples.
+    """The smallest and the largest level of ``grid`` as integers, in units that make all levels integers.
 
-    Half steps ``(k + 1/2) s`` are ``(2 k + 1) s/2``.
+    Half steps ``(k + 1/2) s`` are written as ``(2 k + 1) s/2``.
     """
     return (2 * grid.lower + 1, 2 * grid.upper + 1) if grid.offset else (grid.lower, grid.upper)
 
@@ -211,9 +211,9 @@ def place(
     default: Callable[[str], str],
     where: str,
 ) -> dict[str, Rows]:
-    """The rows of each tensor of the file ``where`` that come from a leaf.
+    """Assigns leaves to tensors: the rows for each tensor that comes from a leaf, by the tensor's name.
 
-    Its tensors have ``shapes``; ``default`` gives the name of a path that ``names`` lacks.
+    The file ``where`` has tensors of ``shapes``; ``default`` gives the name for a path that ``names`` lacks.
     """
     placed: dict[str, Rows] = {}
     for path, leaf in leaves.items():
@@ -249,10 +249,10 @@ def _merges(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
 
 
 def rows_of(leaf: Leaf, layer: int | None, transpose: Transpose, shape: tuple[int, ...]) -> Rows:
-    """``leaf`` as rows of a tensor of this ``shape``.
+    """Lays out ``leaf`` as the rows of a tensor of this ``shape``.
 
-    ``transpose`` tells whether its last two axes change places, or is the order of all, after which
-    neighbours may be merged; None: as its shape, its grid or its name tell.
+    ``transpose`` says whether to swap the leaf's last two axes, or gives the order of all, after which
+    neighbours may be merged. With None, the shape, the grid or the name decides.
     """
     stacked = "" if layer is None else " without the leading axis"
     own = leaf.shape if layer is None else leaf.shape[1:]
@@ -261,7 +261,7 @@ def rows_of(leaf: Leaf, layer: int | None, transpose: Transpose, shape: tuple[in
     if isinstance(transpose, tuple):
         if sorted(transpose) != [*plain]:
             raise ValueError(
-                f"names: leaf {leaf.path!r} has transpose {transpose}, which is no order of the axes of "
+                f"names: leaf {leaf.path!r} has transpose {transpose}, which is not an order of the axes of "
                 f"{own}{stacked}"
             )
         orders = [transpose]
@@ -285,7 +285,7 @@ def rows_of(leaf: Leaf, layer: int | None, transpose: Transpose, shape: tuple[in
         last = leaf.path.replace(".", "/").rpartition("/")[2]
         if last not in ("kernel", "weight", "embedding"):
             raise ValueError(
-                f"leaf {leaf.path!r} of shape {own}: nothing tells whether its rows or its columns are "
+                f"leaf {leaf.path!r} of shape {own}: cannot tell whether its rows or its columns are "
                 "contracted; give `names` (name, transpose) for it"
             )
         return found[last == "kernel"]
@@ -293,7 +293,7 @@ def rows_of(leaf: Leaf, layer: int | None, transpose: Transpose, shape: tuple[in
 
 
 def _targets(leaf: Leaf, target: Target) -> Iterator[tuple[str, int | None, Transpose]]:
-    """Name, layer and transposition of each tensor that ``leaf`` becomes."""
+    """The name, layer and transposition of each tensor that ``leaf`` becomes."""
     name, transpose = target if isinstance(target, tuple | list) else (target, None)
     if name is None:
         return
@@ -314,7 +314,7 @@ def _targets(leaf: Leaf, target: Target) -> Iterator[tuple[str, int | None, Tran
 
 
 def dotted(path: str) -> str:
-    """A path as PyTorch's modules have it: ``mlp/up_proj/kernel`` as ``mlp.up_proj.weight``."""
+    """Translates a path to PyTorch's naming: ``mlp/up_proj/kernel`` to ``mlp.up_proj.weight``."""
     name = path.replace("/", ".")
     module, _, last = name.rpartition(".")
     return f"{module}.weight" if module and last in ("kernel", "embedding", "scale") else name

@@ -1,9 +1,9 @@
-"""Codes packed at exactly their bits.
+"""Packing of codes at exactly their number of bits.
 
-Codes are made unsigned by subtracting the grid's least code, and lie in C order in a stream of bits:
-with ``b`` bits, code ``i`` takes the bits ``b * i`` to ``b * (i + 1)``, where bit ``j`` of the stream
-is bit ``j % 8``, counted from the least, of byte ``j // 8``. With three levels each byte holds five
-codes, the first the least significant digit in base 3. Unused digits and bits are 0.
+Codes are made unsigned by subtracting the grid's smallest code, and stored in C order in a stream of bits:
+with ``b`` bits, code ``i`` takes bits ``b * i`` to ``b * (i + 1)``, where bit ``j`` of the stream is bit
+``j % 8``, counted from the least significant, of byte ``j // 8``. With three levels each byte holds five
+codes, the first as the least significant digit in base 3. Unused digits and bits are 0.
 """
 
 import math
@@ -15,7 +15,7 @@ from optax_clipquant.quant.levels import Levels
 
 
 def pack(codes: np.ndarray, grid: Levels) -> np.ndarray:
-    """The packed bytes of ``codes``: see the head of this module."""
+    """Packs ``codes`` into bytes; the module's docstring describes the layout."""
     digits = codes.ravel().view(np.uint8) - np.uint8(grid.lower % 256)  # modulo 256
     if grid.bits == 8:
         return digits
@@ -27,7 +27,7 @@ def pack(codes: np.ndarray, grid: Levels) -> np.ndarray:
 
 
 def unpack(packed: np.ndarray, size: int, grid: Levels) -> np.ndarray:
-    """The int8 codes, flat, that ``pack`` packed. Raises ``ValueError`` where they cannot be."""
+    """Unpacks ``size`` flat int8 codes. Raises ``ValueError`` if the bytes are not what ``pack`` writes."""
     if packed.size != grid.packed_size(size):
         raise ValueError(f"{packed.size} bytes cannot hold {size} codes of {grid.bits} bits")
     if grid.bits == 8:
@@ -44,7 +44,7 @@ def unpack(packed: np.ndarray, size: int, grid: Levels) -> np.ndarray:
     return (digits + np.uint8(grid.lower % 256)).view(np.int8)
 
 
-# What is made on the way stays in a cache.
+# Codes are packed in blocks whose intermediate arrays fit a cache.
 _BLOCK = 2**16
 
 
@@ -53,7 +53,7 @@ def _map_blocks(fn: Callable[[np.ndarray], np.ndarray], x: np.ndarray, size: int
 
 
 def _pack_bits(digits: np.ndarray, bits: int) -> np.ndarray:
-    if 8 % bits == 0:  # no code crosses a byte: twice as fast
+    if 8 % bits == 0:  # twice as fast, as no code crosses a byte
         count = 8 // bits
         digits = np.pad(digits, (0, -digits.size % count))
         packed = digits[::count].copy()
@@ -83,10 +83,10 @@ def _unpack_bits(packed: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _halves(bits: int) -> list[tuple[np.uint64, np.uint64, np.uint64]]:
-    """The steps that move eight codes, a byte each, together in a word of 64 bits: pairs of them, then
-    pairs of pairs, and the two halves.
+    """The ``(shift, low, high)`` steps that compact eight one-byte codes in a 64-bit word, pairwise.
 
-    In each, a shift to the right takes what ``high`` masks to its neighbour, which ``low`` masks.
+    The steps join pairs, then pairs of pairs, then the two halves. Each shifts the part under ``high`` right,
+    next to the part under ``low``.
     """
     steps = []
     for width, room in ((bits, 8), (2 * bits, 16), (4 * bits, 32)):

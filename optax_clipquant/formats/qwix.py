@@ -1,4 +1,4 @@
-"""Quantized trees in the types of other libraries."""
+"""Conversion of quantized trees to qwix's types."""
 
 from typing import Any
 
@@ -13,26 +13,26 @@ from optax_clipquant.quant.qarray import QArray, is_qarray
 
 
 def to_qwix(qparams: PyTree, *, like: PyTree = None) -> PyTree:
-    """``qparams`` with a ``qwix.QArray`` in place of each ``QArray``, for qwix's PTQ models.
+    """Replaces each ``QArray`` of ``qparams`` by a ``qwix.QArray``, for qwix's PTQ models.
 
-    Values do not change: ``qwix.dequantize`` gives what ``dequantize`` gives, but for the sign of 0 where
-    a scale is negative. Levels at half steps ``(k + 1/2) * s`` (1 and 2 bits) become ``(2 k + 1) * (s /
-    2)``. Codes are int4 where they fit, else int8.
+    Values do not change: ``qwix.dequantize`` returns what ``dequantize`` does, except for the sign of 0
+    where a scale is negative. Levels at half steps ``(k + 1/2) * s`` (1 and 2 bits) become ``(2 k + 1) *
+    (s / 2)``. Codes are int4 where they fit, else int8.
 
     Args:
       qparams: a tree with ``QArray`` leaves; other leaves are left alone.
-      like: the params of a PTQ model of Flax linen, which may be abstract, as in the example. Each
-        leaf then has the box in which the model expects it, and where the model expects floats, it
-        gets them. Without it, the leaves are bare.
+      like: the params of a PTQ model in Flax linen, which may be abstract, as in the example. Each
+        leaf then comes in the box in which the model expects it, or as floats where the model expects
+        these. Without ``like``, the leaves have no boxes.
 
     Raises:
       ImportError: qwix is not installed.
-      ValueError: qwix has no such grid: a code book (``NormalFloat``), a fractional zero point
-        (``ZScore``), a shorter last group, or a scale that the leaf's dtype does not hold. Or ``like``
-        has other leaves or shapes. The message names the leaf.
+      ValueError: qwix does not support a grid: a codebook (``NormalFloat``), a fractional zero point
+        (``ZScore``), a shorter last group, or a scale that the leaf's dtype does not hold exactly. Or
+        ``like`` has other leaves or shapes. The message names the leaf.
 
     Examples:
-      A PTQ model, and our params for it (``tests/test_interchange.py`` runs the same)::
+      A PTQ model, and our params for it (``tests/formats/test_qwix.py`` runs the same)::
 
         ptq = qwix.quantize_model(model, qwix.PtqProvider([qwix.QuantizationRule(weight_qtype=jnp.int4)]))
         like = jax.eval_shape(ptq.init, jax.random.key(0), x)["params"]
@@ -71,23 +71,23 @@ def to_qwix(qparams: PyTree, *, like: PyTree = None) -> PyTree:
 
 
 def _is_box(leaf: Any) -> bool:
-    """Whether it is the box of a weight in a PTQ model, whose class qwix does not export."""
+    """Whether ``leaf`` is the box of a weight in a PTQ model, a class that qwix does not export."""
     return hasattr(leaf, "array") and hasattr(leaf, "how")
 
 
 def _parts_of(q: QArray, path: str) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Codes, scale and zero point, of which qwix makes ``(code - zero point) * scale``."""
+    """The codes, scale and zero point for qwix, which decodes ``(code - zero point) * scale``."""
     grid, codes, scale = q.grid, q.qvalue, q.grid.scale.astype(jnp.float32)
     lower, upper = grid.lower, grid.upper
     if grid.codebook is not None:
         raise ValueError(
-            f"leaf {path!r} has a code book, which qwix lacks; quantize with Uniform, or give the "
-            "model floats by dequantize_params"
+            f"leaf {path!r} has a codebook, which qwix lacks; quantize with Uniform, or give the "
+            "model floats with dequantize_params"
         )
     if grid.zero_point is not None and not jnp.issubdtype(grid.zero_point.dtype, jnp.integer):
         raise ValueError(
-            f"leaf {path!r} has zero points that are no integers (ZScore), which qwix's integer "
-            "products lack; quantize with Uniform(symmetric=False)"
+            f"leaf {path!r} has fractional zero points (ZScore), which qwix's integer products do not "
+            "support; quantize with Uniform(symmetric=False)"
         )
     if grid.group is not None:
         axis, size = grid.group

@@ -1,7 +1,7 @@
-"""The safetensors container, one tensor at a time: reading what a file holds, writing it whole or not at all.
+"""Reads and writes safetensors files one tensor at a time; writing is atomic.
 
 A file is the length of its header (8 bytes, little-endian), the header (JSON, padded with spaces), and
-the tensors' bytes. Nothing is mapped into memory: a tensor takes room from ``read`` on, and no sooner.
+the tensors' bytes. Nothing is mapped into memory: a tensor takes no room before ``read``.
 """
 
 import contextlib
@@ -25,9 +25,9 @@ from optax_clipquant.formats.dtypes import (
     spec_of,
 )
 
-_HEADER_LIMIT = 100_000_000  # of the safetensors format
+_HEADER_LIMIT = 100_000_000  # bytes, set by the safetensors format
 
-# Other files in which models come, by their first bytes.
+# Other file types that hold models, by their first bytes.
 _FOREIGN = {
     b"GGUF": "a GGUF file: use `optax-clipquant convert`, or optax_clipquant.from_gguf",
     b"\x93NUMPY": "an array of NumPy, .npy: load it with numpy.load",
@@ -48,11 +48,11 @@ class Reader:
     Attributes:
       path: the file.
       texts: its metadata.
-      specs: dtype and shape of each tensor, in the order in which they lie in the file.
+      specs: the dtype and shape of each tensor, in file order.
 
     Raises:
       OSError: the file cannot be opened.
-      ValueError: it is truncated or no safetensors file; or it is no regular file.
+      ValueError: the file is truncated, not a safetensors file, or not a regular file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -61,7 +61,7 @@ class Reader:
         self.specs: dict[str, Spec] = {}
         self._offsets: dict[str, int] = {}
         self._lock = threading.Lock()
-        # To open a pipe waits for who writes to it.
+        # Opening a pipe would wait for a writer.
         mode = os.stat(self.path).st_mode
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(f"{self.path} is a folder; name a safetensors file")
@@ -85,7 +85,7 @@ class Reader:
             self._parse(header, 8 + length, size)
         except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
             if length > _HEADER_LIMIT and (kind := self._foreign_kind()):
-                raise ValueError(f"{self.path} is no safetensors file, but {kind}") from None
+                raise ValueError(f"{self.path} is not a safetensors file, but {kind}") from None
             raise ValueError(
                 f"{self.path}: truncated, altered, or not a safetensors file ({error})"
             ) from error
@@ -103,12 +103,12 @@ class Reader:
         return next((kind for magic, kind in _FOREIGN.items() if head.startswith(magic)), None)
 
     def _parse(self, header: dict[str, Any], start: int, size: int) -> None:
-        """Takes over what the header says, whose tensors must fill the file without gap or overlap."""
+        """Reads the parsed header, whose tensors must fill the file without gap or overlap."""
         texts = header.pop("__metadata__", None) or {}
         for key, text in texts.items():
             if not isinstance(text, str):
-                raise ValueError(f"the metadata {key!r} is no text")
-            (key + text).encode()  # a half of a surrogate pair is no text either
+                raise ValueError(f"the metadata {key!r} is not text")
+            (key + text).encode()  # raises for half a surrogate pair
         self.texts = texts
         end = 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -126,7 +126,7 @@ class Reader:
             raise ValueError(f"its tensors end at byte {start + end:,} of {size:,}")
 
     def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
-        """The tensor ``name``, in the first bytes of ``out`` where that is given; of an ``Opaque`` dtype its bytes."""
+        """Reads a tensor, into the start of ``out`` if that is given; one of an ``Opaque`` dtype as its bytes."""
         dtype, shape = self.specs[name]
         size = nbytes(dtype, shape)
         out = np.empty(size, np.uint8) if out is None else out[:size]
@@ -134,7 +134,7 @@ class Reader:
         return out if isinstance(dtype, Opaque) else out.view(dtype).reshape(shape)
 
     def read_at(self, name: str, first: int, out: np.ndarray) -> None:
-        """Fills ``out`` with the bytes of a tensor, from its ``first`` on. Threads may call it."""
+        """Fills ``out`` with the bytes of a tensor from byte ``first`` on. Threads may call it."""
         try:
             with self._lock:
                 self._file.seek(self._offsets[name] + first)
@@ -146,7 +146,7 @@ class Reader:
             raise ValueError(f"{self.path}: tensor {name!r} is truncated")
 
     def pieces(self, name: str) -> Iterator[np.ndarray]:
-        """The bytes of the tensor ``name`` in turn; each takes the place of the one before."""
+        """The bytes of a tensor, piece by piece; each piece overwrites the one before."""
         size = nbytes(*self.specs[name])
         room = np.empty(min(size, 2**20), np.uint8)
         for first in range(0, size, max(room.size, 1)):
@@ -167,10 +167,10 @@ class Reader:
 
 
 class Writer:
-    """A new file, in which tensors may be put in any order, one at a time; see ``writing``.
+    """A new file, into which tensors are put one at a time and in any order; see ``writing``.
 
     Attributes:
-      texts: the metadata. It may change until the end, but take no more room.
+      texts: the metadata. It may change until the end, but must not grow.
     """
 
     def __init__(self, file: BinaryIO, specs: Mapping[str, Spec], texts: Mapping[str, str]) -> None:
@@ -180,7 +180,7 @@ class Writer:
         self._missing = set(specs)
         self._offsets: dict[str, int] = {}
         end = 0
-        # Larger elements first, as safetensors has it: then each tensor is aligned.
+        # Larger elements first, as in safetensors, so that each tensor is aligned.
         for name in sorted(specs, key=lambda name: (-bits_of(specs[name][0]), name)):
             self._offsets[name] = end
             end += nbytes(*specs[name])
@@ -203,7 +203,7 @@ class Writer:
             pass
 
     def putting(self, name: str, pieces: Iterable[np.ndarray]) -> Iterator[memoryview]:
-        """Writes a tensor from pieces of it, in C order; gives the bytes of each when it is written."""
+        """Writes a tensor from pieces in C order, and yields the bytes of each once it is written."""
         self._file.seek(8 + self._room + self._offsets[name])
         written = 0
         for piece in pieces:
@@ -242,12 +242,12 @@ class Writer:
 def writing(
     path: str | os.PathLike[str], specs: Mapping[str, Spec], texts: Mapping[str, str]
 ) -> Iterator[Writer]:
-    """A safetensors file of tensors of these ``specs``, which takes the place of ``path`` once whole.
+    """Writes a safetensors file with tensors of these ``specs``, which replaces ``path`` when complete.
 
-    See ``replacing``. ``texts`` is the metadata, or text that takes as much room.
+    See ``replacing``. ``texts`` is the metadata, or a placeholder that takes as much room.
 
     Raises:
-      FileNotFoundError: there is no such folder.
+      FileNotFoundError: the folder of ``path`` does not exist.
       ValueError: a tensor has another dtype or shape than announced, or was not put.
     """
     with replacing(path) as file:
@@ -269,4 +269,4 @@ def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse(text: str) -> None:
-    raise ValueError(f"{text} is no JSON")
+    raise ValueError(f"{text} is not JSON")

@@ -103,7 +103,7 @@ def test_wrong_arguments_are_named_and_nothing_is_written(files, capsys):
         ((like, out, *to, "--bits", 4), "is quantized already; leave out --bits"),
         ((model, out, "--to", "safetensors"), "use `compress`"),
         ((like, out, "--to", "safetensors", "--like", like), "--like has no use"),
-        ((model, out, *to, "--names", files / "list.json"), "is no JSON object"),
+        ((model, out, *to, "--names", files / "list.json"), "is not a JSON object"),
         ((files / "odd.safetensors", out, *to), "leaf 'token_embd.weight' .* zero points"),
         ((files / "none.safetensors", out, *to), "none.safetensors"),
     ]  # fmt: skip

@@ -86,11 +86,11 @@ def test_load_of_plain_shards_returns_arrays(shards):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m | {"layer.0.weight": "../model-00001-of-00002.safetensors"}, "is no name of a file"),
+        (lambda m: m | {"layer.0.weight": "../model-00001-of-00002.safetensors"}, "is not the name of a file"),
         (lambda m: m | {"layer.0.weight": "none.safetensors"}, "the shard 'none.safetensors' is not there"),
         (lambda m: m | {"layer.0.weight": m["norm"]}, "tensor 'layer.0.weight' is not in"),
         (lambda m: m | {"more": m["norm"]}, "tensor 'more' is not in"),
-        (lambda m: m | {"more": 5}, "is no name of a file"),
+        (lambda m: m | {"more": 5}, "is not the name of a file"),
         (lambda m: [], "not the index of a checkpoint"),
     ],
 )  # fmt: skip
@@ -132,7 +132,7 @@ FOREIGN = {
 def test_other_file_types_are_named(tmp_path, capsys, kind):
     path = tmp_path / "model.bin"
     path.write_bytes(FOREIGN[kind])
-    with pytest.raises(ValueError, match=r"model\.bin is no safetensors file, but") as error:
+    with pytest.raises(ValueError, match=r"model\.bin is not a safetensors file, but") as error:
         load(path)
     assert kind in str(error.value)
     for args in (["inspect", path], *([c, path, tmp_path / "out"] for c in ("compress", "decompress"))):  # fmt: skip

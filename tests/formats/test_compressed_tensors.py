@@ -234,8 +234,8 @@ W = jnp.asarray(weights((64, 32)))
 @pytest.mark.parametrize(
     ("leaf", "message"),
     [
-        (lambda: NormalFloat(4).quantize(W), r"code book.*Uniform\(4\)"),
-        (lambda: ZScore(R=20).quantize(W), r"zero points that are no integers.*Uniform\(8\)"),
+        (lambda: NormalFloat(4).quantize(W), r"codebook.*Uniform\(4\)"),
+        (lambda: ZScore(R=20).quantize(W), r"fractional zero points.*Uniform\(8\)"),
         (lambda: Uniform(4, group_size=48).quantize(W), "groups of 48 along axis -2, which do not divide"),
         (lambda: Uniform(4, channel_axis=0, group_size=16).quantize(W), "groups of 16 along axis -1"),
         (lambda: Uniform(4).quantize((1e-6 * W).astype(jnp.float16)), "a scale of .*float16"),

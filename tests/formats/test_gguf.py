@@ -302,7 +302,7 @@ W = jnp.asarray(weights((64, 32)))
         (lambda: Uniform(4, symmetric=False, group_size=32).quantize(W), r"zero points.*Uniform\(4, g"),
         (lambda: Uniform(8, symmetric=False, group_size=32).quantize(W), r"zero points.*Uniform\(8, g"),
         (lambda: ZScore(R=15).quantize(W), r"zero points.*Uniform\(5, g"),
-        (lambda: NormalFloat(4).quantize(W), r"code book.*Uniform\(4, group_size=32\)"),
+        (lambda: NormalFloat(4).quantize(W), r"codebook.*Uniform\(4, group_size=32\)"),
         (lambda: Uniform(4, group_size=16).quantize(W), r"groups of 16 along axis -2 in rows of 64.*Uni"),
         (lambda: Uniform(4, group_size=48).quantize(W), "groups of 48 along axis -2 in rows of 64"),
         (lambda: Uniform(4, group_size=32).quantize(W[:48]), "in rows of 48.*fit no type"),
@@ -330,7 +330,7 @@ def test_other_bad_arguments_are_named(tmp_path):
     cases = [
         ({"x": q}, {}, "leaf 'x': .* no tensor 'x'; the nearest"),
         ({"x": q, "y": q}, {"names": lambda path: ("w", True)}, "leaves 'x' and 'y' are both tensor 'w'"),
-        ({"w": q}, {}, "leaf 'w' .*nothing tells whether"),
+        ({"w": q}, {}, "leaf 'w' .*cannot tell whether"),
         ({"w": q}, {"names": {"w": ("w", (0, 0))}}, "names: leaf 'w' has transpose"),
         ({"w": q}, {"otherwise": "int8"}, "otherwise must be one of float16"),
         ({"w": jnp.ones(())}, {"names": {"w": "blk.{}.w"}}, "leaf 'w' has no leading axis"),

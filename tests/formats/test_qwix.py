@@ -56,8 +56,8 @@ def test_every_width_decodes_equally(bits, symmetric):
 @pytest.mark.parametrize(
     ("q", "message"),
     [
-        (lambda w: NormalFloat(4).quantize(w), "'a/w' has a code book"),
-        (lambda w: ZScore().quantize(w), "'a/w' has zero points that are no integers"),
+        (lambda w: NormalFloat(4).quantize(w), "'a/w' has a codebook"),
+        (lambda w: ZScore().quantize(w), "'a/w' has fractional zero points"),
         # qwix would take 3 scales of 33 rows for groups of 11.
         (
             lambda w: Uniform(4, group_size=16).quantize(w),

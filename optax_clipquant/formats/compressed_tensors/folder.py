@@ -1,4 +1,4 @@
-"""The folder of a Hugging Face model: its configuration, its files with weights, and a new one."""
+"""Folders of Hugging Face models: reading the configuration and the list of weight files, and writing."""
 
 import contextlib
 import json
@@ -20,14 +20,14 @@ def read_config(folder: str) -> dict[str, Any]:
         try:
             config = json.load(file)
         except ValueError as error:
-            raise ValueError(f"{path} is no JSON ({error})") from error
+            raise ValueError(f"{path} is not JSON ({error})") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{path} is no JSON object")
+        raise ValueError(f"{path} is not a JSON object")
     return config
 
 
 def shards_of(folder: str) -> dict[str, str]:
-    """The files with weights by name."""
+    """The paths of the weight files, by file name."""
     index = os.path.join(folder, "model.safetensors.index.json")
     names = ["model.safetensors"]
     if os.path.exists(index):
@@ -50,7 +50,7 @@ def write_json(path: str, content: Any) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: str | os.PathLike[str]) -> Iterator[str]:
-    """A folder that gets its name once it is whole, and is removed where that fails."""
+    """Makes a folder that gets its name when complete, and is removed after a failure."""
     folder = os.path.abspath(folder)
     if os.path.lexists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise FileExistsError(f"{folder} exists; name a new folder, or remove it")
@@ -62,7 +62,7 @@ def new_folder(folder: str | os.PathLike[str]) -> Iterator[str]:
     try:
         yield temporary
         if os.path.isdir(folder):
-            os.rmdir(folder)  # Windows renames onto none
+            os.rmdir(folder)  # Windows cannot rename onto a folder
         os.replace(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,17 +1,17 @@
-"""compressed-tensors, both ways: a quantized Hugging Face model, as vLLM and transformers load it.
+"""The compressed-tensors format of quantized Hugging Face models, which vLLM and transformers load.
 
-In such a folder, a linear layer has in place of its ``weight`` ``[out, in]``
+In such a folder, a linear layer has, instead of its ``weight`` ``[out, in]``,
 
-* ``weight_packed``: int32 ``[out, ceil(in * bits / 32)]``. A code ``k`` is ``k + 2**(bits - 1)`` without a
-  sign; a row's codes lie from the lowest bit of its first word up.
+* ``weight_packed``: int32 ``[out, ceil(in * bits / 32)]``. A code ``k`` is stored unsigned as ``k +
+  2**(bits - 1)``; the codes of a row start at the lowest bit of its first word.
 * ``weight_scale``: ``[out, in / group]``, or ``[out, 1]`` for channels. Readers decode in its dtype, so it
-  has that of the leaf.
+  has the dtype of the leaf.
 * ``weight_shape``: int64 ``[2]``.
-* ``weight_zero_point``, where a grid has one: int32 ``[ceil(out * bits / 32), in / group]``, packed along
-  the first axis.
+* ``weight_zero_point``, for affine grids: int32 ``[ceil(out * bits / 32), in / group]``, packed along the
+  first axis.
 
-A weight is ``(k - zero point) * scale``. ``config.json`` has under ``quantization_config`` which layers
-have how many bits.
+A weight is ``(k - zero point) * scale``. The entry ``quantization_config`` of ``config.json`` gives the bits
+of each layer.
 
 References:
   https://github.com/vllm-project/compressed-tensors (``compressors/pack_quantized``).
@@ -28,14 +28,14 @@ PARTS = ("packed", "scale", "shape", "zero_point")
 
 
 class Scheme(NamedTuple):
-    """How a layer's weight is quantized: as ``config.json`` has it."""
+    """How a layer's weight is quantized, in the terms of ``config.json``."""
 
     bits: int
     group: int | None
     symmetric: bool
 
     def args(self) -> dict[str, Any]:
-        """As compressed-tensors' ``QuantizationArgs``."""
+        """The fields of compressed-tensors' ``QuantizationArgs``."""
         return {
             "num_bits": self.bits,
             "type": "int",
@@ -47,7 +47,7 @@ class Scheme(NamedTuple):
 
 
 def words_of(codes: np.ndarray, bits: int) -> np.ndarray:
-    """``int8[rows, n]`` codes as ``int32[rows, ceil(n * bits / 32)]``."""
+    """Packs ``int8[rows, n]`` codes into ``int32[rows, ceil(n * bits / 32)]``."""
     levels = levels_of(bits)
     padding = -codes.shape[1] % (32 // bits)
     padded = np.pad(codes, ((0, 0), (0, padding)), constant_values=levels.lower)
@@ -56,7 +56,7 @@ def words_of(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def codes_of(words: np.ndarray, length: int, bits: int) -> np.ndarray:
-    """The codes that ``words_of`` packed."""
+    """Unpacks the codes that ``words_of`` packed."""
     content = np.ascontiguousarray(words.astype("<i4", copy=False)).view(np.uint8).ravel()
     width = words.shape[1] * 32 // bits
     codes = unpack(content, words.shape[0] * width, levels_of(bits))

@@ -1,4 +1,4 @@
-"""from_compressed_tensors: a Hugging Face folder as a tree, whose quantized leaves are exact."""
+"""``from_compressed_tensors`` reads a Hugging Face folder as a tree with exact quantized leaves."""
 
 import os
 import re
@@ -24,16 +24,16 @@ def from_compressed_tensors(
       folder: the folder.
 
     Returns:
-      A dict of the tensors by name, packed ones as exact ``QArray`` leaves ``[out, in]`` called
+      A dict of the tensors by name, packed ones as exact ``QArray`` leaves ``[out, in]`` named
       ``...weight``; and the content of ``config.json``.
 
     Raises:
       OSError: a file cannot be opened.
-      ValueError: it is not such a folder, or its tensors do not fit its configuration. The message names
-        the file or the tensor.
+      ValueError: the folder is not of this kind, or its tensors do not match its configuration. The
+        message names the file or the tensor.
 
     Examples:
-      Continue training a model of vLLM's compressor::
+      Continue training a model that vLLM's compressor wrote::
 
         tree, config = from_compressed_tensors("model-w4a16")
         params = dequantize_params(tree)
@@ -70,7 +70,7 @@ def from_compressed_tensors(
 
 
 def _scheme_of(module: str, quantization: Mapping[str, Any], where: str) -> Scheme:
-    """What ``config.json`` says of a layer."""
+    """The scheme that ``config.json`` gives for a layer."""
 
     def matches(target: str, exact: bool) -> bool:
         if target.startswith("re:"):
@@ -96,7 +96,7 @@ def _scheme_of(module: str, quantization: Mapping[str, Any], where: str) -> Sche
 
 
 def _unpacked(parts: Mapping[str, Any], scheme: Scheme) -> QArray:
-    """A layer's weight from its tensors."""
+    """Decodes a layer's weight from its tensors."""
     outputs, length = (int(extent) for extent in parts["shape"])
     size = scheme.group or length
     groups = length // size

@@ -1,4 +1,4 @@
-"""to_compressed_tensors: a quantized tree as a Hugging Face folder, with the same numbers."""
+"""``to_compressed_tensors`` writes a quantized tree as a Hugging Face folder, with the same weights."""
 
 import contextlib
 import itertools
@@ -47,39 +47,39 @@ def to_compressed_tensors(
 ) -> dict[str, str]:
     """Writes a quantized tree as a Hugging Face folder, which vLLM and transformers load.
 
-    Nothing is quantized again: of a level ``(code - zero point) * scale`` the files have these very
-    numbers, so that each weight that compressed-tensors decodes equals ``dequantize_params(qparams)``.
-    The format is ``pack-quantized``; a weight has 4 bits (W4A16) where its codes fit these, else 8
-    (W8A16), in groups along its rows or channels, with zero points or without. vLLM's fastest kernels
-    take groups of 32, 64 and 128, and channels.
+    Nothing is requantized: the files hold the codes, zero points and scales of the grid, so that each
+    weight that compressed-tensors decodes equals ``dequantize_params(qparams)``. The format is
+    ``pack-quantized``; a weight has 4 bits (W4A16) if its codes fit, else 8 (W8A16), in groups along its
+    rows or in channels, with or without zero points. vLLM's fastest kernels take groups of 32, 64 and
+    128, and channels.
 
-    Readers take only linear layers quantized: other ``QArray`` leaves (embeddings, tied ones too,
-    convolutions, vectors) are written decoded, which is equal but not small. Arrays keep their dtype.
+    Readers accept only quantized linear layers: other ``QArray`` leaves (embeddings, tied ones too,
+    convolutions, vectors) are written dequantized, which is equal but not small. Arrays keep their dtype.
 
     Args:
-      folder: the folder to write, which must not exist or be empty. It appears once it is whole.
+      folder: the folder to write, which must not exist or be empty. It appears when complete.
       qparams: a tree of arrays and ``QArray`` leaves.
-      like: the folder of the float model, in one safetensors file or several: it gives the
-        configuration, the tokenizer, each tensor that ``qparams`` does not have, and which tensors lie
-        in which file.
-      names: the name in ``like`` of a leaf's path, as for ``to_gguf``. By default, and for paths that a
-        mapping lacks, the path with dots for slashes and ``weight`` for a last ``kernel`` or
-        ``embedding``: ``"model/layers/0/mlp/up_proj/kernel"`` is ``model.layers.0.mlp.up_proj.weight``.
-        Without the number it is a leaf of stacked layers.
+      like: the folder of the float model, in one safetensors file or several. It provides the
+        configuration, the tokenizer, each tensor that ``qparams`` lacks, and the assignment of tensors
+        to files.
+      names: maps a leaf's path to a name in ``like``, as for ``to_gguf``. By default, and for paths that
+        a mapping lacks, slashes become dots and a last ``kernel`` or ``embedding`` becomes ``weight``:
+        ``"model/layers/0/mlp/up_proj/kernel"`` is ``model.layers.0.mlp.up_proj.weight``. A path without
+        the layer's number is a leaf of stacked layers.
 
     Returns:
-      The dtype of each weight of ``qparams``, ``int4`` or ``int8`` where it is packed, by its name.
+      The dtype of each weight of ``qparams`` by name, ``int4`` or ``int8`` where it is packed.
 
     Raises:
       FileExistsError: the folder exists and is not empty.
       OSError: a file cannot be opened.
-      ValueError: a linear layer's grid that the format does not hold exactly (a code book, fractional zero
-        points, groups that do not divide the rows or do not run along them), or scales that the leaf's
-        dtype does not; a leaf that ``like`` lacks, or of another shape; ``like`` is no float model. The
+      ValueError: the format cannot hold a linear layer's grid exactly (a codebook, fractional zero
+        points, groups that do not divide the rows or do not run along them), or the leaf's dtype its
+        scales; ``like`` lacks a leaf, or has it with another shape; or ``like`` is not a float model. The
         message names the leaf, its grid and the nearest grid that fits.
 
     Examples:
-      Train on the grid, and let vLLM serve what was trained::
+      Train on the grid, and let vLLM serve the trained weights::
 
         tx = optax.chain(optax.adam(1e-5), quantize_weights(Uniform(4, group_size=32)))
         ...
@@ -97,7 +97,7 @@ def write_compressed_tensors(
     names: Names | None = None,
     progress: Callable[[int], None] = lambda elements: None,
 ) -> list[Written]:
-    """``to_compressed_tensors`` for leaves that need not be in memory; gives what it wrote of them."""
+    """``to_compressed_tensors`` for leaves that need not be in memory; returns the tensors written from them."""
     like = os.fspath(like)
     config = read_config(like)
     if config.get("quantization_config") is not None:
@@ -125,7 +125,7 @@ def write_compressed_tensors(
             config["quantization_config"] = _quantization(schemes, linear)
         dtypes = {placed[name].leaf.dtype.name for name in schemes}
         if len(dtypes) == 1:
-            # In which readers decode, whatever the dtype of the scales in the files.
+            # Readers decode in this dtype, whatever the dtype of the scales in the files.
             config["dtype" if "dtype" in config else "torch_dtype"] = dtypes.pop()
         write_json(os.path.join(new, "config.json"), config)
         for entry in os.scandir(like):
@@ -136,7 +136,7 @@ def write_compressed_tensors(
 
 
 def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is what a linear layer multiplies by, as far as the name tells."""
+    """Whether a tensor is the weight of a linear layer, judged by its name and shape."""
     return len(shape) == 2 and name.endswith(".weight") and not _EMBEDDING.search(name)
 
 
@@ -147,7 +147,7 @@ def _written(name: str, rows: Rows, scheme: Scheme | None, sizes: Mapping[str, i
 
 
 def _default(path: str, specs: Mapping[str, Spec]) -> str:
-    """The name of a leaf whose name is not given."""
+    """The default name of a leaf."""
     if path in specs:
         return path
     name = dotted(path).removeprefix("params.")
@@ -156,13 +156,13 @@ def _default(path: str, specs: Mapping[str, Spec]) -> str:
 
 
 def _scheme(rows: Rows, grid: Grid) -> Scheme:
-    """How a layer's weight is written. Raises where that would not be exact."""
+    """The scheme for a layer's weight. Raises ``ValueError`` if none is exact."""
     lower, upper = integer_range(grid)
     length = rows.shape[-1]
     if grid.codebook is not None:
-        problem = "has a code book, and these levels are evenly spaced"
+        problem = "has a codebook, and these levels are evenly spaced"
     elif grid.zero_point is not None and not jnp.issubdtype(grid.zero_point.dtype, jnp.integer):
-        problem = "has zero points that are no integers"
+        problem = "has fractional zero points"
     elif rows.run == 1 < length:
         shared = f"groups of {grid.group[1]}" if grid.group else "scales that its rows do not share"
         along = f" along axis {grid.group[0]}" if grid.group else ""
@@ -207,7 +207,7 @@ def _write_shard(
     schemes: Mapping[str, Scheme],
     progress: Callable[[int], None],
 ) -> dict[str, int]:
-    """A file like that of ``reader``; gives the bytes of each of its tensors."""
+    """Writes a file like the one of ``reader``; returns the bytes of each of its tensors."""
     specs: dict[str, Spec] = {}
     for name, spec in reader.specs.items():
         if name in schemes:
@@ -244,7 +244,7 @@ def _packed_specs(name: str, rows: Rows, scheme: Scheme) -> dict[str, Spec]:
 
 
 def _packed(name: str, rows: Rows, scheme: Scheme) -> Iterator[tuple[str, Iterable[np.ndarray]]]:
-    """The tensors in place of a layer's weight."""
+    """The tensors that replace a layer's weight."""
     yield f"{name}_packed", _packed_codes(rows, scheme)
     yield f"{name}_scale", [_scales(rows).astype(rows.leaf.dtype)]
     yield f"{name}_shape", [np.array(rows.shape, np.int64)]
@@ -278,7 +278,7 @@ def _quantization(schemes: Mapping[str, Scheme], linear: list[str]) -> dict[str,
         }
     ignored = [name.removesuffix(".weight") for name in linear if name not in schemes]
     if "lm_head.weight" not in schemes and "lm_head" not in ignored:
-        ignored.append("lm_head")  # tied to the embedding, it is a layer all the same
+        ignored.append("lm_head")  # a linear layer even when tied to the embedding
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",

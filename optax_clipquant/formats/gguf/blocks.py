@@ -7,9 +7,9 @@
 | Q8_0 | -128..127 | 32 | ``d``; the codes |
 | TQ2_0 | -1..1 | 256 | 64 bytes, 32 for each half of the block: code ``i + 32 j`` + 1 in bits ``2 j`` of byte ``i``; ``d`` |
 
-Blocks run along a row, the contracted axis. ``d`` may be negative or subnormal. Of a scale with 8
-significant bits, float16 holds every one with ``2**-17 <= abs(scale) <= 65280`` exactly, and the
-product with a code is exact in float32: so a reader finds the very levels of a grid.
+Blocks run along a row, the contracted axis. ``d`` may be negative or subnormal. float16 holds every scale
+of 8 significant bits with ``2**-17 <= abs(scale) <= 65280`` exactly, and its product with a code is exact
+in float32, so that readers decode exactly the levels of a grid.
 
 References:
   https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-common.h (layouts),
@@ -25,10 +25,10 @@ class Blocks(NamedTuple):
     """A type of block.
 
     Attributes:
-      size: the codes in a block.
-      lower: the least code.
+      size: the number of codes in a block.
+      lower: the smallest code.
       upper: the largest code.
-      bits: of a grid that has all of its codes: as the quantizers have them.
+      bits: the bits of a grid with all of its codes, as a quantizer makes it.
     """
 
     size: int
@@ -36,7 +36,7 @@ class Blocks(NamedTuple):
     upper: int
 
 
-# The smallest first: the first that holds a grid is chosen.
+# From small to large, since the first that can hold a grid is chosen.
 BLOCKS = {
     "TQ2_0": Blocks(256, -1, 1),
     "Q4_0": Blocks(32, -8, 7),
@@ -46,10 +46,10 @@ BLOCKS = {
 
 
 def encode(kind: str, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """The bytes of blocks, ``uint8[n, bytes of a block]``.
+    """Encodes blocks to bytes, ``uint8[n, bytes per block]``.
 
     Args:
-      kind: the type.
+      kind: the type of the blocks.
       codes: ``int8[n, size]`` in the type's range.
       scales: ``float16[n]``.
     """
@@ -68,7 +68,7 @@ def encode(kind: str, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 def decode(kind: str, content: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and scales of blocks: what ``encode`` encoded."""
+    """Decodes blocks to codes and scales; the inverse of ``encode``."""
     if kind == "TQ2_0":
         packed, d = np.split(content, [64], 1)
         digits = packed.reshape(-1, 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8)[:, None]

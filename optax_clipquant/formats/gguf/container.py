@@ -29,9 +29,9 @@ _UINT32, _STRING, _ARRAY = 4, 8, 9
 _SCALARS: dict[int, str] = dict(
     zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True)
 )
-_MAX_AXES = 4  # of ggml
+_MAX_AXES = 4  # the limit of ggml
 
-# Elements a block, and bytes a block.
+# Elements per block, and bytes per block.
 SIZES = {
     **{"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "F64": (1, 8)},
     **{"I8": (1, 1), "I16": (1, 2), "I32": (1, 4), "I64": (1, 8)},
@@ -40,7 +40,7 @@ SIZES = {
 _IDS = {
     **{"F32": 0, "F16": 1, "Q4_0": 2, "Q5_0": 6, "Q8_0": 8, "I8": 24, "I16": 25, "I32": 26},
     **{"I64": 27, "F64": 28, "BF16": 30, "TQ2_0": 35},
-    # Of these, only the name and what the file says of their place are used.
+    # For these, only the name and the offset in the file are used.
     **{"Q4_1": 3, "Q5_1": 7, "Q8_1": 9, "Q2_K": 10, "Q3_K": 11, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14},
     **{"Q8_K": 15, "IQ2_XXS": 16, "IQ2_XS": 17, "IQ3_XXS": 18, "IQ1_S": 19, "IQ4_NL": 20},
     **{"IQ3_S": 21, "IQ2_S": 22, "IQ4_XS": 23, "IQ1_M": 29, "TQ1_0": 34, "MXFP4": 39, "NVFP4": 40},
@@ -52,8 +52,8 @@ class Tensor(NamedTuple):
     """A tensor of a GGUF file.
 
     Attributes:
-      kind: the name of its type, or of an unknown one the number as text.
-      shape: as NumPy has it: rows run along the last axis.
+      kind: the name of its type, or for an unknown type its number as text.
+      shape: its shape in NumPy's order, with rows along the last axis.
     """
 
     kind: str
@@ -61,7 +61,7 @@ class Tensor(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Only where the type is known."""
+        """The size in bytes, for a known type."""
         block, size = SIZES[self.kind]
         return math.prod(self.shape) // block * size
 
@@ -71,14 +71,14 @@ class GGUFFile:
 
     Attributes:
       path: the file.
-      metadata: the values by key: numbers, text, bools, lists of these.
-      raw: type and value of each entry, as bytes, by key.
-      tensors: by name, in the order in which the header has them.
-      alignment: of each tensor, in bytes.
+      metadata: the metadata by key: numbers, text, bools, and lists of these.
+      raw: the type and value of each metadata entry as bytes, by key.
+      tensors: the tensors by name, in the order of the header.
+      alignment: the alignment of tensors, in bytes.
 
     Raises:
       OSError: the file cannot be opened.
-      ValueError: it is truncated or no GGUF file of a version that this reads.
+      ValueError: the file is truncated, or not a GGUF file of a supported version.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -121,7 +121,7 @@ class GGUFFile:
         offsets = [self._describe() for _ in range(count)]
         self.alignment = self.metadata.get("general.alignment", 32)
         if not (isinstance(self.alignment, int) and self.alignment.bit_count() == 1):
-            raise ValueError(f"the alignment {self.alignment!r} is no power of two")
+            raise ValueError(f"the alignment {self.alignment!r} is not a power of two")
         start = _padded(self._file.tell(), self.alignment)
         ends = sorted({*offsets, self._size - start})
         following = dict(itertools.pairwise(ends))
@@ -133,7 +133,7 @@ class GGUFFile:
             self._places[name] = start + offset, size
 
     def _describe(self) -> int:
-        """Reads the description of a tensor, of which it gives the offset."""
+        """Reads the description of a tensor, and returns the tensor's offset."""
         name = self._string()
         (ndim,) = self._unpack("I")
         if ndim > _MAX_AXES:
@@ -156,7 +156,7 @@ class GGUFFile:
         if inner in _SCALARS:
             size = struct.calcsize("<" + _SCALARS[inner])
             return list(struct.unpack(f"<{length}{_SCALARS[inner]}", self._bytes(length * size)))
-        # An element takes 8 bytes and more: so this ends with the file.
+        # Each element takes at least 8 bytes of the file, so a false length ends with the file.
         return [self._value(inner) for _ in range(length)]
 
     def _string(self) -> str:
@@ -172,7 +172,7 @@ class GGUFFile:
         return self._file.read(length)
 
     def read(self, name: str) -> np.ndarray:
-        """The bytes of a tensor; where its type is not known, with the padding behind it."""
+        """The bytes of a tensor; for an unknown type, with the padding after it."""
         place, size = self._places[name]
         content = np.empty(size, np.uint8)
         self._file.seek(place)
@@ -181,7 +181,7 @@ class GGUFFile:
         return content
 
     def pieces(self, name: str) -> Iterator[np.ndarray]:
-        """The bytes of a tensor in turn."""
+        """The bytes of a tensor, piece by piece."""
         place, size = self._places[name]
         for first in range(0, size, 2**20):
             self._file.seek(place + first)
@@ -206,12 +206,12 @@ class GGUFFile:
 
 
 def uint32(value: int) -> bytes:
-    """Type and value of a metadata entry."""
+    """The type and value of a metadata entry that holds a uint32, as bytes."""
     return struct.pack("<II", _UINT32, value)
 
 
 class Writer:
-    """A new GGUF file, in which tensors may be put in any order; see ``writing``."""
+    """A new GGUF file, into which tensors are put in any order; see ``writing``."""
 
     def __init__(
         self,
@@ -238,7 +238,7 @@ class Writer:
         file.write(content)
 
     def put(self, name: str, pieces: Iterable[np.ndarray]) -> None:
-        """Writes the bytes of a tensor from pieces of them."""
+        """Writes a tensor from pieces of its bytes."""
         offset, nbytes = self._places.pop(name)
         self._file.seek(self._start + offset)
         written = 0
@@ -259,13 +259,13 @@ def writing(
     tensors: Mapping[str, tuple[Tensor, int]],
     alignment: int,
 ) -> Iterator[Writer]:
-    """A GGUF file, which takes the place of ``path`` once whole: see ``replacing``.
+    """Writes a GGUF file, which replaces ``path`` when complete; see ``replacing``.
 
     Args:
       path: the file.
-      entries: type and value of each entry of the metadata, as ``GGUFFile.raw`` has them.
-      tensors: what they are, and their bytes.
-      alignment: of each tensor.
+      entries: the type and value of each metadata entry, in the form of ``GGUFFile.raw``.
+      tensors: the description and the size in bytes of each tensor, by name.
+      alignment: the alignment of tensors, in bytes.
     """
     with replacing(path) as file:
         writer = Writer(file, entries, tensors, alignment)

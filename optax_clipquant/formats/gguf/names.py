@@ -1,7 +1,7 @@
-"""What llama-family models call their tensors: Hugging Face's names as GGUF's.
+"""Translates Hugging Face's names of tensors in llama-family models to GGUF's.
 
-GGUF's ``llama`` architecture rotates neighbouring pairs of a head's rows, Hugging Face's pairs that are
-half a head apart, so the rows of queries and keys change places on the way.
+GGUF's ``llama`` architecture rotates neighbouring pairs of a head's rows, and Hugging Face's rotates pairs
+half a head apart, so the rows of queries and keys are reordered.
 
 References:
   https://github.com/ggml-org/llama.cpp/blob/master/gguf-py/gguf/tensor_mapping.py,
@@ -15,7 +15,7 @@ import numpy as np
 from optax_clipquant.formats.gguf.container import GGUFFile
 from optax_clipquant.formats.leaves import dotted
 
-# Mistral is a llama there.
+# In GGUF, Mistral is a llama.
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
 _MODEL = {
@@ -39,9 +39,9 @@ _LAYER = {
 
 
 def gguf_name(path: str, like: GGUFFile) -> tuple[str, bool]:
-    """The name of a leaf in ``like``, and whether it was found by Hugging Face's.
+    """The name of a leaf in ``like``, and whether it was translated from Hugging Face's.
 
-    A path without the number of a layer is of a stacked leaf: its name has ``{}`` there.
+    A path without a layer's number belongs to a stacked leaf, whose name has ``{}`` in its place.
     """
     name = dotted(path).removeprefix("params.")
     if path in like.tensors or name in like.tensors:
@@ -65,7 +65,7 @@ def gguf_name(path: str, like: GGUFFile) -> tuple[str, bool]:
 
 
 def row_order(name: str, rows: int, like: GGUFFile) -> np.ndarray | None:
-    """Which of Hugging Face's rows each row of a tensor is; None where they stay."""
+    """For each row of a tensor, the index of Hugging Face's row; None if the order is the same."""
     if like.metadata.get("general.architecture") != "llama":
         return None
     for part, key in (("attn_q", "head_count"), ("attn_k", "head_count_kv")):

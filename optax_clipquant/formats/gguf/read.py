@@ -1,4 +1,4 @@
-"""from_gguf: a GGUF file as a tree, whose quantized leaves are exact."""
+"""``from_gguf`` reads a GGUF file as a tree with exact quantized leaves."""
 
 import math
 import os
@@ -20,28 +20,29 @@ _PLAIN = {
 
 
 def from_gguf(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads a GGUF file.
+    """Reads a GGUF file as a tree.
 
-    Tensors of Q4_0, Q5_0, Q8_0 and TQ2_0 become ``QArray`` leaves of the same levels, ``[out, in]`` with
-    groups along the last axis, on which training can go on: ``quantize_weights(Uniform(4,
-    channel_axis=0, group_size=32))`` starts with the very codes of a Q4_0 tensor that llama.cpp quantized
-    (its scales are then rounded to 8 bits, by less than half a percent). Tensors of other types become
-    arrays: of the K- and I-quants and others, float32 arrays of the decoded values.
+    Q4_0, Q5_0, Q8_0 and TQ2_0 tensors become ``QArray`` leaves with the same levels, ``[out, in]`` with
+    groups along the last axis, from which training can continue: ``quantize_weights(Uniform(4,
+    channel_axis=0, group_size=32))`` starts with exactly the codes of a Q4_0 tensor that llama.cpp
+    quantized (and rounds its scales to 8 bits, by less than half a percent). Tensors of other types become
+    arrays; K-quants, I-quants and the like are decoded to float32.
 
     Args:
       path: the file.
 
     Returns:
-      A dict of the tensors by name, in NumPy's order of axes; and the metadata by key: numbers, text,
+      A dict of the tensors by name, with axes in NumPy's order; and the metadata by key: numbers, text,
       bools, and lists of these.
 
     Raises:
       OSError: the file cannot be opened.
-      ValueError: it is truncated or no GGUF file, or has a type that the package ``gguf`` cannot decode.
-      ImportError: it has a type that needs the package ``gguf``, which is not installed.
+      ValueError: the file is truncated, is not a GGUF file, or has a type that the package ``gguf``
+        cannot decode.
+      ImportError: the file has a type that needs the package ``gguf``, which is not installed.
 
     Examples:
-      Continue training a file of llama.cpp::
+      Continue training a file that llama.cpp wrote::
 
         tree, metadata = from_gguf("model-q4_0.gguf")
         params = dequantize_params(tree)
@@ -56,7 +57,7 @@ def _leaf(file: GGUFFile, name: str) -> Any:
     content = file.read(name)
     if kind in _PLAIN:
         array = content.view(_PLAIN[kind]).reshape(shape)
-        # JAX would cut 64 bits to 32.
+        # JAX would truncate 64 bits to 32.
         return jnp.asarray(array) if array.itemsize <= 4 else array
     if kind not in BLOCKS:
         return jnp.asarray(_decoded(file, name, content))
@@ -64,7 +65,7 @@ def _leaf(file: GGUFFile, name: str) -> Any:
     codes, scales = decode(kind, content.reshape(-1, SIZES[kind][1]))
     lower, upper, bits = blocks.lower, blocks.upper, math.log2(blocks.upper - blocks.lower + 1)
     if codes.size and codes.max() > upper:
-        upper, bits = 2, 2  # of the four codes that a TQ2_0 file can have, llama.cpp writes three
+        upper, bits = 2, 2  # a TQ2_0 file can hold four codes, of which llama.cpp writes three
     grid = Grid(
         jnp.asarray(scales.astype(np.float32).reshape(*shape[:-1], shape[-1] // blocks.size)),
         bits=bits if bits == math.log2(3) else int(bits),

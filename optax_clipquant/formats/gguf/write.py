@@ -1,4 +1,4 @@
-"""to_gguf: a quantized tree as a GGUF file, with the same numbers."""
+"""``to_gguf`` writes a quantized tree as a GGUF file, with the same weights."""
 
 import collections
 import dataclasses
@@ -32,8 +32,8 @@ _KINDS = {
     **{np.dtype(np.int32): "I32", np.dtype(np.int64): "I64"},
 }
 _DTYPES = {kind: dtype for dtype, kind in _KINDS.items()}
-_HELD = tuple(_DTYPES[kind] for kind in ("F32", "F16", "BF16"))  # by float32
-# Of llama.cpp's llama_ftype.
+_HELD = tuple(_DTYPES[kind] for kind in ("F32", "F16", "BF16"))  # those that float32 holds exactly
+# Values of llama.cpp's llama_ftype.
 _FILE_TYPES = {
     **{"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "Q5_0": 8, "BF16": 32, "TQ2_0": 37},
 }
@@ -50,56 +50,57 @@ def to_gguf(
 ) -> dict[str, str]:
     """Writes a quantized tree as a GGUF file, which llama.cpp, Ollama and LM Studio run.
 
-    Nothing is quantized again: of a level ``code * scale`` the file has that code and that scale, as
-    float16, so that each weight that a runtime decodes equals ``dequantize_params(qparams)``; where
-    leaves are bfloat16 or float16, after rounding to these. (A decoded 0 may be -0.) What a runtime
-    computes with them is up to it: llama.cpp rounds activations to 8 bits.
+    Nothing is requantized: the file holds the codes of the grid and its scales, as float16, so that each
+    weight that a runtime decodes equals ``dequantize_params(qparams)``; for bfloat16 and float16 leaves,
+    after rounding to that dtype. (A decoded 0 may be -0.) The runtime's arithmetic may differ: llama.cpp
+    rounds activations to 8 bits.
 
     A leaf gets the smallest type that holds all levels of its grid:
 
-    | type | codes | bits a weight | such as |
+    | type | codes | bits per weight | such as |
     |---|---|---|---|
     | ``TQ2_0`` | -1, 0, 1 | 2.06 | ``Ternary(group_size=256)``, ``Binary(group_size=256)`` |
     | ``Q4_0`` | -8 to 7 | 4.5 | ``Uniform(4, group_size=32)``, or fewer bits |
     | ``Q5_0`` | -16 to 15 | 5.5 | ``Uniform(5, group_size=32)`` |
     | ``Q8_0`` | -128 to 127 | 8.5 | ``Uniform(8, group_size=32)``, or 6 and 7 bits |
 
-    along the contracted axis, whose length must be a multiple of 32 (or 256); the groups of the grid
-    may be multiples of these, or whole rows. Arrays keep their dtype, and those of one axis become
-    float32. The file replaces ``path`` once it is whole; a tensor is in memory at a time.
+    Blocks run along the contracted axis, whose length must be a multiple of 32 (or 256); the groups of the
+    grid may be multiples of these, or whole rows. Arrays keep their dtype, except that those with one axis
+    become float32. The file replaces ``path`` when complete; only one tensor is in memory at a time.
 
     Args:
-      path: the file, by custom with the ending ``.gguf``.
+      path: the file, conventionally ending in ``.gguf``.
       qparams: a tree of arrays and ``QArray`` leaves.
-      like: a GGUF file of the same model in any precision, which may be ``path``: it gives the metadata,
-        the tokenizer, and each tensor that ``qparams`` does not have.
-      names: the name in ``like`` of a leaf's path, as a mapping or a function; or ``(name, transpose)``,
-        or None for a leaf to be left out. ``transpose`` tells whether a ``[in, out]`` leaf becomes
-        GGUF's ``[out, in]``; for more axes it may be their order, after which neighbours are merged:
-        ``(1, 2, 0)`` makes ``[d, heads, size]`` a tensor ``[heads * size, d]``. Without it, the grid, the
-        shape or a last key ``kernel``, ``weight`` or ``embedding`` tells. A name with ``{}`` stands for
-        the tensors ``blk.{}.attn_q.weight`` of all layers, which a leaf has along its leading axis.
+      like: a GGUF file of the same model in any precision, which may be ``path``. It provides the
+        metadata, the tokenizer, and each tensor that ``qparams`` lacks.
+      names: maps a leaf's path, as a mapping or a function, to its name in ``like``, to ``(name,
+        transpose)``, or to None to leave the leaf out. ``transpose`` says whether a ``[in, out]`` leaf
+        becomes GGUF's ``[out, in]``; for more axes it may be their order, after which neighbours are
+        merged: ``(1, 2, 0)`` makes ``[d, heads, size]`` a tensor ``[heads * size, d]``. Without it, the
+        grid, the shape or a last key ``kernel``, ``weight`` or ``embedding`` decides. A name with ``{}``,
+        such as ``blk.{}.attn_q.weight``, stands for the tensors of all layers, which the leaf has along
+        its leading axis.
 
-        By default, and for paths that a mapping lacks, a path is its name, with ``/`` for ``.``; or of a
+        By default, and for paths that a mapping lacks, a path is a name with ``/`` for ``.``; or, for a
         llama, Mistral, Qwen2 or Qwen3, the name in Hugging Face's model
-        (``"model/layers/0/self_attn/q_proj/kernel"``, without the number of stacked layers). Then the
-        rows of queries and keys are put in GGUF's order, where the architecture has another.
-      otherwise: the dtype in which to write the decoded values of leaves that no type holds exactly.
+        (``"model/layers/0/self_attn/q_proj/kernel"``, without the number for stacked layers). The rows of
+        queries and keys are then put in GGUF's order, where the architecture has another.
+      otherwise: the dtype in which to write the dequantized values of leaves that no type holds exactly.
 
     Returns:
-      The type of each tensor that came from ``qparams``, by its name.
+      The type of each tensor that came from ``qparams``, by name.
 
     Raises:
       OSError: a file cannot be opened.
-      ValueError: a grid that no type holds exactly (with zero points, a code book, other groups), or
-        scales that float16 does not; a leaf that ``like`` lacks, or of another shape; ``like`` is no
-        GGUF file. The message names the leaf, its grid and the nearest grid that fits.
+      ValueError: no type holds a grid exactly (zero points, a codebook, other groups), or float16 its
+        scales; ``like`` lacks a leaf, or has it with another shape; or ``like`` is not a GGUF file. The
+        message names the leaf, its grid and the nearest grid that fits.
 
     References:
-      ``blocks.py`` beside this module tells how blocks lie, with the sources.
+      ``blocks.py`` beside this module describes the layout of blocks, with its sources.
 
     Examples:
-      Train ``params`` of a Hugging Face llama on the grid of Q4_0, and run what was trained::
+      Train ``params`` of a Hugging Face llama on the grid of Q4_0, and run the trained model::
 
         quantizer = Uniform(4, group_size=32, channel_axis=-1)  # kernels [in, out]
         tx = optax.chain(optax.adam(1e-5), quantize_weights(quantizer))
@@ -119,9 +120,9 @@ def write_gguf(
     otherwise: Float | None = None,
     progress: Callable[[int], None] = lambda elements: None,
 ) -> list[Written]:
-    """``to_gguf`` for leaves that need not be in memory; gives what it wrote of them.
+    """``to_gguf`` for leaves that need not be in memory; returns the tensors written from them.
 
-    ``progress`` is told the elements of each tensor of a leaf that is written.
+    ``progress`` is called with the number of elements of each tensor written from a leaf.
     """
     if otherwise not in (None, *get_args(Float)):
         raise ValueError(
@@ -150,7 +151,7 @@ def write_gguf(
 
 
 def _placed(leaves: Mapping[str, Leaf], source: GGUFFile, names: Names | None) -> dict[str, Rows]:
-    """What each tensor of the file gets that comes from a leaf."""
+    """The rows for each tensor that comes from a leaf, by name."""
     theirs: set[str] = set()
 
     def default(path: str) -> str:
@@ -168,9 +169,9 @@ def _placed(leaves: Mapping[str, Leaf], source: GGUFFile, names: Names | None) -
 
 
 def _kind(rows: Rows, otherwise: Float | None) -> str:
-    """The type in which a leaf is written."""
+    """The GGUF type for a leaf."""
     leaf = rows.leaf
-    # Norms and biases: ggml computes with those in float32 alone.
+    # ggml only computes with norms and biases in float32.
     single = len(rows.shape) == 1 and leaf.dtype in _HELD
     if leaf.grid is None:
         if leaf.dtype in _KINDS:
@@ -191,11 +192,11 @@ def _kind(rows: Rows, otherwise: Float | None) -> str:
 
 
 def _block_kind(rows: Rows, grid: Grid) -> tuple[str | None, str]:
-    """The smallest type that holds the levels exactly; or None, and why there is none."""
+    """The smallest type that holds the levels exactly; or None, and the reason why there is none."""
     lower, upper = integer_range(grid)
     length = rows.shape[-1]
     if grid.codebook is not None:
-        problem = "has a code book, and GGUF's levels are evenly spaced"
+        problem = "has a codebook, and GGUF's levels are evenly spaced"
     elif grid.zero_point is not None:
         problem = "has zero points, which no type of GGUF holds exactly"
     else:
@@ -233,7 +234,7 @@ def _scales(rows: Rows, size: int) -> np.ndarray:
 
 
 def _inexact(rows: Rows, size: int) -> float | None:
-    """A scale that float16 does not hold exactly."""
+    """A scale that float16 cannot hold exactly, or None."""
     scales = _scales(rows, size)
     with np.errstate(over="ignore"):
         wrong = (scales.astype(np.float16) != scales) | ~np.isfinite(scales)
@@ -241,7 +242,7 @@ def _inexact(rows: Rows, size: int) -> float | None:
 
 
 def _content(rows: Rows, kind: str) -> Iterator[np.ndarray]:
-    """The bytes of a tensor, some rows at a time."""
+    """The bytes of a tensor, a few rows at a time."""
     if kind in BLOCKS:
         yield from _encoded(rows, kind)
         return
@@ -275,7 +276,7 @@ def _encoded(rows: Rows, kind: str) -> Iterator[np.ndarray]:
 def _entries(
     source: GGUFFile, tensors: Mapping[str, Tensor], nbytes: Mapping[str, int]
 ) -> dict[str, bytes]:
-    """The metadata: that of ``like``, with what tells the types."""
+    """The metadata of ``like``, with the entries that describe the types updated."""
     entries = dict(source.raw)
     total: dict[str, int] = collections.Counter()
     for name, tensor in tensors.items():

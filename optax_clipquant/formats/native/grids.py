@@ -79,7 +79,7 @@ def _book_of(item: Any, count: int) -> tuple[float, ...] | None:
         raise ValueError(f"its codebook is {short(item)}, not one level for each of {count} codes")
     # Sums of multiples of 2**-10 below 2**13 are exact in float32, which decoding relies on.
     if not all(_is_number(x) and abs(x) < 2**13 and x * 2**10 == int(x * 2**10) for x in item):
-        raise ValueError("its codebook has levels that are no multiples of 2**-10 below 2**13")
+        raise ValueError("its codebook has levels that are not multiples of 2**-10 below 2**13")
     if any(a >= b for a, b in itertools.pairwise(item)):
         raise ValueError("the levels of its codebook do not rise")
     return tuple(map(float, item))

@@ -107,7 +107,7 @@ def _value(node: _Node) -> Any:
         wrong = [key for key in children if not _INTEGER.fullmatch(key)]
         if wrong:
             raise ValueError(
-                f"the node {node.name!r} has the key {wrong[0]!r}, which is no integer"
+                f"the node {node.name!r} has the key {wrong[0]!r}, which is not an integer"
             )
         return {int(key): child for key, child in children.items()}
     return node.value if node.kind in ("leaf", "none") else children
