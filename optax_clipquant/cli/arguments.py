@@ -1,4 +1,4 @@
-"""The arguments that the commands share, and their help."""
+"""Arguments that the commands share, and their help."""
 
 import argparse
 import math
@@ -9,14 +9,14 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 Run = Callable[[argparse.Namespace], None]
 Commands = Callable[[str, Run, str, str], argparse.ArgumentParser]
-"""Adds a command: its name, what runs it, its text and its examples."""
+"""Adds a command, given its name, the function that runs it, its description and its examples."""
 
 
 def parser_of(*adds: Callable[[Commands], None]) -> argparse.ArgumentParser:
-    """The parser of the command line, with the commands that these add."""
+    """The parser of the command line, with the commands that ``adds`` add."""
     command_line = argparse.ArgumentParser(
         prog="optax-clipquant",
-        description="Look into safetensors files, compress their weights to 1 to 8 bits and back, and convert them for other runtimes.",
+        description="Inspect safetensors files, compress their weights to 1 to 8 bits and back, and convert them for other runtimes.",
         epilog="Exit codes: 0; 1 after an error; 2 for wrong arguments; 130 after Ctrl-C, 143 after SIGTERM.",
     )
     subparsers = command_line.add_subparsers(required=True, metavar="COMMAND")
@@ -38,7 +38,7 @@ def parser_of(*adds: Callable[[Commands], None]) -> argparse.ArgumentParser:
 
 
 def add_files(parser: argparse.ArgumentParser, source: str) -> None:
-    """IN and OUT."""
+    """Adds IN and OUT."""
     parser.add_argument(
         "input", metavar="IN", help=f"{source}, the *.index.json of its shards, or their folder"
     )
@@ -53,7 +53,7 @@ def add_files(parser: argparse.ArgumentParser, source: str) -> None:
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def bits(text: str) -> int:
@@ -63,7 +63,7 @@ def bits(text: str) -> int:
 
 
 def positive(kind: Callable[[str], T], limit: float) -> Callable[[str], T]:
-    """A number above 0 and at most ``limit``."""
+    """A converter to a number above 0 and at most ``limit``."""
 
     def parse(text: str) -> T:
         try:
@@ -88,7 +88,7 @@ def axis(text: str) -> int | None:
 
 
 def size(text: str) -> int:
-    """Bytes, such as ``5GB``."""
+    """Parses a size such as ``5GB`` to bytes."""
     found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?i?B?)", text, re.I)
     unit = found[2].upper() if found else ""
     base = 1024 if "I" in unit else 1000
@@ -115,11 +115,11 @@ CHOICES = {
 
 
 def rule(text: str) -> tuple[str, dict[str, Any] | None]:
-    """``REGEX=4,axis=1,group=32``: the expression, and the changes; None to keep what it finds."""
+    """Parses ``REGEX=4,axis=1,group=32`` to the expression and its changes; None means to keep the tensor."""
     found = _RULE.fullmatch(text)
     if not found or (found[2] == "keep" and found[3]):
         raise argparse.ArgumentTypeError(
-            f"must be REGEX=BITS, REGEX=ternary or REGEX=keep, with BITS from 1 to 8, and but for keep "
+            f"must be REGEX=BITS, REGEX=ternary or REGEX=keep, with BITS from 1 to 8, and except for keep "
             f"with options such as ,axis=1,group=32,scale=mse,quantizer=affine, got {text!r}"
         )
     pattern, value, items = found.groups()
@@ -140,6 +140,6 @@ def rule(text: str) -> tuple[str, dict[str, Any] | None]:
                 f"{key} must be one of {', '.join(CHOICES[key])}, got {content!r} in {text!r}"
             )
         if field in changes:
-            raise argparse.ArgumentTypeError(f"{text!r} says twice what {field} is")
+            raise argparse.ArgumentTypeError(f"{text!r} sets {field} twice")
         changes[field] = content if parse is None else parse(content)
     return pattern, changes

@@ -1,4 +1,4 @@
-"""``optax-clipquant compress``: the weights of a checkpoint in few bits, a tensor at a time."""
+"""``optax-clipquant compress`` quantizes the weights of a checkpoint, one tensor at a time."""
 
 import argparse
 import contextlib
@@ -22,12 +22,12 @@ from optax_clipquant.formats.native.file import Parts, SavedWriter, writing_save
 from optax_clipquant.formats.native.names import name_of
 from optax_clipquant.report.rows import Row
 
-_TEXT = """Quantize the weights of a safetensors file, or of a checkpoint in shards.
+_TEXT = """Quantize the weights of a safetensors file, or of a sharded checkpoint.
 
 Tensors of float16, bfloat16, float32 or float8 with at least 2 axes are quantized, unless the last part of
-the name (after a '.' or '/') is 'bias' or 'scale', or the name is that of a norm, a rotary table, a running
-statistic, or of a module that another program has quantized; all others are kept. OUT is for `decompress`,
-or for optax_clipquant.load, which gives a flat dict with the names of IN."""
+the name (after a '.' or '/') is 'bias' or 'scale', or the tensor belongs to a norm, a rotary table, a running
+statistic, or a module that another program has quantized; all others are kept. Read OUT with `decompress`, or
+with optax_clipquant.load, which returns a flat dict with the names of IN."""
 _EXAMPLES = """  optax-clipquant compress model.safetensors small.safetensors
   optax-clipquant compress model.safetensors small.safetensors --bits 4 --group-size 32
   optax-clipquant compress model.safetensors small.safetensors --bits 4 --rule 'embed=8' --rule 'head=keep'
@@ -38,7 +38,7 @@ _EXAMPLES = """  optax-clipquant compress model.safetensors small.safetensors
 
 
 class Coder(Protocol):
-    """What quantizes a tensor, such as ``Absmax``."""
+    """An object that quantizes a tensor, such as ``Absmax``."""
 
     @property
     def leaf(self) -> Leaf: ...
@@ -54,28 +54,27 @@ def add(commands: Commands) -> None:
 
 
 def add_widths(parser: argparse.ArgumentParser) -> None:
-    """How to quantize."""
+    """Adds the arguments that say how to quantize."""
     width = parser.add_mutually_exclusive_group()
     width.add_argument(
         "--bits",
         type=arguments.bits,
         metavar="N",
-        help="bits of a code, 1 to 8 (default: 8; normal-float: 2 to 4, default 4)",
+        help="bits per code, 1 to 8 (default: 8; normal-float: 2 to 4, default 4)",
     )
     width.add_argument(
         "--budget",
         type=arguments.budget,
         metavar="BITS_PER_PARAM",
-        help="mean bits of a quantized weight, scales included, never exceeded: each tensor gets "
-        f"one of {', '.join(map(str, WIDTHS))} bits, so that the sum of squared errors over all "
-        "weights, each counted alike, is least",
+        help="upper limit of the mean bits per quantized weight, scales included: each tensor gets one of "
+        f"{', '.join(map(str, WIDTHS))} bits, so that the sum of squared errors over all weights is least",
     )
     parser.add_argument(
         "--quantizer",
         choices=arguments.CHOICES["quantizer"],
         default="uniform",
-        help="even levels around 0 (default), even levels with zero points, three levels, or levels that "
-        "are dense near 0",
+        help="evenly spaced levels around 0 (default), the same with zero points, three levels, or levels "
+        "that are denser near 0",
     )
     parser.add_argument(
         "--group-size",
@@ -94,7 +93,7 @@ def add_widths(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scale",
         choices=arguments.CHOICES["scale"],
-        help="least squared error, or up to the largest weight (default: mse up to 3 bits)",
+        help="how to choose scales: mse minimises the squared error, absmax spans the weights (default: mse up to 3 bits)",
     )
     parser.add_argument(
         "--rule",
@@ -102,13 +101,13 @@ def add_widths(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="REGEX=BITS[,axis=A][,group=N][,scale=S][,quantizer=Q]|ternary|keep",
-        help="how to quantize the tensors in whose name REGEX is found, or keep them as they are; may be "
-        "repeated, the first that is found decides",
+        help="how to quantize tensors whose name matches REGEX, or keep them unchanged; may be repeated, and "
+        "the first match decides",
     )
     parser.add_argument(
         "--allow-non-finite",
         action="store_true",
-        help="write OUT although weights are infinite or NaN, which spoils all that share a scale with them",
+        help="write OUT even if weights are infinite or NaN, though all weights that share their scales are lost",
     )
 
 
@@ -128,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
 def quantize(
     args: argparse.Namespace, source: Checkpoint, output: str
 ) -> tuple[list[Row], dict[str, str]]:
-    """Writes ``source`` quantized as the arguments say; the rows, and the reasons why some are kept."""
+    """Writes ``source`` quantized as the arguments say; returns the rows, and the reasons for kept tensors."""
     try:
         rules, kept = _choose(args, source)
     except ValueError as error:
@@ -147,7 +146,7 @@ def quantize(
 
 
 def _choose(args: argparse.Namespace, source: Checkpoint) -> tuple[dict[str, Rule], dict[str, str]]:
-    """The rule of each tensor that is to be quantized, and the reason why each other is not."""
+    """The rule of each tensor to quantize, and the reason for keeping each of the others."""
     default = Rule(args.bits, args.quantizer, args.channel_axis, args.group_size, args.scale)
     _check_bits("--bits", default)
     for pattern, change in args.rule:
@@ -178,7 +177,7 @@ def _check_bits(what: str, rule: Rule) -> None:
 
 @contextlib.contextmanager
 def _coders(source: Checkpoint, rules: Mapping[str, Rule]) -> Iterator[dict[str, Coder]]:
-    """What quantizes each tensor in ``rules``."""
+    """The coder of each tensor in ``rules``."""
     coders: dict[str, Coder] = {
         name: Absmax.of(source.specs[name], rule) for name, rule in rules.items() if rule.is_absmax
     }
@@ -201,7 +200,7 @@ def compress(
     max_shard_size: int | None = None,
     allow_non_finite: bool = False,
 ) -> list[Row]:
-    """Writes what ``save`` would write for the dict of all tensors, those in ``coders`` quantized."""
+    """Writes the file that ``save`` would write for all tensors, with those in ``coders`` quantized."""
     specs = source.specs
     leaves = {name: plain(spec) for name, spec in specs.items()}
     leaves |= {name: coder.leaf for name, coder in coders.items()}
@@ -232,7 +231,7 @@ def compress(
 
 
 def _noting_spoiled(parts: Parts, name: str, spoiled: list[str]) -> Parts:
-    """``parts``, whose name is added to ``spoiled`` where a scale is not finite, as no weight under it was."""
+    """Passes on ``parts``, and adds ``name`` to ``spoiled`` if a scale is not finite, as with such weights."""
     for kind, pieces in parts:
         if kind == "s":
             pieces = list(pieces)
@@ -254,5 +253,7 @@ def _tell_non_finite(source: Checkpoint, names: list[str], allow: bool) -> None:
     more = "" if len(counts) <= 8 else f", and more in {len(counts) - 8} other tensors"
     text = f"{source.path}: {sum(counts.values())} weights are infinite or NaN: {told}{more}"
     if not allow:
-        raise ValueError(f"{text}; mend them, keep the tensors by --rule, or --allow-non-finite")
+        raise ValueError(
+            f"{text}; fix them, keep the tensors with --rule, or pass --allow-non-finite"
+        )
     print(printable(f"optax-clipquant: {text}"), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The tensors of any checkpoint as the arrays that they stand for."""
+"""The tensors of any checkpoint as arrays, dequantized."""
 
 from collections.abc import Iterator
 
@@ -14,12 +14,12 @@ from optax_clipquant.report.rows import Row
 
 
 class Contents:
-    """The tensors of any checkpoint, by name; of one of ``save``, by path.
+    """The tensors of a checkpoint by name; in files of ``save``, by path.
 
     Attributes:
-      path: of the checkpoint.
-      leaves: what it holds of each.
-      metadata: its text, without what ``save`` adds.
+      path: the path of the checkpoint.
+      leaves: the description of each tensor.
+      metadata: its metadata, without the entries of ``save``.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -43,7 +43,7 @@ class Contents:
         ]
 
     def pieces(self, path: str, threads: Threads) -> Iterator[np.ndarray]:
-        """What a tensor stands for, in pieces."""
+        """A tensor, dequantized, in pieces."""
         name, leaf = self._names[path], self.leaves[path]
         if not self._checkpoint.is_saved:
             yield from self._checkpoint.pieces(name)
@@ -56,7 +56,7 @@ class Contents:
             yield from decode(leaf, tensors, threads)
 
     def read(self, path: str, threads: Threads) -> np.ndarray:
-        """What a tensor stands for; of a dtype that NumPy lacks, its bytes."""
+        """A tensor, dequantized; one of a dtype that NumPy lacks as bytes."""
         dtype, shape = self.leaves[path].spec
         whole = np.empty(nbytes(dtype, shape), np.uint8)
         done = 0

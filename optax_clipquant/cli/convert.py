@@ -1,4 +1,4 @@
-"""``optax-clipquant convert``: a model in the file of another runtime, with the same numbers, and back."""
+"""``optax-clipquant convert`` writes a model for another runtime, with the same weights, and converts back."""
 
 import argparse
 import contextlib
@@ -17,14 +17,14 @@ from optax_clipquant.cli.terminal import check_free, print_json, printable, prog
 from optax_clipquant.formats.checkpoint import Checkpoint
 from optax_clipquant.formats.native.names import path_of_name
 
-if TYPE_CHECKING:  # JAX, for which wrong arguments need not wait
+if TYPE_CHECKING:  # it imports JAX, which errors in the arguments need not wait for
     from optax_clipquant.formats.leaves import Leaf, Written
 
-_TEXT = """Write a model as another runtime reads it, with the same numbers; or read such a file as one of ours.
+_TEXT = """Convert a model to the format of another runtime, with the same weights, or back.
 
 IN is a file of `compress` or of optax_clipquant.save, a GGUF file, a folder of compressed-tensors, or a float
-checkpoint, which is quantized first where --bits, --budget or --rule say so, in groups of 32 by default. Each
-code and scale of IN stands in OUT; a grid that OUT's format does not hold exactly is an error."""
+checkpoint, which --bits, --budget or --rule quantize first, in groups of 32 by default. OUT holds the codes
+and scales of IN; a grid that OUT's format cannot hold exactly is an error."""
 _EXAMPLES = """  optax-clipquant convert small.safetensors model.gguf --to gguf --like model-f16.gguf
   optax-clipquant convert model/ model.gguf --to gguf --like model-f16.gguf --bits 4 --rule 'embed=8'
   optax-clipquant convert small.safetensors served/ --to compressed-tensors --like model/
@@ -36,7 +36,7 @@ def add(commands: Commands) -> None:
     parser = commands("convert", run, _TEXT, _EXAMPLES)
     parser.add_argument("input", metavar="IN", help="the model")
     parser.add_argument(
-        "output", metavar="OUT", help="the file, or of compressed-tensors the folder"
+        "output", metavar="OUT", help="the file, or the folder for compressed-tensors"
     )
     parser.add_argument(
         "--to", choices=("gguf", "compressed-tensors", "safetensors"), required=True, help="OUT's format"
@@ -45,20 +45,20 @@ def add(commands: Commands) -> None:
         "--like",
         metavar="MODEL",
         help="the same model in OUT's format: a GGUF file of any precision, or a float Hugging Face folder. "
-        "It gives the configuration, the tokenizer, and the tensors that IN lacks",
+        "It provides the configuration, the tokenizer, and the tensors that IN lacks",
     )
     parser.add_argument(
         "--names",
         metavar="FILE.json",
-        help="an object with the name in MODEL of each tensor of IN that has another; or [name, transpose], "
-        "or null to leave it out",
+        help="an object that maps tensors of IN, where names differ, to the name in MODEL, to [name, transpose], "
+        "or to null to leave the tensor out",
     )
     parser.add_argument(
         "--otherwise",
         choices=("float16", "bfloat16", "float32"),
-        help="the dtype for tensors whose grid GGUF does not hold exactly",
+        help="the dtype for tensors whose grid GGUF cannot hold exactly",
     )
-    parser.add_argument("--force", action="store_true", help="overwrite OUT, where it is a file")
+    parser.add_argument("--force", action="store_true", help="overwrite OUT, if it is a file")
     compress.add_widths(parser)
     parser.set_defaults(group_size=32, max_shard_size=None)
     add_json(parser)
@@ -96,7 +96,7 @@ def _plain(item: "Written") -> dict[str, Any]:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Before the work: whether the arguments fit each other, and OUT may be written."""
+    """Checks before the work that the arguments are consistent, and that OUT can be written."""
     if args.to == "safetensors":
         unused = {"--like": args.like, "--names": args.names, "--otherwise": args.otherwise}
         if not (_is_gguf(args.input) or _is_compressed_tensors(args.input)):
@@ -148,7 +148,7 @@ def _kind_of(leaf: "Leaf") -> str:
 
 @contextlib.contextmanager
 def _leaves(args: argparse.Namespace) -> "Iterator[dict[str, Leaf]]":
-    """The leaves of IN, quantized where that is asked for."""
+    """The leaves of IN, quantized if the arguments ask for it."""
     from optax_clipquant.formats.leaves import leaves_in
 
     wanted = args.bits is not None or args.budget is not None or bool(args.rule)
@@ -183,12 +183,12 @@ def _check_unquantized(path: str, wanted: bool) -> None:
 
 
 def _lazy(source: Checkpoint) -> "dict[str, Leaf]":
-    """The leaves of a checkpoint, whose content is read when it is asked for."""
+    """The leaves of a checkpoint, read on demand."""
     from optax_clipquant.formats.dtypes import Opaque
     from optax_clipquant.formats.leaves import Leaf
     from optax_clipquant.formats.native.trees import restored
 
-    # Each layer of a stacked leaf asks for the same content.
+    # Cached, since each layer of a stacked leaf reads the same content.
     @functools.lru_cache(maxsize=1)
     def read(name: str) -> Any:
         with source.describing(name):

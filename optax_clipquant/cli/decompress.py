@@ -1,4 +1,4 @@
-"""``optax-clipquant decompress``: a compressed checkpoint as a plain one."""
+"""``optax-clipquant decompress`` turns a compressed checkpoint into a plain one."""
 
 import argparse
 import contextlib
@@ -13,10 +13,10 @@ from optax_clipquant.formats.dtypes import nbytes
 from optax_clipquant.formats.safetensors import Writer, writing
 from optax_clipquant.report.rows import Row
 
-_TEXT = """Write a compressed file as a plain safetensors file, which any program reads.
+_TEXT = """Decompress a file to a plain safetensors file, which any program can read.
 
-Names, shapes, dtypes and metadata are those of the file that was compressed, but that weights which were
-float8 are float32."""
+Names, shapes, dtypes and metadata are those of the file that was compressed, except that float8 weights
+become float32."""
 _EXAMPLES = """  optax-clipquant decompress small.safetensors model.safetensors
   optax-clipquant decompress small.safetensors model.safetensors --force --json
   optax-clipquant decompress small/ model/ --max-shard-size 5GB"""
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
 def decompress(
     contents: Contents, output: str, max_shard_size: int | None, advance: Progress
 ) -> None:
-    """Writes the tensors as plain files, with the metadata given to ``save``."""
+    """Writes the tensors to plain files, with the metadata given to ``save``."""
     if "__metadata__" in contents.leaves:
         raise ValueError(f"{contents.path}: a plain file cannot have a tensor named '__metadata__'")
     specs = {path: leaf.spec for path, leaf in contents.leaves.items()}

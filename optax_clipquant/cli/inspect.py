@@ -1,4 +1,4 @@
-"""``optax-clipquant inspect``: sizes and errors of the tensors of a checkpoint."""
+"""``optax-clipquant inspect`` shows the sizes and errors of a checkpoint's tensors."""
 
 import argparse
 import dataclasses
@@ -29,12 +29,16 @@ def add(commands: Commands) -> None:
         "file", metavar="FILE", help="any safetensors file, index, or folder of a checkpoint"
     )
     parser.add_argument(
-        "--against", metavar="FLOATFILE", help="show the error beside the same tensors of this file"
+        "--against",
+        metavar="FLOATFILE",
+        help="show errors relative to the same tensors of this file",
     )
     parser.add_argument(
-        "--plot", metavar="OUT.png", help="draw sizes, and with --against the ratios, of the leaves"
+        "--plot",
+        metavar="OUT.png",
+        help="plot the sizes of the tensors, and with --against their signal-to-noise ratios",
     )
-    parser.add_argument("--force", action="store_true", help="overwrite the picture")
+    parser.add_argument("--force", action="store_true", help="overwrite the plot")
     add_json(parser)
 
 
@@ -62,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check_plot(args: argparse.Namespace) -> None:
-    """Before the work: whether there can be a picture."""
+    """Checks before the work that the plot can be written."""
     try:
         import matplotlib.figure
     except ImportError as error:
@@ -89,7 +93,7 @@ def _format_of(path: str) -> str:
 
 
 def _compared(after: Contents, before: Contents, args: argparse.Namespace) -> list[Row]:
-    """The rows with the errors beside a float file."""
+    """The rows with errors relative to a float file."""
     if before.leaves.keys() != after.leaves.keys():
         raise ValueError(
             f"--against {args.against}: {args.file} has other tensors: "
@@ -106,7 +110,7 @@ def _compared(after: Contents, before: Contents, args: argparse.Namespace) -> li
     total = sum(row.bytes_before for row in after.rows)
     with threads() as pool, progress("comparing", total) as advance:
         for row in after.rows:
-            # Of what NumPy has no numbers for, there is no error to tell.
+            # For dtypes that NumPy lacks, no error can be computed.
             if not isinstance(after.leaves[row.path].dtype, Opaque):
                 max_error, snr_db = errors(before.read(row.path, pool), after.read(row.path, pool))
                 row = dataclasses.replace(row, max_error=max_error, snr_db=snr_db)

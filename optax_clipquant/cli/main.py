@@ -1,4 +1,4 @@
-"""The command ``optax-clipquant``: look into safetensors files, make them small, and serve them."""
+"""The command ``optax-clipquant``, which inspects, compresses and converts model files."""
 
 import os
 import signal
@@ -11,9 +11,9 @@ from collections.abc import Sequence
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code: 0, 1 after an error, 128 + n after signal n.
 
-    As a command, without ``argv``, it keeps off accelerators unless ``JAX_PLATFORMS`` names them.
+    As a command, without ``argv``, it does not use accelerators unless ``JAX_PLATFORMS`` names them.
     """
-    # As Ctrl-C does: so that a half-written file is removed. Only the main thread is told of signals.
+    # SIGTERM raises like Ctrl-C, so that half-written files are removed. Only the main thread gets signals.
     main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _terminate) if main_thread else None
     try:
@@ -27,20 +27,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    # Here, so that a signal that comes while they load ends the command as quietly.
+    # Imported here, so that a signal during the imports ends the command just as quietly.
     from optax_clipquant.cli import compress, convert, decompress, inspect
     from optax_clipquant.cli.arguments import parser_of
     from optax_clipquant.cli.terminal import message_of
 
     args = parser_of(inspect.add, compress.add, decompress.add, convert.add).parse_args(argv)
     if argv is None:
-        # All is done while a byte is read and written; and a TPU belongs to who trains on it.
+        # The work takes less time than reading and writing, and a TPU may be in use for training.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
         args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Who read the output has enough. Python flushes what is left of it once more at the end.
+        # The reader closed the pipe. Python flushes the rest of the output once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError, TypeError, RuntimeError, MemoryError) as error:
         print(f"optax-clipquant: error: {message_of(error)}", file=sys.stderr)
@@ -49,7 +49,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 class _Terminated(BaseException):
-    """SIGTERM."""
+    """Raised on SIGTERM."""
 
 
 def _terminate(number: int, frame: types.FrameType | None) -> None:

@@ -1,7 +1,7 @@
-"""Codes and levels in NumPy, a block of rows at a time: for the command, which need not wait for JAX then.
+"""Encoding and decoding in NumPy, a block of rows at a time, so that the command need not import JAX.
 
-Bit for bit what ``Uniform`` with absmax scales, from 3 bits on, and ``Grid.decode`` give. Blocks stay in a
-cache, and threads take turns at them.
+The results equal, bit for bit, those of ``Uniform`` with absmax scales from 3 bits on, and of
+``Grid.decode``. Blocks fit a cache, and threads work on them in turn.
 """
 
 import collections
@@ -25,21 +25,21 @@ S = TypeVar("S")
 T = TypeVar("T")
 Threads = concurrent.futures.ThreadPoolExecutor
 Read = Callable[[int, np.ndarray], None]
-"""Fills an array with the bytes of a tensor, from one on; threads call it."""
+"""Fills an array with the bytes of a tensor from a given byte on; threads call it."""
 
-_BLOCK = 2**19  # elements: with fewer, threads wait for each other more than they work
+_BLOCK = 2**19  # elements; with smaller blocks, threads spend more time waiting than working
 _AHEAD = 4  # blocks
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_NORMAL = np.float32(2.0**-126)  # below it, XLA has 0
+_NORMAL = np.float32(2.0**-126)  # below it, XLA flushes to 0
 
 
 class Absmax(NamedTuple):
-    """How the codes of a tensor follow from the largest weights.
+    """The coder of a tensor with absmax scales.
 
     Attributes:
-      leaf: what a file holds of it.
-      levels: those of ``leaf``.
-      dtype: of the weights that are read.
+      leaf: the description of the leaf in a file.
+      levels: the levels of ``leaf``.
+      dtype: the dtype of the weights.
       axes: the axes that share a scale.
     """
 
@@ -50,7 +50,7 @@ class Absmax(NamedTuple):
 
     @classmethod
     def of(cls, spec: Spec, rule: Rule) -> Self:
-        """For ``Uniform(bits, ..., scale_rule="absmax")``, of float8 through float32."""
+        """The coder for ``Uniform(bits, ..., scale_rule="absmax")``; float8 goes through float32."""
         dtype, shape = spec
         assert isinstance(dtype, np.dtype)
         axes, scales, group = scale_layout(shape, rule.channel_axis, rule.group_size)
@@ -64,12 +64,12 @@ class Absmax(NamedTuple):
         return cls(Leaf(specs, levels, shape), levels, dtype, axes)
 
     def encode(self, read: Read, threads: Threads) -> Parts:
-        """The codes, and then the scales, of what ``read`` reads."""
+        """The codes, and then the scales, of the weights that ``read`` reads."""
         blocks = _blocks(self.leaf.shape, self.levels)
         scales: list[np.ndarray] = []
         shape = self.leaf.specs["s"][1]
         shared = 0 in self.axes
-        # All blocks are read for such scales before any is read for its codes.
+        # Scales that blocks share need all blocks before any can be encoded.
         if shared:
             high = low = np.zeros(shape, np.float32)
             extremes = _in_turn(
@@ -101,7 +101,7 @@ class Absmax(NamedTuple):
         return w.astype(np.float32, copy=False)
 
     def _extremes(self, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The largest and the least weight at each scale; NaN where there is one."""
+        """The largest and the smallest weight of each scale, or NaN if one is."""
         axis, _ = _group(self.levels, w.ndim)
         found = []
         for (run,) in _runs(self.levels, [w]):
@@ -123,7 +123,7 @@ class Absmax(NamedTuple):
         return np.where(np.isinf(base), base, scale)
 
     def _codes(self, w: np.ndarray, scale: np.ndarray) -> np.ndarray:
-        """The codes of ``w``, whose place is taken by what is computed on the way."""
+        """The codes of ``w``, which is overwritten."""
         if w.size and np.min(np.abs(scale)) < 2.0**-100:
             w[np.abs(w) < _NORMAL] = 0
         codes = np.empty(w.shape, np.int8)
@@ -145,11 +145,11 @@ def threads() -> Threads:
 
 
 def decode(leaf: Leaf, tensors: Tensors, threads: Threads) -> Iterator[np.ndarray]:
-    """The levels of the codes of a ``QArray``, a block at a time."""
+    """Dequantizes a ``QArray``, a block at a time."""
     levels = leaf.levels
     assert levels is not None
     shape = leaf.shape or (1,)
-    # Scales of fewer axes than the codes broadcast as well.
+    # Scales may have fewer axes than the codes.
     full = {
         kind: x.astype(np.float32).reshape((1,) * (len(shape) - x.ndim) + x.shape)
         for kind, x in tensors.items()
@@ -189,19 +189,19 @@ def decode(leaf: Leaf, tensors: Tensors, threads: Threads) -> Iterator[np.ndarra
             if part["s"].size and np.min(np.abs(part["s"])) < 2.0**-100:
                 values[np.abs(values) < _NORMAL] = 0
             rounded = values.astype(levels.dtype, copy=False)
-            rounded += levels.dtype.type(0)  # no -0, which an update to a param does not give
+            rounded += levels.dtype.type(0)  # turns -0 into 0, as in Grid.round
         return rounded
 
     return _in_turn(threads, decode_block, _blocks(shape, levels))
 
 
 def _group(levels: Levels, ndim: int) -> tuple[int | None, int]:
-    """The axis along which neighbours share a scale, and how many."""
+    """The axis along which neighbours share a scale (None if none do), and the size of a group."""
     return (None, 1) if levels.group is None else (levels.group[0] + ndim, levels.group[1])
 
 
 def _blocks(shape: tuple[int, ...], levels: Levels) -> list[slice]:
-    """Rows of whole groups, whose packed codes end with a byte."""
+    """Slices of rows that hold whole groups, and whose packed codes fill whole bytes."""
     size = math.prod(shape[1:])
     if not shape[0] * size:
         return []
@@ -215,8 +215,9 @@ def _blocks(shape: tuple[int, ...], levels: Levels) -> list[slice]:
 def _runs(
     levels: Levels, arrays: Sequence[np.ndarray], scales: Sequence[np.ndarray] = ()
 ) -> Iterator[list[np.ndarray]]:
-    """Views of ``arrays`` in which each group is an axis of its own, and of ``scales``, which broadcast
-    against them: of the whole groups, and of the last where it is shorter.
+    """Views of ``arrays`` with groups as a separate axis, and of ``scales`` that broadcast against them.
+
+    The first views hold the whole groups, and the second the last group if it is shorter.
     """
     shape = arrays[0].shape
     axis, size = _group(levels, len(shape))
@@ -234,7 +235,7 @@ def _runs(
 
 
 def _in_turn(threads: Threads, fn: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
-    """``fn`` of each of ``items`` in their order, a few of them ahead."""
+    """Applies ``fn`` to ``items`` in threads, in order and a few items ahead."""
     futures: collections.deque[concurrent.futures.Future[T]] = collections.deque()
     for item in items:
         futures.append(threads.submit(fn, item))

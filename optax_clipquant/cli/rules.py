@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are quantized, how, and why others are left as they are. No JAX here."""
+"""The choice of tensors to quantize, their rules, and the reasons for keeping the others. No JAX here."""
 
 import math
 import re
@@ -13,16 +13,16 @@ from optax_clipquant.quant.groups import Group, contracted_axes, cut_groups, sca
 from optax_clipquant.quant.levels import Levels
 from optax_clipquant.quant.uses import names_a_weight
 
-WIDTHS = (2, 3, 4, 6, 8)  # that a budget is spent on
+WIDTHS = (2, 3, 4, 6, 8)  # the bits that a budget can choose
 FLOAT8 = {np.dtype(t) for t in (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)}
-# Of others, jax would cut 64 bits.
+# Without float64, which jax would truncate.
 _QUANTIZED = {np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32)} | FLOAT8
 
 Quantizer = Literal["uniform", "affine", "ternary", "normal-float"]
 
 
 class Rule(NamedTuple):
-    """A quantizer by its arguments. ``bits`` of None is for a budget to choose, or the default."""
+    """The arguments of a quantizer. With ``bits`` None, a budget chooses them, or they are the default."""
 
     bits: int | None = None
     quantizer: Quantizer = "uniform"
@@ -32,24 +32,24 @@ class Rule(NamedTuple):
 
     @property
     def width(self) -> int:
-        """The bits, where no budget chooses them."""
+        """The bits, if no budget chooses them."""
         return self.bits or (4 if self.quantizer == "normal-float" else 8)
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """What a budget can choose from."""
+        """The bits that a budget can choose from."""
         if self.bits or self.quantizer == "ternary":
             return (self.width,)
         return tuple(n for n in WIDTHS if n <= 4) if self.quantizer == "normal-float" else WIDTHS
 
     @property
     def is_absmax(self) -> bool:
-        """Whether NumPy can do it: see ``numpy_grid.Absmax``."""
+        """Whether ``numpy_grid.Absmax`` can quantize by this rule."""
         rule = self.scale_rule or ("absmax" if self.width > 3 else "mse")
         return self.quantizer == "uniform" and self.width >= 3 and rule == "absmax"
 
     def packed_bytes(self, spec: Spec, bits: int) -> int:
-        """What codes, scales and zero points of a tensor take."""
+        """The bytes of a tensor's packed codes, scales and zero points."""
         _, shape = spec
         levels = Levels(bits=math.log2(3) if self.quantizer == "ternary" else bits)
         _, scales, _ = scale_layout(shape, self.channel_axis, self.group_size)
@@ -68,17 +68,17 @@ def scale_layout(
 def choose(
     specs: Mapping[str, Spec], default: Rule, rules: Sequence[tuple[str, dict[str, Any] | None]]
 ) -> tuple[dict[str, Rule], dict[str, str]]:
-    """The rule of each tensor that is to be quantized, and the reason why each other is not.
+    """The rule of each tensor to quantize, and the reason for keeping each of the others.
 
     Args:
       specs: dtypes and shapes by name.
-      default: the rule where none of ``rules`` is found.
-      rules: an expression and what it changes of the default, or None for a tensor to be kept; the
-        first that is found in a name decides.
+      default: the rule for tensors that no expression matches.
+      rules: pairs of an expression and its changes to the default, or None to keep the tensor; the
+        first expression that matches a name decides.
 
     Raises:
-      ValueError: an expression is found nowhere, or in no tensor that could be quantized; a tensor
-        lacks the axis that its rule names; or no tensor is left to quantize.
+      ValueError: an expression matches no tensor, or none that could be quantized; a tensor lacks the
+        axis that its rule names; or no tensor is left to quantize.
     """
     kept = {name: why for name, spec in specs.items() if (why := _never(name, spec))}
     kept |= {name: why for name, why in _already_quantized(specs).items() if name not in kept}
@@ -109,7 +109,7 @@ def choose(
 def drop_what_grows(
     specs: Mapping[str, Spec], chosen: dict[str, Rule], kept: dict[str, str]
 ) -> None:
-    """Moves what quantizing would not make smaller from ``chosen`` to ``kept``."""
+    """Moves tensors that quantization would not make smaller from ``chosen`` to ``kept``."""
     for name, rule in list(chosen.items()):
         spec = specs[name]
         if math.prod(spec[1]) and rule.packed_bytes(spec, rule.width) >= nbytes(*spec):
@@ -120,15 +120,15 @@ def drop_what_grows(
 def _found(
     specs: Mapping[str, Spec], able: set[str], rules: Sequence[tuple[str, bool]]
 ) -> dict[str, int]:
-    """The first rule that is found in each name, by its index."""
+    """The index of the first rule that matches each name."""
     decided: dict[str, int] = {}
     for index, (pattern, quantizes) in enumerate(rules):
         found = [name for name in specs if re.search(pattern, name)]
         if not found:
-            raise ValueError(f"rule {pattern!r} is found in the name of no tensor: see `inspect`")
+            raise ValueError(f"rule {pattern!r} matches the name of no tensor: see `inspect`")
         if quantizes and not able & set(found):
             raise ValueError(
-                f"rule {pattern!r} is found only in tensors that are never quantized: {found[:5]}"
+                f"rule {pattern!r} matches only tensors that are never quantized: {found[:5]}"
             )
         for name in found:
             decided.setdefault(name, index)
@@ -145,7 +145,7 @@ def _check_axis(name: str, spec: Spec, rule: Rule) -> None:
 
 
 def _never(name: str, spec: Spec) -> str | None:
-    """Why no rule quantizes a tensor."""
+    """The reason why a tensor can never be quantized, or None."""
     dtype, shape = spec
     if len(shape) < 2:
         return "with fewer than 2 axes"
@@ -164,12 +164,11 @@ _UNSAID = {
 
 
 def _by_name(name: str) -> str | None:
-    """Why a tensor is left as it is where no rule says otherwise."""
+    """The reason to keep a tensor that no rule mentions, or None."""
     return next((why for why, pattern in _UNSAID.items() if re.search(pattern, name, re.I)), None)
 
 
-# Of two tensors that mark a module as quantized, the name of the first and of the second, and what dtypes
-# the first then has.
+# Pairs of tensor names that mark a module as quantized, and the dtypes that the first must have.
 _INTEGERS = "int8 uint8 int32 uint32"
 _MARKS = [
     ("GPTQ or AWQ", "qweight", "scales", _INTEGERS),
@@ -185,19 +184,19 @@ _MARKS = [
 
 
 def _already_quantized(specs: Mapping[str, Spec]) -> dict[str, str]:
-    """The tensors of modules that another program has quantized, with its name."""
+    """The tensors of modules that another program has quantized, each with that program's name."""
     modules: dict[str, str] = {}
     for name, (dtype, _) in specs.items():
         for program, first, second, dtypes in _MARKS:
             module = name.removesuffix(first)
             if name.endswith(first) and module[-1:] in ("", ".", "/") and module + second in specs and dtype.name in dtypes.split():  # fmt: skip
                 modules[module] = f"already quantized ({program})"
-        # Microscaling: blocks of codes, and their exponents.
+        # Microscaling formats: blocks of codes, and their exponents.
         if name.endswith("_blocks") and name.removesuffix("_blocks") + "_scales" in specs:
             modules[name.removesuffix("blocks")] = "already quantized (MXFP4)"
     found = {}
     for name in specs:
-        # A module's own tensors, such as `scales`, and those of its weight, such as `weight.absmax`.
+        # Tensors of the module, such as `scales`, and of its weight, such as `weight.absmax`.
         for part in re.finditer(r"[._/]|^", name):
             module = name[: part.end()]
             if module in modules and re.fullmatch(r"[^./]+|weight\.[^/]+", name[len(module) :]):

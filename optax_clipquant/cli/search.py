@@ -1,6 +1,6 @@
-"""What the command needs JAX for: scales that are searched for, and bits under a budget.
+"""The parts of the command that need JAX: searched scales, and the allocation of bits under a budget.
 
-It is imported where it is needed, for JAX takes several times as long to start as the rest of the command.
+It is imported only where needed, since importing JAX takes several times as long as the rest of the command.
 """
 
 import contextlib
@@ -31,22 +31,22 @@ _quantize = jax.jit(lambda quantizer, w: quantizer.quantize(w))
 
 
 class _Searched(NamedTuple):
-    """What quantizes a tensor whose scales are searched for."""
+    """The coder of a tensor whose scales are searched."""
 
     leaf: Leaf
     parts: Callable[[], Parts]
 
     def encode(self, read: Read, threads: Threads) -> Parts:
-        del read, threads  # it has its own
+        del read, threads  # `searching` has its own
         return self.parts()
 
 
 @contextlib.contextmanager
 def searching(source: Checkpoint, rules: Mapping[str, Rule]) -> Iterator[dict[str, Coder]]:
-    """What quantizes the tensors of a file by rules whose scales are searched for, by name.
+    """The coders by name for the tensors of a file whose rules search for scales.
 
-    They must be used in the order of the file: a tensor is quantized in a thread while the one before is
-    packed and written, so that memory holds two of them. Other threads compile meanwhile.
+    They must be used in file order: a tensor is quantized in a thread while the one before it is packed and
+    written, so that memory holds two tensors. Other threads compile meanwhile.
     """
     _check_platform()
     quantizers = {name: _quantizer(rule, rule.width) for name, rule in rules.items()}
@@ -71,7 +71,7 @@ def searching(source: Checkpoint, rules: Mapping[str, Rule]) -> Iterator[dict[st
             if (name := next(left, None)) is None:
                 return None
             w = _on_device(source.read(name, buffer))
-            # The next takes the buffer.
+            # The next tensor overwrites the buffer.
             return jax.block_until_ready(compiled[keys[name]].result()(quantizers[name], w))
 
         ahead = [runner.submit(run)]
@@ -90,7 +90,7 @@ def searching(source: Checkpoint, rules: Mapping[str, Rule]) -> Iterator[dict[st
 def allocate_rules(
     source: Checkpoint, rules: Mapping[str, Rule], budget: float, progress: Progress
 ) -> dict[str, Rule]:
-    """``rules`` with the bits of the least squared error within a budget, where they leave them open."""
+    """``rules`` with open bits filled in, for the least squared error within a budget."""
     _check_platform()
     buffer = _buffer(source, rules)
     choices = {
@@ -114,12 +114,12 @@ def allocate_rules(
 
 
 def _padded(quantizers: list[Quantizer]) -> list[Quantizer]:
-    """As many for each tensor, as ``allocate`` has it."""
+    """Repeats quantizers to the fixed number that ``allocate`` needs."""
     return quantizers + quantizers[-1:] * (len(WIDTHS) - len(quantizers))
 
 
 def _check_platform() -> None:
-    """Raises where ``JAX_PLATFORMS`` names one that is not here, of which JAX itself says little."""
+    """Raises if ``JAX_PLATFORMS`` names a missing platform, for which JAX's own error says little."""
     try:
         jax.devices()
     except (AssertionError, RuntimeError) as error:
@@ -143,7 +143,7 @@ def _abstract(source: Checkpoint, name: str) -> jax.ShapeDtypeStruct:
 
 
 def _buffer(source: Checkpoint, names: Iterable[str]) -> np.ndarray:
-    """Room for the largest of these tensors, at an address from which jax need not copy."""
+    """A buffer for the largest of these tensors, aligned so that jax need not copy it."""
     size = max(nbytes(*source.specs[name]) for name in names)
     room = np.empty(size + 64, np.uint8)
     first = -room.ctypes.data % 64

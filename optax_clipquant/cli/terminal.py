@@ -1,4 +1,4 @@
-"""What the commands share on the terminal: progress, reports, and what may be written where."""
+"""Terminal helpers of the commands: progress, reports, and checks of output paths."""
 
 import argparse
 import contextlib
@@ -16,16 +16,16 @@ from optax_clipquant.formats.checkpoint import files_of, index_of
 from optax_clipquant.report.rows import Row
 
 Progress = Callable[[int], None]
-"""Is told of bytes done."""
+"""Called with the number of bytes done."""
 
 
 def printable(text: str) -> str:
-    """``text`` without what a terminal would obey: names in files may hold such."""
+    """``text`` with control characters escaped, which names in files may hold."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)  # fmt: skip
 
 
 def message_of(error: BaseException) -> str:
-    """One line about an error."""
+    """A one-line message for an error."""
     if isinstance(error, OSError) and error.filename is not None:
         return printable(f"{error.filename}: {error.strerror or error}")
     return printable(" ".join(str(error).split())) or type(error).__name__
@@ -33,7 +33,7 @@ def message_of(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def progress(text: str, total: int) -> Iterator[Progress]:
-    """A bar on stderr, to be told of bytes; none where that is no terminal."""
+    """A progress bar on stderr that counts bytes; not shown if stderr is not a terminal."""
     if not sys.stderr.isatty():
         yield lambda count: None
         return
@@ -43,7 +43,7 @@ def progress(text: str, total: int) -> Iterator[Progress]:
 
 
 def print_json(content: dict[str, Any]) -> None:
-    """Strict JSON: what is not finite has no number there."""
+    """Prints strict JSON, which has no numbers that are not finite."""
     print(json.dumps(_strict(content), indent=2, allow_nan=False))
 
 
@@ -56,7 +56,7 @@ def _strict(x: Any) -> Any:
 
 
 def plain_rows(rows: Sequence[Row], dtypes: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows for JSON."""
+    """The rows as plain dicts, for JSON."""
     return [
         {**dataclasses.asdict(row), "dtype": dtype} for row, dtype in zip(rows, dtypes, strict=True)
     ]
@@ -68,9 +68,9 @@ def total_size(path: str) -> int:
 
 
 def check_output(args: argparse.Namespace) -> None:
-    """Before the work: whether OUT may be written, which is not IN."""
+    """Checks before the work that OUT can be written, and is not IN."""
     sources, output = [args.input], args.output
-    with contextlib.suppress(OSError, ValueError):  # which are told when IN is opened
+    with contextlib.suppress(OSError, ValueError):  # raised again when IN is opened
         sources += files_of(args.input)
     if args.max_shard_size is not None:
         output, _ = index_of(output)
@@ -88,7 +88,7 @@ def check_output(args: argparse.Namespace) -> None:
 
 
 def check_free(what: str, path: str, force: bool) -> None:
-    """Before the work: whether the file ``path`` may be written."""
+    """Checks before the work that the file ``path`` can be written."""
     check_replaceable(path)
     if os.path.lexists(path) and not force:
         raise FileExistsError(f"{what} exists; overwrite it with --force")
@@ -109,14 +109,14 @@ def report(
     kept: dict[str, str] | None = None,
     **figures: float,
 ) -> None:
-    """What became of IN, and why some of it was left as it is: lines, or all of it as JSON.
+    """Prints the result of a command and the reasons for kept tensors, in a few lines or in full as JSON.
 
     Args:
-      args: of the command.
-      rows: of all tensors.
-      dtypes: of all tensors.
-      kept: by name the reasons.
-      figures: ``quantized`` and what else there is.
+      args: the arguments of the command.
+      rows: the rows of all tensors.
+      dtypes: the dtypes of all tensors.
+      kept: the reasons by name.
+      figures: ``quantized`` and further figures.
     """
     index = index_of(args.output)[0] if args.max_shard_size is not None else args.output
     before, after = total_size(args.input), total_size(index)
@@ -131,10 +131,10 @@ def report(
     print(
         f"{printable(args.input)}: {before:,} bytes -> {printable(args.output)}: {after:,} bytes "
         f"({before / after:.2f} to 1); {figures['quantized']} of {len(rows)} tensors quantized"
-        + ("" if bits is None else f", {bits:.3f} bits a weight")
+        + ("" if bits is None else f", {bits:.3f} bits per weight")
     )
     if kept:
         counts: dict[str, int] = {}
         for reason in kept.values():
             counts[reason] = counts.get(reason, 0) + 1
-        print("left as they are: " + ", ".join(f"{n} {reason}" for reason, n in counts.items()))
+        print("kept unchanged: " + ", ".join(f"{n} {reason}" for reason, n in counts.items()))

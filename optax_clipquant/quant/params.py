@@ -263,11 +263,11 @@ def _check_found(
         if not found:
             nearest = difflib.get_close_matches(pattern, paths, n=5, cutoff=0) or ["none"]
             raise ValueError(
-                f"the expression {pattern!r} is found in no path of params; the nearest paths: "
+                f"the expression {pattern!r} matches no path of params; the nearest paths: "
                 + ", ".join(nearest)
             )
         if rule is not None and not any(path in eligible for path in found):
             raise ValueError(
-                f"the expression {pattern!r} is found only in leaves that are not to be quantized "
+                f"the expression {pattern!r} matches only leaves that are not to be quantized "
                 f"({', '.join(found[:5])}); select them with `where`"
             )

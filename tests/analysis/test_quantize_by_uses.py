@@ -87,7 +87,7 @@ def test_adapters_are_quantized_only_when_asked():
     uses = trace_weights(fn, shapes, *args)
     by_default = quantize_params(params, Uniform(bits=8), uses=uses)
     assert not isinstance(by_default["first"]["lora"]["lora_a"].get_value(), QArray)
-    with pytest.raises(ValueError, match="'lora' is found only in leaves that are not to be"):
+    with pytest.raises(ValueError, match="'lora' matches only leaves that are not to be"):
         quantize_params(params, {"lora": Uniform(bits=8)}, uses=uses)
     asked = quantize_params(
         params, Uniform(bits=8), uses=uses, where=lambda path, _: "lora" in path

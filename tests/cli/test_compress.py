@@ -124,7 +124,7 @@ def test_tensors_left_unquantized_are_summed_up_in_one_line(tmp_path, capsys):
     assert run("compress", tmp_path / "in", tmp_path / "small", "--rule=thin=8,axis=0") == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
-    assert lines[1].startswith("left as they are: ")
+    assert lines[1].startswith("kept unchanged: ")
     for reason in ("1 with fewer than 2 axes", "1 of int32"):
         assert reason in lines[1]
 

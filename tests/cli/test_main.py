@@ -290,8 +290,8 @@ def test_inspect_against_another_model_is_refused(source, tmp_path, capsys):
         ("compress {in} {folder}/none/out", "there is no folder"),
         ("compress {in} {small}", "overwrite it with --force"),
         ("compress {small} {out}", "compressed already"),
-        ("compress {in} {out} --rule nothing=4", "rule 'nothing' is found in the name of no tensor"),
-        ("compress {in} {out} --rule norm=4", "found only in tensors that are never quantized"),
+        ("compress {in} {out} --rule nothing=4", "rule 'nothing' matches the name of no tensor"),
+        ("compress {in} {out} --rule norm=4", "matches only tensors that are never quantized"),
         ("compress {in} {out} --rule .=keep", "no tensor is left to quantize"),
         *(
             (f"compress {{in}} {{out}} --channel-axis 2 {how}", "in.safetensors: tensor 'a': channel_axis 2 is out of range")

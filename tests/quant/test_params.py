@@ -77,9 +77,9 @@ def test_first_rule_that_matches_decides():
 
 
 def test_a_rule_that_matches_nothing_names_the_nearest_paths():
-    with pytest.raises(ValueError, match=r"'Dense_0/kernl' is found in no path.*Dense_0/kernel"):
+    with pytest.raises(ValueError, match=r"'Dense_0/kernl' matches no path.*Dense_0/kernel"):
         quantize_params(mlp_params(), {"Dense_0/kernl": Uniform()})
-    with pytest.raises(ValueError, match=r"'bias' is found only in leaves.*where"):
+    with pytest.raises(ValueError, match=r"'bias' matches only leaves.*where"):
         quantize_params(mlp_params(), {"bias": Uniform(), "kernel": Uniform()})
     with pytest.raises(ValueError, match="not a regular expression"):
         quantize_params(mlp_params(), {"(": Uniform()})

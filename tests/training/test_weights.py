@@ -326,11 +326,11 @@ def test_update_without_params_is_refused():
 def test_init_refuses_what_quantize_params_refuses():
     with pytest.raises(ValueError, match="no leaf of params is selected"):
         quantize_weights(Uniform()).init({"bias": jnp.ones(3)})
-    with pytest.raises(ValueError, match="is found in no path"):
+    with pytest.raises(ValueError, match="matches no path"):
         quantize_weights({"nothing": Uniform()}).init(mlp_params())
     with pytest.raises(ValueError, match=r"params leaf 'Dense_0/kernel': .*out of range"):
         quantize_weights(Uniform(channel_axis=2)).init(mlp_params())
-    with pytest.raises(ValueError, match="is found in no path"):
+    with pytest.raises(ValueError, match="matches no path"):
         round_weights({"nothing": Uniform()}).init(mlp_params())
 
 

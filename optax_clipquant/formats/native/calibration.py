@@ -1,4 +1,4 @@
-"""A ``Calibration`` in a file: its moments are the tree, its uses text beside it. No JAX here."""
+"""Storage of a ``Calibration``: its moments as the tree of a file, its uses as metadata. No JAX here."""
 
 import json
 from collections.abc import Mapping
@@ -7,13 +7,13 @@ from typing import Any
 from optax_clipquant.quant.uses import Calibration, Use, Uses
 
 KEY = "optax_clipquant.calibration"
-"""In the metadata: JSON with the fields of each ``Use``, and the shape of its leaf, by path."""
+"""The metadata entry: JSON with the fields of each ``Use``, and the shape of its leaf, by path."""
 
 _SETS = ("contracted", "batch", "stacked", "lookup")
 
 
 def text_of(calibration: Calibration) -> str:
-    """The uses as text."""
+    """The uses of a calibration as text."""
     shapes = calibration.uses.shapes
     content = {
         path: {
@@ -29,10 +29,10 @@ def text_of(calibration: Calibration) -> str:
 
 
 def calibration_of(text: str, moments: Mapping[str, Any]) -> Calibration:
-    """The calibration whose uses ``text_of`` wrote.
+    """The calibration with these moments, and with the uses that ``text_of`` wrote.
 
     Raises:
-      ValueError: it did not write them.
+      ValueError: ``text`` is not what ``text_of`` writes.
     """
     uses, shapes = {}, {}
     try:

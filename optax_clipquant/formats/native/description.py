@@ -1,6 +1,7 @@
-"""What a file of ``save`` says of its tensors: the JSON of its header, written and checked.
+"""The JSON in the header of a file of ``save``, which describes its tensors: writing and validation.
 
-``FORMAT.md`` beside this folder is its page; what it says is checked here, whatever the checksums say.
+``FORMAT.md`` beside this folder specifies it. Everything it demands is checked here, whatever the checksums
+say.
 """
 
 import contextlib
@@ -32,13 +33,13 @@ _PART = re.compile(r"~[szm]")
 
 
 class Leaf(NamedTuple):
-    """What a file holds of a leaf.
+    """The description of a leaf in a file.
 
     Attributes:
-      specs: dtype and shape of each of its tensors, by kind: ``""`` for packed codes or the whole array,
-        ``s`` for scales, ``z`` for zero points, ``m`` for the bound on codes.
-      levels: of the grid of a ``QArray``, None for an array.
-      shape: of what it stands for.
+      specs: the dtype and shape of each of its tensors, by kind: ``""`` for packed codes or the whole
+        array, ``s`` for scales, ``z`` for zero points, ``m`` for the bound on codes.
+      levels: the levels of a ``QArray``, None for an array.
+      shape: the logical shape.
     """
 
     specs: dict[str, Spec]
@@ -47,27 +48,27 @@ class Leaf(NamedTuple):
 
     @property
     def dtype(self) -> DType:
-        """Of what it stands for."""
+        """The dtype of the leaf, dequantized."""
         return self.specs[""][0] if self.levels is None else self.levels.dtype
 
     @property
     def spec(self) -> Spec:
-        """Dtype and shape of what it stands for."""
+        """The dtype and shape of the leaf, dequantized."""
         return self.dtype, self.shape
 
     @property
     def bits(self) -> float:
-        """Of a code, or an element."""
+        """Bits per code, or per element of an array."""
         return float(bits_of(self.dtype)) if self.levels is None else self.levels.bits
 
     @property
     def nbytes(self) -> int:
-        """Of its tensors."""
+        """The bytes of its tensors."""
         return sum(nbytes(*spec) for spec in self.specs.values())
 
 
 def plain(spec: Spec) -> Leaf:
-    """A leaf that is an array."""
+    """The description of an array."""
     return Leaf({"": spec}, None, spec[1])
 
 
@@ -76,9 +77,9 @@ class Entry(NamedTuple):
 
     Attributes:
       name: its name.
-      leaf: what the file holds of it.
+      leaf: its description.
       tensors: the names of its tensors, by kind.
-      checksum: the CRC-32 of these in turn.
+      checksum: the CRC-32 of its tensors, in that order.
     """
 
     name: str
@@ -93,14 +94,14 @@ class Entry(NamedTuple):
 
 
 class Description:
-    """What the file of a tree will hold, known before any of its content is at hand.
+    """The description of a file to be written, known before any of its content.
 
     Args:
-      leaves: the leaves by name.
+      leaves: the descriptions of the leaves by name.
       nodes: the kinds of the nodes by name.
 
     Attributes:
-      specs: dtype and shape of each tensor.
+      specs: the dtype and shape of each tensor.
       entries: the leaves, by name.
     """
 
@@ -113,16 +114,16 @@ class Description:
             leaf = leaves[name]
             tensors = {kind: f"~{kind}{count}" if kind else name for kind in leaf.specs}
             count += leaf.levels is not None
-            # The largest checksums take the most room.
+            # The largest checksum reserves enough room for any.
             self.entries[name] = Entry(name, leaf, tensors, 2**32 - 1)
             self.specs |= {tensors[kind]: spec for kind, spec in leaf.specs.items()}
 
     def note(self, name: str, checksum: int) -> None:
-        """Notes the checksum of a leaf."""
+        """Sets the checksum of a leaf."""
         self.entries[name] = self.entries[name]._replace(checksum=checksum)
 
     def content(self) -> dict[str, Any]:
-        """The JSON that goes with the tensors."""
+        """The JSON for the header."""
         grids: dict[str, int] = {}
         leaves: list[Any] = []
         for entry in self.entries.values():
@@ -141,10 +142,10 @@ class Description:
 
 
 def read_description(specs: Mapping[str, Spec], content: Any) -> tuple[list[Entry], dict[str, str]]:
-    """The leaves of a file with these tensors, in the order of names, and the kinds of its nodes.
+    """Parses the JSON of a header: the leaves in the order of names, and the kinds of the nodes.
 
     Raises:
-      ValueError: ``content`` is not what ``Description`` gives for such tensors.
+      ValueError: ``content`` does not describe tensors with these ``specs``.
     """
     leaves, grids, nodes = (_member(content, k, t) for k, t in (("leaves", list), ("grids", list), ("nodes", dict)))  # fmt: skip
     levels = []
@@ -179,7 +180,7 @@ def read_description(specs: Mapping[str, Spec], content: Any) -> tuple[list[Entr
 
 
 def _quantized(item: Any, specs: Mapping[str, Spec], levels: list[Levels]) -> tuple[Leaf, int]:
-    """What the item of a quantized leaf says, beside the tensors that it has; and its checksum."""
+    """Parses the item of a quantized leaf; returns the leaf, with the tensors it has, and its checksum."""
     if not (isinstance(item, list) and len(item) == 3):
         raise ValueError(f"it is listed as {short(item)}, neither a checksum nor three items")
     checksum, index, shape = item
@@ -193,7 +194,7 @@ def _quantized(item: Any, specs: Mapping[str, Spec], levels: list[Levels]) -> tu
 
 
 def check_leaf(leaf: Leaf) -> None:
-    """Raises ``ValueError`` where no file holds such a quantized leaf."""
+    """Raises ``ValueError`` if a quantized leaf is not valid in a file."""
     levels, shape, specs = leaf.levels, leaf.shape, leaf.specs
     assert levels is not None
     levels_of(listed(levels))

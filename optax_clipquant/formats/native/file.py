@@ -1,7 +1,6 @@
-"""Files of ``save``, a leaf at a time and without JAX: safetensors with the codes packed at exactly their bits.
+"""Reads and writes files of ``save`` one leaf at a time: safetensors with packed codes. No JAX here.
 
-``FORMAT.md`` beside this folder says how they are laid out; ``description.py`` writes and checks what
-their headers say.
+``FORMAT.md`` beside this folder specifies their layout; ``description.py`` writes and checks their headers.
 """
 
 import contextlib
@@ -29,19 +28,19 @@ _HEADER = "optax_clipquant"
 _DIGEST = "optax_clipquant.sha256"
 
 Tensors = dict[str, np.ndarray]
-"""The tensors of a leaf, by kind: see ``Leaf``."""
+"""The tensors of a leaf, by kind (see ``Leaf``)."""
 Parts = Iterable[tuple[str, Iterable[np.ndarray]]]
-"""The tensors of a leaf, by kind and in the order of kinds, each in pieces."""
+"""The tensors of a leaf with their kinds, in the order of kinds, each in pieces."""
 
 
 class SavedWriter:
-    """A new file of ``save``, in which leaves may be put in any order, one at a time."""
+    """A new file of ``save``, into which leaves are put one at a time and in any order."""
 
     def __init__(self, file: Writer, description: Description, texts: Mapping[str, str]) -> None:
         self._file, self._description, self._texts = file, description, texts
 
     def put(self, name: str, parts: Parts) -> None:
-        """Writes a leaf, whose tensors are asked for in turn."""
+        """Writes a leaf, consuming its tensors in turn."""
         checksum = 0
         for kind, pieces in parts:
             tensor = self._description.entries[name].tensors[kind]
@@ -62,11 +61,11 @@ def writing_saved(
     nodes: Mapping[str, str],
     metadata: Mapping[str, str] | None = None,
 ) -> Iterator[SavedWriter]:
-    """A file of ``save`` for a tree that need not be in memory, which takes the place of ``path`` once whole.
+    """Writes a file of ``save`` for a tree that need not be in memory; it replaces ``path`` when complete.
 
     Args:
       path: as for ``save``.
-      leaves: what the file will hold, by name.
+      leaves: the descriptions of the leaves, by name.
       nodes: the kinds of the nodes by name.
       metadata: as for ``save``.
     """
@@ -84,17 +83,17 @@ def writing_saved(
 
 
 class SavedFile:
-    """An open file of ``save``, whose header is checked.
+    """An open file of ``save`` with a validated header.
 
     Attributes:
       path: the file.
       entries: its leaves, in the order of names.
       nodes: the kinds of the nodes by name.
-      metadata: the text that was given to ``save``.
+      metadata: the metadata given to ``save``.
 
     Raises:
-      ValueError: it was altered, or is not one of ``save``; or its header describes no tree of its
-        tensors.
+      ValueError: the file was altered or not written by ``save``, or its header does not describe a tree
+        of its tensors.
     """
 
     def __init__(self, reader: Reader) -> None:
@@ -124,7 +123,7 @@ class SavedFile:
         self.metadata = {k: v for k, v in reader.texts.items() if k not in (_HEADER, _DIGEST)}
 
     def read(self, entry: Entry) -> Tensors:
-        """The tensors of a leaf, whose checksum is checked."""
+        """Reads the tensors of a leaf and verifies their checksum."""
         tensors = {kind: self._reader.read(name) for kind, name in entry.tensors.items()}
         checksum = 0
         for tensor in tensors.values():
@@ -137,7 +136,7 @@ class SavedFile:
 
     @contextlib.contextmanager
     def describing(self, name: str | None = None) -> Iterator[None]:
-        """Where the header is relied on: says so where it does not fit the tensors."""
+        """A context for decoding, which reports errors as a header that does not describe the tensors."""
         try:
             yield
         except ValueError as error:
@@ -148,7 +147,7 @@ class SavedFile:
 
 
 def is_saved(reader: Reader) -> bool:
-    """Whether the file says that ``save`` wrote it."""
+    """Whether the file's metadata says that ``save`` wrote it."""
     return _HEADER in reader.texts and _DIGEST in reader.texts
 
 

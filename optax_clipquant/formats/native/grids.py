@@ -1,4 +1,4 @@
-"""Grids as the lists of a file's header, ``[bits, lower, upper, offset, group, dtype, book]``."""
+"""Grids as lists in a file's header, ``[bits, lower, upper, offset, group, dtype, book]``."""
 
 import itertools
 import math
@@ -21,10 +21,10 @@ _DECODED = {dtype.name: dtype for dtype in map(np.dtype, _FLOATS)}
 
 
 def levels_of(grid: Any) -> Levels:
-    """The levels that ``grid``, an item of ``grids``, lists.
+    """Parses an item of the header's ``grids``.
 
     Raises:
-      ValueError: it lists none.
+      ValueError: the item is not valid.
     """
     if not (isinstance(grid, list) and len(grid) == 7):
         raise ValueError(f"it is {short(grid)}, not seven items")
@@ -52,7 +52,7 @@ def levels_of(grid: Any) -> Levels:
 
 
 def listed(levels: Levels) -> list[Any]:
-    """``levels`` as the JSON has them."""
+    """The list for ``levels`` in the JSON."""
     bits = 0 if levels.bits == math.log2(3) else int(levels.bits)
     group, book = list(levels.group or ()), list(levels.codebook or ())
     return [
@@ -72,7 +72,7 @@ def _group_of(item: Any) -> tuple[int, int] | None:
 
 
 def _book_of(item: Any, count: int) -> tuple[float, ...] | None:
-    """The levels of a codebook for so many codes."""
+    """Parses a codebook for ``count`` codes."""
     if type(item) is int and item == 0:
         return None
     if not (isinstance(item, list) and len(item) == count):
@@ -86,7 +86,7 @@ def _book_of(item: Any, count: int) -> tuple[float, ...] | None:
 
 
 def is_count(*values: Any) -> bool:
-    return all(type(x) is int for x in values)  # True is none
+    return all(type(x) is int for x in values)  # excludes bools
 
 
 def _is_number(x: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Trees as names: what leaves are called in a file, and the tree of named leaves. No JAX here.
+"""The names of leaves in a file, and the tree that named leaves form. No JAX here.
 
 The name of a leaf is the keys that lead to it, each with ``~`` written ``~0`` and ``/`` written ``~1``
 (JSON pointer, RFC 6901, without the leading slash), joined by ``/``. The tree itself is ``~``;
@@ -11,15 +11,15 @@ from typing import Any
 
 ROOT = "~"
 KINDS = ("list", "tuple", "int", "none", "dict")
-"""Of nodes that are not dicts with text for keys."""
+"""The kinds of nodes that are not dicts with string keys."""
 
-_DEPTH = 1000  # Python itself walks no deeper tree
+_DEPTH = 1000  # Python's recursion limit allows no deeper tree
 _INTEGER = re.compile(r"0|-?[1-9]\d{0,4000}")
 _NO_ESCAPE = re.compile("~(?![01])")
 
 
 def name_of(keys: tuple[Any, ...]) -> str:
-    """The name of the leaf to which ``keys`` lead."""
+    """The name of the leaf under ``keys``."""
     if not keys:
         return ROOT
     name = "/".join(str(key).replace("~", "~0").replace("/", "~1") for key in keys)
@@ -27,10 +27,10 @@ def name_of(keys: tuple[Any, ...]) -> str:
 
 
 def keys_of(name: str) -> tuple[str, ...]:
-    """The keys that ``name_of`` joined.
+    """The keys that ``name_of`` joined to ``name``.
 
     Raises:
-      ValueError: there are none that it would join to this.
+      ValueError: ``name_of`` does not return this name for any keys.
     """
     if name == ROOT:
         return ()
@@ -44,12 +44,12 @@ def keys_of(name: str) -> tuple[str, ...]:
 
 
 def path_of_name(name: str) -> str:
-    """The keys that a name holds, joined by slashes."""
+    """The keys in ``name``, joined by slashes."""
     return "/".join(keys_of(name))
 
 
 class _Node:
-    """A node, or a leaf: then its kind is ``"leaf"`` and its value the leaf."""
+    """A node of the tree; a leaf has the kind ``"leaf"`` and itself as value."""
 
     __slots__ = ("children", "kind", "name", "value")
 
@@ -65,10 +65,10 @@ class _Node:
 
 
 def assemble(leaves: Mapping[str, Any], nodes: Mapping[str, str]) -> Any:
-    """The tree of these leaves, by name, whose nodes have these kinds.
+    """Builds the tree from its leaves by name and the kinds of its nodes.
 
     Raises:
-      ValueError: there is no such tree.
+      ValueError: the names and kinds contradict each other.
     """
     root = _Node()
     for name, leaf in leaves.items():
@@ -78,7 +78,7 @@ def assemble(leaves: Mapping[str, Any], nodes: Mapping[str, str]) -> Any:
             raise ValueError(f"the node {name!r} is a {kind!r}, which is none of {', '.join(KINDS)}")  # fmt: skip
         _reach(root, name).settle(name, kind)
     order = [root]
-    for node in order:  # which grows: each node comes before its children
+    for node in order:  # grows meanwhile, with each node before its children
         order.extend(node.children.values())
     for node in reversed(order):
         node.value = _value(node)

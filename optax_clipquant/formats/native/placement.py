@@ -1,4 +1,4 @@
-"""Where the leaves of a file go: into the structure and onto the devices of a given tree."""
+"""Places the leaves of a file into the structure and onto the devices of a given tree."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -38,7 +38,7 @@ def fill(like: PyTree, tree: PyTree, file: str) -> PyTree:
 
 
 def place(leaf: Any, like: Any = None) -> Any:
-    """``leaf``, of NumPy arrays, as ``jax.Array``s, where the arrays of ``like`` are."""
+    """Converts the NumPy arrays of ``leaf`` to ``jax.Array``s, sharded like those of ``like``."""
     if not is_qarray(leaf):
         return _on_devices(leaf, getattr(like, "qvalue", like))
     codes = getattr(like, "qvalue", like)
@@ -51,20 +51,20 @@ def place(leaf: Any, like: Any = None) -> Any:
 
 def _on_devices(array: np.ndarray, like: Any) -> Any:
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
-        return array  # jax would cut it
+        return array  # jax would truncate it
     sharding = getattr(like, "sharding", None)
     if not isinstance(sharding, jax.sharding.Sharding) or not getattr(like, "committed", True):
         return jnp.asarray(array)
     if array.shape != np.shape(like):
         sharding = sharding_of_scales(sharding, array.shape, np.shape(like))
-    # Each process reads the file, and takes from it what it needs.
+    # Each process reads the file, and uses the parts for its devices.
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def _parts(key: jax.tree_util.KeyPath) -> tuple[str, ...]:
-    """A path as the text of its keys, without a box's ``value``, as ``path_of`` has it.
+    """The keys of a path as text, without a box's ``value``, like ``path_of``.
 
-    Not joined: Haiku's keys hold slashes, and ``{"a/b": x}`` is not ``{"a": {"b": x}}``.
+    They are not joined, since Haiku's keys contain slashes: ``{"a/b": x}`` is not ``{"a": {"b": x}}``.
     """
     parts = tuple(jax.tree_util.keystr((entry,), simple=True) for entry in key)
     return parts[:-1] if parts[-1:] == ("value",) else parts

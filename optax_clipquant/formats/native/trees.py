@@ -1,4 +1,4 @@
-"""save, load: trees of arrays and ``QArray`` leaves in small files (``native.py``)."""
+"""``save`` and ``load``: trees of arrays and ``QArray`` leaves in small files."""
 
 import dataclasses
 import math
@@ -37,14 +37,14 @@ def save(
     """Writes a tree of arrays and ``QArray`` leaves to a safetensors file.
 
     The write is atomic: the file is written beside ``path``, synced and renamed, so that a
-    crash leaves the old file as it was. A checksum covers every byte that matters.
+    crash leaves the old file unchanged. Checksums cover every byte that matters.
 
     Args:
-      path: the file, by custom with the ending ``.safetensors``.
+      path: the file, conventionally ending in ``.safetensors``.
       tree: nested dicts, lists, tuples and None; other nodes (an ``nnx.State``, a dataclass) are
         stored as dicts of their children, and restored with ``load(path, like=...)``. Numbers are
-        stored as 0-d arrays. Or a ``Calibration``, which ``load`` gives back.
-      metadata: text to store beside it, for ``safetensors.safe_open(path, "numpy").metadata()``.
+        stored as 0-d arrays. Or a ``Calibration``, which ``load`` returns as one.
+      metadata: text to store with it, for ``safetensors.safe_open(path, "numpy").metadata()``.
 
     Raises:
       TypeError: a leaf cannot be stored, or ``metadata`` is not text.
@@ -76,23 +76,23 @@ def load(path: str | os.PathLike[str], *, like: PyTree = None, narrow: bool = Fa
     """Reads a tree that ``save`` wrote, exactly.
 
     Args:
-      path: the file. Or of a sharded checkpoint the index, ``*.safetensors.index.json``, or the folder:
-        if another program wrote it, it gives a dict from the names of its tensors to these. (A dtype
-        that NumPy lacks, such as F6_E2M3, comes as its bytes, uint8.)
-      like: a tree of the structure to restore (an ``nnx.State``, a ``FrozenDict``, a dataclass), whose
-        leaves have the shapes expected: arrays, ``jax.ShapeDtypeStruct`` or ``QArray``. Leaves are
-        matched by their paths, and land with the sharding that they have in ``like``, of which scales
-        take what fits them. Without it, what ``save`` stored as dicts stays dicts.
-      narrow: whether codes come as int4 or int2 where they fit: see ``narrow``.
+      path: the file; for a sharded checkpoint, its index ``*.safetensors.index.json`` or its folder. A
+        sharded checkpoint from another program is read as a dict of its tensors by name. (Dtypes that
+        NumPy lacks, such as F6_E2M3, come as bytes, uint8.)
+      like: a tree with the structure to restore (an ``nnx.State``, a ``FrozenDict``, a dataclass), whose
+        leaves have the expected shapes: arrays, ``jax.ShapeDtypeStruct`` or ``QArray``. Leaves are
+        matched by path, and get the sharding that they have in ``like``, scales as far as it applies to
+        them. Without it, what ``save`` stored as dicts stays dicts.
+      narrow: whether to return codes as int4 or int2 where they fit, as ``narrow`` does.
 
     Returns:
-      The tree. Arrays are ``jax.Array``, but those of a dtype that jax would cut (float64 without
-      x64) stay NumPy arrays.
+      The tree. Arrays are ``jax.Array``, except that those of a dtype that jax would truncate (float64
+      without x64) stay NumPy arrays.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: the file is truncated, altered, or not one of ``save``; or it does not fit ``like``.
-        The message names the file, and the tensor or leaf.
+      FileNotFoundError: the file does not exist.
+      ValueError: the file is truncated, altered, or not written by ``save``; or it does not match
+        ``like``. The message names the file, and the tensor or leaf.
 
     Examples:
       >>> import tempfile
@@ -131,7 +131,7 @@ def load(path: str | os.PathLike[str], *, like: PyTree = None, narrow: bool = Fa
 def _flatten(
     tree: PyTree, keys: tuple[Any, ...], leaves: dict[str, Any], nodes: dict[str, str]
 ) -> None:
-    """Puts the leaves under ``tree`` in ``leaves``, and the kinds of nodes in ``nodes``."""
+    """Adds the leaves of ``tree`` to ``leaves``, and the kinds of its nodes to ``nodes``."""
     name = name_of(keys)
     if tree is None:
         nodes[name] = "none"
@@ -155,11 +155,11 @@ def _flatten(
 
 
 def _children(tree: PyTree) -> list[tuple[Any, PyTree]] | None:
-    """Key and value of each child of a node, None for a leaf."""
+    """The key and value of each child of a node; None for a leaf."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
     if len(flat) == 1 and not flat[0][0]:
         return None
-    # A node without children has no key to show; None among children is one.
+    # A None child counts as a leaf, so that its key is listed.
     names = ("key", "idx", "name")
     return [
         (next((getattr(path[0], n) for n in names if hasattr(path[0], n)), str(path[0])), child)
@@ -168,10 +168,10 @@ def _children(tree: PyTree) -> list[tuple[Any, PyTree]] | None:
 
 
 def leaf_of(leaf: Any, path: str) -> Leaf:
-    """What a file holds of ``leaf``. Raises as ``save`` does where one cannot be stored.
+    """The description of ``leaf`` in a file. Raises as ``save`` does if it cannot be stored.
 
-    It may stand for what it will be, of ``jax.ShapeDtypeStruct``; then the scales of a ``QArray`` must
-    fit bfloat16.
+    It may be abstract, made of ``jax.ShapeDtypeStruct``; the scales of a ``QArray`` must then fit
+    bfloat16.
     """
     if not is_qarray(leaf):
         return plain(_spec(leaf, path))
@@ -196,7 +196,7 @@ def leaf_of(leaf: Any, path: str) -> Leaf:
 
 
 def parts_of(leaf: Any, path: str) -> Parts:
-    """The tensors of ``leaf`` for a file. Raises as ``save`` does."""
+    """The tensors of ``leaf`` for a file; raises as ``save`` does."""
     if not is_qarray(leaf):
         yield "", [_host(leaf)]
         return
@@ -208,7 +208,7 @@ def parts_of(leaf: Any, path: str) -> Parts:
 
 
 def _grid_arrays(q: QArray, path: str) -> dict[str, np.ndarray]:
-    """The arrays of a grid by kind, of one shape and of the dtypes that a file has for them."""
+    """The arrays of a grid by kind, broadcast to one shape and cast to the dtypes of the file format."""
     arrays = {"s": q.grid.scale, "z": q.grid.zero_point, "m": q.grid.max_code}
     for array in arrays.values():
         if array is not None:
@@ -229,9 +229,9 @@ def _grid_arrays(q: QArray, path: str) -> dict[str, np.ndarray]:
 
 
 def restored(leaf: Leaf, tensors: Tensors) -> Any:
-    """The leaf whose tensors these are, of NumPy arrays."""
+    """Rebuilds a leaf, made of NumPy arrays, from its tensors."""
     if isinstance(leaf.dtype, Opaque):
-        # As uint8, whose last axis has the bytes of a row where a row takes whole ones.
+        # As uint8, with the bytes of a row along the last axis if rows fill whole bytes.
         rows = leaf.shape[:-1] if leaf.shape and leaf.shape[-1] * leaf.dtype.bits % 8 == 0 else ()
         return tensors[""].reshape(*rows, -1) if math.prod(rows) else tensors[""]
     if leaf.levels is None:
@@ -247,7 +247,7 @@ def restored(leaf: Leaf, tensors: Tensors) -> Any:
 
 
 def _check_codes(codes: np.ndarray, grid: Grid, path: str) -> None:
-    """Raises where packing would cut codes: only a ``QArray`` made by hand can hold such."""
+    """Raises if codes do not fit their bits, which only a ``QArray`` made by hand can cause."""
     levels = 3 if grid.bits == math.log2(3) else 2 ** int(grid.bits)
     upper = min(grid.upper, grid.lower + levels - 1)
     if codes.size and not (grid.lower <= codes.min() and codes.max() <= upper):
@@ -258,7 +258,7 @@ def _check_codes(codes: np.ndarray, grid: Grid, path: str) -> None:
 
 
 def _spec(leaf: Any, path: str, stored: set[np.dtype] = _STORED) -> Spec:
-    """Dtype and shape of ``leaf`` in a file. Raises where it cannot be there."""
+    """The dtype and shape of ``leaf`` in a file. Raises ``TypeError`` if it cannot be stored."""
     where = f"leaf {path!r}" if path else "the tree"
     if isinstance(leaf, Tracer):
         raise TypeError(f"{where} is traced; call save outside jax.jit")
