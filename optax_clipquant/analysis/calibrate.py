@@ -1,4 +1,4 @@
-"""Quantization that knows what weights are multiplied by, for any JAX function."""
+"""Calibrated quantization of any JAX function, from the activations that its weights are multiplied by."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -27,27 +27,26 @@ Fn = Callable[[PyTree, Any], Any]
 def calibrate(
     fn: Fn, params: PyTree, batches: Iterable[Any], *, progress: bool = True
 ) -> Calibration:
-    """What the weights of ``fn`` are multiplied by, on data.
+    """Measures the mean squares of the activations that the weights of ``fn`` are multiplied by.
 
-    The jaxpr of ``fn`` is evaluated on each batch. Where a weight meets data in a dot or a convolution,
-    inside loops and layers that are scanned too, the squares of the data are summed for each index that
-    is contracted. In memory are one batch at a time, and the sums.
+    The jaxpr of ``fn`` is evaluated on each batch. Wherever a weight meets data in a dot or a convolution,
+    also inside loops and scanned layers, the squares of the data are summed for each contracted index.
+    Memory holds one batch at a time, and the sums.
 
-    An error ``d`` in a weight with inputs ``x`` costs its output ``E[x**2] d**2``. So quantizers that are
-    given the result (``quantize_params(..., calibration=)``) search the scales, and their signs, that
-    minimise ``sum(E[x**2] (w - w_hat)**2)``.
+    An error ``d`` in a weight with inputs ``x`` adds ``E[x**2] d**2`` to the squared error of the output.
+    Given the result, ``quantize_params(..., calibration=)`` therefore searches the scales, and their
+    signs, that minimise ``sum(E[x**2] (w - w_hat)**2)``.
 
     Args:
-      fn: a function of the params and a batch, such as a model's forward pass. What it returns is not
-        used.
+      fn: a function of the params and a batch, such as a model's forward pass. Its result is not used.
       params: its params.
-      batches: a few thousand tokens (rows, pixels) suffice. They may differ in shape; ``fn`` is traced
-        for each shape.
-      progress: whether to show a progress bar, on stderr.
+      batches: the data; a few thousand tokens (rows, pixels) suffice. Batches may differ in shape; ``fn``
+        is traced for each shape.
+      progress: whether to show a progress bar on stderr.
 
     Returns:
-      The mean square of what each contracted index of each leaf is multiplied by, and the uses of the
-      leaves. A leaf that meets no data has none.
+      A ``Calibration``: for each contracted index of each leaf the mean square of its inputs, and the
+      uses of the leaves. Leaves that meet no data have no moments.
 
     Raises:
       ValueError: there are no batches.
@@ -83,7 +82,7 @@ def calibrate(
                 program.plan([arrays])
                 programs[key] = program, []
             program, met = programs[key]
-            # Where data ends loops, meetings differ from batch to batch.
+            # Where data decides how often loops run, meetings differ from batch to batch.
             handler.begin([] if program.order is None else met)
             program.run([arrays], handler)
             bar.advance(task)
@@ -94,18 +93,17 @@ def calibrate(
 
 @dataclasses.dataclass(frozen=True)
 class CalibratedLeaf:
-    """What ``quantize_calibrated`` did with a leaf.
+    """How ``quantize_calibrated`` quantized a leaf.
 
     Attributes:
-      path: of the leaf.
-      use: what the function does with it.
-      method: ``"compensated"``; ``"compensated, pooled"``, where it meets data more than once;
-        ``"weighted search"``, where its scales alone know of the data; or ``"least squares"``.
-      tokens: how many it met; of experts, those that met the fewest. None where that is not known.
-      before: the root mean square error of its output over that of its output, with least-squares
-        scales and nearest levels, on the inputs that the quantized model gives it. None where that is
-        not known.
-      after: the same with the weights it was given.
+      path: the leaf's path.
+      use: how the function uses it.
+      method: ``"compensated"``; ``"compensated, pooled"``, if it meets data more than once;
+        ``"weighted search"``, if only its scales depend on the data; or ``"least squares"``.
+      tokens: the number of tokens that it met, for experts the smallest. None if unknown.
+      before: the relative root mean square error of its output with least-squares scales and nearest
+        levels, on the inputs that it gets in the quantized model. None if unknown.
+      after: the same error with the calibrated weights.
     """
 
     path: str
@@ -118,7 +116,7 @@ class CalibratedLeaf:
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationReport(Printed):
-    """What ``quantize_calibrated`` did, by leaf; ``print`` shows it as a table."""
+    """How ``quantize_calibrated`` quantized each leaf; ``print`` shows a table."""
 
     rows: tuple[CalibratedLeaf, ...]
 
@@ -176,39 +174,39 @@ def quantize_calibrated(
     progress: bool = True,
     return_report: bool = False,
 ) -> Any:
-    """``params`` quantized so that the outputs of ``fn`` change little, rather than the weights.
+    """Quantizes ``params`` so that the outputs of ``fn``, rather than the weights, change little.
 
-    The jaxpr of ``fn`` is evaluated on the batches twice at once, with the float weights and with those
-    quantized so far. Where a weight ``w`` meets inputs ``x`` in a dot or convolution, with ``xq`` those of
-    the quantized model, it is quantized then and there:
+    The jaxpr of ``fn`` is evaluated on the batches in two streams, with the float weights and with those
+    quantized so far. Where a weight ``w`` meets inputs ``x`` (``xq`` in the quantized stream) in a dot or
+    convolution, it is quantized before the evaluation goes on:
 
     1. ``H = E[xq xq.T]``, its off-diagonals times 0.8, and 1% of the mean diagonal added.
-    2. The target is ``w + 0.5 H^-1 E[xq (x - xq).T] w``: half of what the inputs have lost is made good
-       for.
-    3. Groups of weights that share a scale are rounded in order of their inputs' power, weights in turn;
-       those that follow make good for the error of those before. Scales of either sign are searched for
-       each group while that goes on.
+    2. The target is ``w + 0.5 H^-1 E[xq (x - xq).T] w``, which compensates half of the error of the
+       inputs.
+    3. Groups of weights that share a scale are rounded in order of their inputs' power, one weight after
+       the other; later weights compensate the errors of earlier ones. Each group's scale, of either sign,
+       is searched along the way.
 
     It works through ``jit``, ``scan``, ``while``, ``cond``, ``remat``, custom derivatives and ``vmap``;
-    each layer that is scanned, each expert and each group of a convolution has its own ``H``. Weights that
-    meet data more than once (shared, or in each step of a loop) are rounded by the mean of their ``H``.
+    each scanned layer, each expert and each group of a convolution has a separate ``H``. Weights that
+    meet data more than once (shared, or in each step of a loop) are rounded with the mean of their ``H``.
     Weights that the function changes before they meet data, that are contracted along different axes, or
-    more than 16,384 of which are contracted, get the scales of ``calibrate``; those that meet no data,
-    least-squares scales. Scales that a rule shares among layers or channels stay as least squares finds
-    them. The report says what was done. Other leaves stay as they are.
+    of which more than 16,384 are contracted, get the scales that ``calibrate`` would give them; weights
+    that meet no data get least-squares scales. Scales that a rule shares among layers or channels stay at
+    least squares. The report tells which was done. Other leaves are left alone.
 
-    Deterministic. All batches are in memory, with what they are in one layer.
+    Deterministic. Memory holds all batches, with their activations in one layer.
 
     Args:
-      fn: a function of the params and a batch, such as a model's forward pass. It is traced once; what it
-        returns is not used. Dropout and the like should be off.
+      fn: a function of the params and a batch, such as a model's forward pass. It is traced once, and its
+        result is not used. Dropout and the like should be off.
       params: its params, any tree of arrays.
-      batches: all of one shape; about 8,000 tokens (rows, pixels) in all.
+      batches: the data, all of one shape; about 8,000 tokens (rows, pixels) in total.
       quantizer: as for ``quantize_params``.
       where: which leaves may be quantized, a function of path and leaf. By default those that are in a
         dot, a convolution or a lookup.
-      uses: of ``trace_weights``; found with the first batch where it is not given.
-      progress: whether to show a progress bar, on stderr.
+      uses: from ``trace_weights``; by default traced with the first batch.
+      progress: whether to show a progress bar on stderr.
       return_report: whether to return a report too.
 
     Returns:
@@ -286,7 +284,7 @@ def quantize_calibrated(
 
 
 def _flattened(params: PyTree) -> tuple[list[tuple[str, Any]], Any]:
-    """Paths and leaves, and the structure."""
+    """The leaves of a tree with their paths, and its structure."""
     found, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qarray)
     return [(path_of(path), leaf) for path, leaf in found], treedef
 

@@ -1,4 +1,4 @@
-"""What JAX's primitives do with the axes of their operands."""
+"""The effect of JAX's primitives on the axes of their operands."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from jax.extend import core
 from optax_clipquant.analysis import views
 from optax_clipquant.analysis.views import Role, View
 
-# What leaves each weight where it is, and does not change it but for rounding.
+# Primitives that leave each weight in place, unchanged except for rounding.
 SAME = {
     *("convert_element_type", "reduce_precision", "copy", "copy_p", "optimization_barrier", "rev"),
     *("sharding_constraint", "mesh_cast", "reshard", "layout_constraint", "name", "device_put"),
@@ -23,7 +23,7 @@ ELEMENTWISE = COMPARISONS | {
     *("round", "clamp", "nextafter", "select_n", "and", "or", "xor", "not", "real", "imag", "conj"),
     *("complex", "shift_left", "shift_right_logical", "shift_right_arithmetic"),
 }
-# What ends in numbers that are no weights any more: the norm of a weight, a print of it.
+# Primitives whose results are no longer weights, such as the norm of a weight, or printing it.
 REDUCTIONS = {
     *("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax"),
     *("argmin", "cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "sort", "top_k", "psum"),
@@ -31,7 +31,7 @@ REDUCTIONS = {
     *("debug_callback", "debug_print"),
 }
 
-Equation = Any  # core.JaxprEqn, whose stubs know of no shapes
+Equation = Any  # core.JaxprEqn, whose type stubs lack shapes
 Shaping = Callable[[View, Mapping[str, Any], Sequence[int]], View]
 
 
@@ -45,7 +45,7 @@ def _slice(view: View, params: Mapping[str, Any], shape: Sequence[int]) -> View:
     return views.resized(view, shape, params["start_indices"] if known else None)
 
 
-# Views of their first operand, by its view, the parameters of the equation and the shape of the result.
+# Functions from the view of the first operand, the equation's parameters and the result's shape to a view.
 SHAPING: Mapping[str, Shaping] = {
     "transpose": lambda view, params, shape: views.transposed(view, params["permutation"]),
     "reshape": lambda view, params, shape: views.reshaped(view, shape),
@@ -60,7 +60,7 @@ SHAPING: Mapping[str, Shaping] = {
 
 
 def piece(axis: int, start: int) -> Shaping:
-    """What ``split`` gives from ``start`` on."""
+    """The shaping of the output of ``split`` that begins at ``start``."""
     return lambda view, params, shape: views.resized(
         view, shape, [start * (i == axis) for i in range(len(shape))]
     )

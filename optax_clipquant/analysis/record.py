@@ -1,4 +1,4 @@
-"""What the values of a jaxpr are made of, and the notes of what became of the weights in them."""
+"""The origin of each value of a jaxpr, and a record of what happens to the weights in it."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,7 +9,7 @@ from optax_clipquant.quant.uses import Kind, Use
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """Data times one weight or several, one after the other; or only weights, where ``data`` is None."""
+    """A product of data with one or several weights in turn; of weights only, if ``data`` is None."""
 
     data: object | None
     leaves: tuple[str, ...]
@@ -17,13 +17,13 @@ class Product:
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """What an array is made of. Where it has neither views nor data, of constants or sums of weights.
+    """The origin of an array. With neither views nor data, it consists of constants or sums of weights.
 
     Attributes:
-      views: the weights that it may be, of several leaves where it is put together from them.
-      data: whether an argument of the function has a part in it.
-      products: what it is the sum of, as far as that is of interest.
-      token: tells data from other data.
+      views: the weights that it may hold, of several leaves if it is assembled from them.
+      data: whether an argument of the function contributes to it.
+      products: the relevant products that it is the sum of.
+      token: distinguishes data from other data.
     """
 
     views: tuple[View, ...] = ()
@@ -39,25 +39,25 @@ class Value:
 @dataclasses.dataclass(frozen=True)
 class _Event:
     kinds: frozenset[Kind]
-    roles: tuple[tuple[int, Role], ...]  # of the leaf's axes
+    roles: tuple[tuple[int, Role], ...]  # the roles of the leaf's axes
     splits: bool  # whether an axis is contracted in part
 
     def axes(self, role: Role) -> frozenset[int]:
         return frozenset(axis for axis, found in self.roles if found == role)
 
 
-# Where an axis is split among several roles, the first of these says what scales need to know.
+# Where an axis has several roles, the first of these is the one that matters for scales.
 _PRECEDENCE: tuple[Role, ...] = ("lookup", "batch", "output", "stacked", "contracted")
 
 
 class Record:
-    """What is known of each leaf so far, in program order.
+    """The uses of each leaf so far, in program order.
 
     Args:
-      shapes: by path, the shape of each leaf.
+      shapes: the shape of each leaf by path.
 
     Attributes:
-      paused: whether nothing is noted, for it will be seen again.
+      paused: whether uses are ignored, since they will be seen again.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -67,7 +67,7 @@ class Record:
         self._adapters: set[str] = set()
 
     def note(self, view: View, kind: Kind, roles: Sequence[Role] | None = None) -> None:
-        """A use of ``view`` in which its axes have ``roles``. By default they stay."""
+        """Records a use of ``view`` in which its axes have ``roles``; by default all are output axes."""
         stay: list[Role] = ["output"] * len(view.dims)
         found = view.roles(roles or stay)
         kinds: set[Kind] = {kind, "lookup"} if kind == "dot" and view.is_lookup else {kind}
@@ -80,19 +80,19 @@ class Record:
             self._events[view.leaf].append(event)
 
     def spend(self, value: Value, kind: Kind = "elementwise") -> None:
-        """The weights in ``value`` end here, and not in a product with data.
+        """Records a use of the weights in ``value`` that is not a product with data.
 
-        Rows that data picked have become data before, by the lookup.
+        Rows that data picked are already data, through the lookup.
         """
         for view in value.views:
             self.note(view, "lookup" if view.is_lookup and view.rank else kind)
 
     def spend_lookups(self, output: Value) -> None:
-        """The function returns ``output``. Weights that it returns as they are, it does not use."""
+        """Records lookups in ``output``, a result of the function. Weights returned unchanged are not uses."""
         self.spend(Value(tuple(view for view in output.views if view.is_lookup)))
 
     def add(self, a: Value, b: Value) -> tuple[Product, ...]:
-        """The products that ``a + b`` is a sum of. A product of two weights beside one is an adapter."""
+        """The products that ``a + b`` is the sum of. A product of two weights beside another one is an adapter."""
         weights = [Product(None, (view.leaf,)) for view in (*a.views, *b.views) if not view.repeats]
         every = dict.fromkeys([*a.products, *b.products])
         plain = {p.data for p in [*every, *weights] if len(p.leaves) == 1}
@@ -118,7 +118,7 @@ class Record:
             kinds,
             contracted=contracted[0],
             batch=products[0].axes("batch") if products else (),
-            # Who drops an axis of extent 1 picks no index of it.
+            # Dropping an axis of extent 1 does not pick an index.
             stacked={axis for axes in stacked for axis in axes if extents[axis] > 1},
             lookup={axis for event in events for axis in event.axes("lookup")},
             others=[axes for axes in dict.fromkeys(contracted) if axes != contracted[0]],
@@ -127,7 +127,7 @@ class Record:
 
 
 def join(record: Record, values: Iterable[Value]) -> Value:
-    """A value that may be any of ``values``. Weights beside data are data."""
+    """The value that may be any of ``values``. If some are data, the weights among them count as data."""
     values = list(values)
     views = tuple(dict.fromkeys(view for value in values for view in value.views))
     data = any(value.data for value in values)

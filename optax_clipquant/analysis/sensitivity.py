@@ -1,4 +1,4 @@
-"""How much the loss depends on each weight."""
+"""The sensitivity of a loss to each weight."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -14,18 +14,18 @@ def squared_gradients(
 ) -> PyTree:
     """The mean over batches of the squared gradient of each weight.
 
-    To second order, moving a weight by ``d`` at a minimum of a log-likelihood costs ``E[g**2] * d**2 /
-    2`` (the diagonal of the empirical Fisher information), so this is the sensitivity for
-    ``allocate_bits``. Small batches serve best: in the mean over a large one, gradients cancel.
+    To second order, moving a weight by ``d`` at a minimum of a negative log-likelihood costs ``E[g**2] *
+    d**2 / 2`` (the diagonal of the empirical Fisher information), so this is a sensitivity for
+    ``allocate_bits``. Small batches work best, since gradients cancel in the mean over a large one.
 
-    A reconstruction loss ``sum((f(w) - f(w0))**2)`` has gradient 0 at ``w0``; use the loss
-    ``sum(v * f(w))`` with normal ``v`` drawn for each batch, whose squared gradient is on the average
-    the diagonal of its second derivative (Gauss-Newton), but for a factor of 2.
+    A reconstruction loss ``sum((f(w) - f(w0))**2)`` has gradient 0 at ``w0``. Use the loss ``sum(v *
+    f(w))`` with normal ``v`` drawn for each batch instead: its mean squared gradient is the diagonal of
+    the second derivative (Gauss-Newton), up to a factor of 2.
 
     Args:
-      loss: a function of params and a batch that gives a scalar. It is compiled once.
-      params: where to evaluate it.
-      batches: what to give it, in turn.
+      loss: a function of params and a batch that returns a scalar. It is compiled once.
+      params: the params to evaluate it at.
+      batches: the batches.
 
     Returns:
       A tree of float32 arrays.

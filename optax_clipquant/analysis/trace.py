@@ -1,4 +1,4 @@
-"""What a function does with its weights, read off its jaxpr."""
+"""How a function uses its weights, derived from its jaxpr."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,25 +14,25 @@ from optax_clipquant.quant.uses import Uses
 
 
 def trace_weights(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -> Uses:
-    """What ``fn(params, *args, **kwargs)`` does with each leaf of ``params``, and with which axes.
+    """Finds how ``fn(params, *args, **kwargs)`` uses each leaf of ``params``, and the role of each axis.
 
-    Like ``jax.eval_shape``, it computes nothing. The jaxpr of the function is walked, through ``jit``,
-    ``scan``, ``while``, ``cond``, ``remat``, custom derivatives, ``vmap`` and ``shard_map``; through
-    transposes, reshapes, slices, gathers, casts and elementwise functions of a weight.
+    Like ``jax.eval_shape``, it computes nothing. It walks the jaxpr of the function through ``jit``,
+    ``scan``, ``while``, ``cond``, ``remat``, custom derivatives, ``vmap`` and ``shard_map``, and follows
+    weights through transposes, reshapes, slices, gathers, casts and elementwise functions.
 
-    What is multiplied with data and summed is a weight, whatever its name or rank: biases, norm
-    scales, position tables that are added and rotary tables that are multiplied are not.
+    Leaves that are multiplied with data and summed over are weights, whatever their name or rank. Biases,
+    norm scales, position tables that are added and rotary tables that are multiplied are not.
 
     Args:
-      fn: a forward function or a loss, with its gradients or without.
-      params: a tree of arrays, or of what has their shape and dtype; a ``QArray`` counts as the
-        array that it stands for.
-      *args: further arguments: arrays, or what has their shape and dtype. What is neither is given to
-        ``fn`` as it is.
-      **kwargs: further arguments, as ``args``.
+      fn: a forward function or a loss, with or without its gradients.
+      params: a tree of arrays or ``jax.ShapeDtypeStruct``; a ``QArray`` counts as the array that it
+        represents.
+      *args: further arguments. Arrays and ``jax.ShapeDtypeStruct`` are traced; others are passed to ``fn``
+        unchanged.
+      **kwargs: further arguments, like ``args``.
 
     Returns:
-      The use of each leaf, by its path.
+      The ``Use`` of each leaf by path.
 
     Raises:
       ValueError: two leaves have the same path.
@@ -63,7 +63,7 @@ def trace_weights(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: 
     def call(weights: dict[int, Any], data: dict[int, Any]) -> Any:
         params = treedef.unflatten(weights.get(i, leaf) for i, leaf in enumerate(leaves))
         args, kwargs = rest_def.unflatten(data.get(i, leaf) for i, leaf in enumerate(rest))
-        # What is returned beside arrays is none of the jaxpr's business.
+        # The jaxpr can only return arrays.
         return [x for x in jax.tree.leaves(fn(params, *args, **kwargs)) if _is_array(x)]
 
     shapes = {names[i]: spec.shape for i, spec in traced.items()}

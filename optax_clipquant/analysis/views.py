@@ -1,6 +1,6 @@
-"""Arrays that are made of one leaf's weights alone, and where the leaf's axes run in them.
+"""Views: arrays that hold only weights of one leaf, with the leaf's axes tracked through shape changes.
 
-Only shapes are computed with. A reshape, a transpose or a slice of a view is a view.
+Only shapes are computed. A reshape, a transpose or a slice of a view is a view.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ class Part:
     axis distributes them again.
 
     Attributes:
-      axes: the leaf's axes. Several where a reshape cuts across them; none where it repeats.
+      axes: the leaf's axes: several if a reshape cuts across them, none if it repeats weights.
       size: its extent.
-      by_data: whether it has one index left, which data picked.
+      by_data: whether only one index is left, which data picked.
     """
 
     axes: frozenset[int]
@@ -39,8 +39,8 @@ class View:
     Attributes:
       leaf: the path of the leaf.
       dims: the parts of each axis of the view.
-      gone: the leaf's axes that were indexed: ``stacked``, or where data picks, ``lookup``.
-      soft: whether data has a part in it, for it picked or masked the weights.
+      gone: the leaf's axes that were indexed: ``stacked``, or ``lookup`` if data picked the index.
+      soft: whether data picked or masked the weights.
     """
 
     leaf: str
@@ -58,17 +58,17 @@ class View:
 
     @property
     def repeats(self) -> bool:
-        """Whether the same weight stands in several places."""
+        """Whether a weight appears in several places."""
         return any(not part.axes and part.size > 1 for dim in self.dims for part in dim)
 
     @property
     def rank(self) -> int:
-        """How many axes of the leaf run in it, those along which data picks aside."""
+        """The number of the leaf's axes in it, without those along which data picks."""
         looked_up = {axis for axis, role in self.gone if role == "lookup"}
         return len(axes_of(part for dim in self.dims for part in dim if part.size > 1) - looked_up)
 
     def roles(self, of_dims: Sequence[Role]) -> dict[int, set[Role]]:
-        """What becomes of each axis of the leaf where the view's axes have the roles ``of_dims``."""
+        """The roles of each axis of the leaf, given the roles ``of_dims`` of the view's axes."""
         found: dict[int, set[Role]] = {}
         for axis, role in self.gone:
             found.setdefault(axis, set()).add(role)
@@ -87,7 +87,7 @@ def transposed(view: View, order: Sequence[int]) -> View:
 
 
 def repeated(view: View, shape: Sequence[int], places: Sequence[int]) -> View:
-    """Axis ``i`` of the view becomes axis ``places[i]`` of ``shape``; what is new repeats."""
+    """Broadcasts the view: axis ``i`` becomes axis ``places[i]`` of ``shape``; new axes repeat."""
     dims: list[Dim] = [(Part(frozenset(), size),) if size != 1 else () for size in shape]
     for dim, place in zip(view.dims, places, strict=True):
         if _extent(dim) == shape[place]:
@@ -96,7 +96,7 @@ def repeated(view: View, shape: Sequence[int], places: Sequence[int]) -> View:
 
 
 def indexed(view: View, dropped: Iterable[int], role: Role = "stacked") -> View:
-    """Without the axes ``dropped``, of which one index is left or is taken at a time."""
+    """The view without the axes ``dropped``, along which one index is left or taken at a time."""
     dropped = set(dropped)
     gone: set[tuple[int, Role]] = {
         (axis, "lookup" if part.by_data else role)
@@ -119,12 +119,13 @@ def resized(
     *,
     by_data: bool = False,
 ) -> View:
-    """Some of the view, or more than it, as padding and concatenation make.
+    """A part of the view, or an extension of it, as slicing, padding and concatenation make.
 
     Args:
-      shape: the extents left.
-      starts: where they begin in the view, as far as that is known.
-      by_data: whether data says where.
+      view: the view.
+      shape: the new extents.
+      starts: where the part begins along each axis; None where unknown.
+      by_data: whether data determines the start.
     """
     dims, gone = [], set(view.gone)
     for i, (dim, size) in enumerate(zip(view.dims, shape, strict=True)):
@@ -136,7 +137,7 @@ def resized(
 
 
 def _cut(dim: Dim, start: int | None, size: int, by_data: bool) -> tuple[Dim, frozenset[int]]:
-    """``size`` of ``dim`` from ``start`` on, and the axes of the leaf that it takes one index of."""
+    """The slice of ``dim`` with ``size`` elements from ``start``, and the leaf's axes reduced to one index."""
     if len(dim) == 1:
         return (Part(dim[0].axes, size, by_data and size == 1),), frozenset()
     if dim and start is not None and 0 < size < _extent(dim):
@@ -156,7 +157,7 @@ def softened(view: View) -> View:
 
 
 def tiled(view: View, times: Sequence[int]) -> View:
-    """The view ``times[i]`` times along each axis ``i``."""
+    """The view repeated ``times[i]`` times along each axis ``i``."""
     dims = tuple(
         (Part(frozenset(), n), *dim) if n != 1 else dim
         for n, dim in zip(times, view.dims, strict=True)
@@ -167,13 +168,14 @@ def tiled(view: View, times: Sequence[int]) -> View:
 def gathered(
     view: View, numbers: Any, sizes: Sequence[int], shape: Sequence[int], *, by_data: bool
 ) -> View:
-    """Rows or windows of the view for each index, as ``lax.gather`` takes them.
+    """The result of ``lax.gather`` on the view.
 
     Args:
-      numbers: its dimension numbers.
+      view: the view.
+      numbers: the dimension numbers of the gather.
       sizes: its slice sizes.
-      shape: of its result.
-      by_data: whether data says which.
+      shape: the shape of its result.
+      by_data: whether data determines the indices.
     """
     beside = dict(
         zip(numbers.start_indices_batching_dims, numbers.operand_batching_dims, strict=True)
@@ -196,14 +198,14 @@ def gathered(
         dims[i] = view.dims[beside[k]] if k in beside else along
     gone, soft = view.gone, view.soft
     if by_data or all(shape[i] == 1 for k, i in enumerate(places) if k not in beside):
-        # Else it is a selection that the program fixes, as a longer slice is.
+        # Otherwise the program fixes the selection, as with a longer slice.
         one = indexed(View(view.leaf, (picked,), gone, soft), [0])
         gone, soft = one.gone, one.soft
     return View(view.leaf, tuple(dims[i] for i in range(len(shape))), gone, soft)
 
 
 def reshaped(view: View, shape: Sequence[int]) -> View:
-    """The view in another shape. An axis of extent 1 that it loses is an index taken."""
+    """The view in another shape. Dropping an axis of extent 1 counts as taking an index."""
     if 0 in shape:
         every = axes_of(part for dim in view.dims for part in dim)
         return dataclasses.replace(view, dims=tuple((Part(every, size),) for size in shape))
@@ -237,9 +239,9 @@ def reshaped(view: View, shape: Sequence[int]) -> View:
 
 
 def _scrambled(taken: list[Part], parts: list[Part], shape: Sequence[int]) -> list[Dim]:
-    """Axes whose bounds meet none of the parts': all run along all, up to where bounds meet again.
+    """New axes that cut across parts: each runs along all leaf axes up to where the bounds align again.
 
-    Removes from ``parts`` those that it takes.
+    Removes the parts that it takes from ``parts``.
     """
     size, count = shape[0], 1
     while size != _extent(taken):

@@ -1,4 +1,4 @@
-"""A jaxpr evaluated on what its values are made of, in place of the values."""
+"""Abstract evaluation of a jaxpr on the origins of its values, in place of the values."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -17,13 +17,13 @@ Values = Sequence[Value]
 
 
 class Walk:
-    """Evaluates jaxprs, and records what becomes of the weights."""
+    """Evaluates jaxprs abstractly, and records the uses of weights."""
 
     def __init__(self, record: Record) -> None:
         self._record = record
 
     def closed(self, closed: core.ClosedJaxpr, args: Values) -> list[Value]:
-        # Integers that a function closes over are data, such as tokens; floats may be a mask.
+        # Closed-over integers count as data, such as tokens; floats may be a mask.
         consts = [
             Value(data=np.size(x) > 1 and jnp.issubdtype(jnp.result_type(x), jnp.integer))
             for x in closed.consts
@@ -60,7 +60,7 @@ class Walk:
         reduces = name in primitives.REDUCTIONS
         for arg in args:
             self._record.spend(arg, "elementwise" if reduces else "unknown")
-        # What an unknown operation makes of weights may be anything.
+        # An unknown operation may turn weights into anything.
         data = any(arg.data or (arg.views and not reduces) for arg in args)
         return [Value(data=bool(data)) for _ in eqn.outvars]
 
@@ -86,7 +86,7 @@ class Walk:
                 if not (meets_data or name in primitives.COMPARISONS or (spread and not alone)):
                     kept.append(views.softened(view) if masks else view)
                 elif meets_data and spread and name in ("mul", "div"):
-                    # A gain, as of a rotary table: rows of an embedding are not repeated to multiply.
+                    # A gain, such as a rotary table: rows of an embedding are not repeated before a product.
                     self._record.note(view, "elementwise")
                 else:
                     self._record.spend(Value((view,)))
@@ -103,7 +103,7 @@ class Walk:
         return [self._product(args, "dot", primitives.dot_roles(eqn))]
 
     def _conv(self, eqn: Equation, args: Values) -> Values:
-        # Windows slide over the left operand: no axis of it is summed over and no more.
+        # Windows slide over the left operand, so no axis of it is simply contracted.
         left, right = args
         self._record.spend(left, "elementwise" if right.views else "unknown")
         return [self._product([Value(data=True), right], "conv", primitives.conv_roles(eqn))]
@@ -111,7 +111,7 @@ class Walk:
     def _product(
         self, args: Values, kind: Literal["dot", "conv"], roles: list[list[Role]]
     ) -> Value:
-        """The sum of products of the first two of ``args``."""
+        """The value of a dot or convolution of the first two of ``args``."""
         weights: list[list[str]] = [[], []]
         for side in (0, 1):
             for view in args[side].views:
@@ -207,7 +207,7 @@ class Walk:
     def _loop(
         self, carry: Values, body: Callable[[Values], list[Value]]
     ) -> tuple[list[Value], list[Value]]:
-        """The carry after a loop of any length, and the other outputs of its body."""
+        """The carry after a loop of unknown length, and the other outputs of its body."""
         first, paused = carry, self._record.paused
         self._record.paused = True
         for _ in range(_ROUNDS):
@@ -242,7 +242,7 @@ class Walk:
         return [_shaped(eqn, y, primitives.resize, i) for i, y in enumerate(outputs)]
 
 
-_ROUNDS = 8  # a carry that is not settled by then grows at each step
+_ROUNDS = 8  # iterations; a carry that has not converged by then grows without bound
 _HANDLERS: Mapping[str, Callable[[Walk, Equation, Values], Values]] = {
     "dot_general": Walk._dot,
     "ragged_dot_general": Walk._dot,
@@ -260,7 +260,7 @@ _HANDLERS: Mapping[str, Callable[[Walk, Equation, Values], Values]] = {
 
 
 def _is_weight(view: View, other: Value) -> bool:
-    """Whether ``view`` is the weight of a product with ``other``, and not what it is multiplied with."""
+    """Whether ``view`` acts as the weight of a product with ``other``, rather than as its data."""
     if view.soft:
         return view.rank >= 2 and not other.views
     matrix = any(not x.soft and not x.repeats and x.rank >= 2 for x in other.views)
@@ -274,7 +274,7 @@ def _shaped(eqn: Equation, value: Value, shaping: Shaping, output: int = 0) -> V
 
 
 def _reviewed(value: Value, shaping: Callable[[View], View]) -> Value:
-    """``value`` with its views shaped anew. It is data as soon as data has picked them."""
+    """``value`` with its views transformed by ``shaping``. Views that data picked become data."""
     if not value.views:
         return value
     found = tuple(map(shaping, value.views))

@@ -1,4 +1,4 @@
-"""Fitting to a large array a block at a time, so that what is read again is still in the cache."""
+"""Fits grids to large arrays block by block, so that what is read again is still in the cache."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -10,19 +10,19 @@ from optax_clipquant.lowering.reduce import Span
 
 T = TypeVar("T")  # a tree of arrays, with one entry for each span
 
-# Elements, of 4 MB. With fewer, more loops are started; with more, less stays in the cache.
+# Elements of a block, 4 MB. Smaller blocks start more loops; larger ones stay less in the cache.
 _SIZE = 2**20
 
 
 def fit_in_blocks(
     fit: Callable[..., T], w: jax.Array, span: Span, *others: T, factor: int = 1
 ) -> T:
-    """``fit(w, *others)``, which reads ``w`` several times or sums much, and treats each span by itself.
+    """Computes ``fit(w, *others)``, where ``fit`` reads ``w`` several times and treats each span separately.
 
-    XLA's CPU backend reads a large array from memory each time, and writes what its reduction leaves
-    (see ``Span.reduce``) to memory that each call gets afresh: for several loops over all arrays of a
-    model, that takes longer than to compute. So there, on a single device, one block is fitted after the
-    other. They are larger by ``factor``: those that are read once need not stay in the cache.
+    XLA's CPU backend reads a large array from memory each time, and writes partial reductions (see
+    ``Span.reduce``) to memory newly allocated by each call: for several loops over all arrays of a model,
+    that takes longer than the computation. So on a single CPU device, one block is fitted after the other.
+    Blocks are larger by ``factor``, for a ``fit`` that reads ``w`` once and need not find it in the cache.
     """
     axis, size = _block(w, span, factor * _SIZE)
     if size == 0:
@@ -31,11 +31,11 @@ def fit_in_blocks(
 
     def in_turn() -> T:
         def body(i: jax.Array, grid: T) -> T:
-            # The last block reaches back over the one before, whose scales it finds again.
+            # The last block overlaps the one before, and finds the same scales again.
             first = jnp.minimum(i * size, length - size)
 
             def block(x: jax.Array) -> jax.Array:
-                # XLA's CPU backend has no slices of bfloat16: it would convert all of the array first.
+                # XLA's CPU backend cannot slice bfloat16, and would convert the whole array first.
                 is_bfloat16 = x.dtype == jnp.bfloat16
                 bits = jax.lax.bitcast_convert_type(x, jnp.uint16) if is_bfloat16 else x
                 part = jax.lax.dynamic_slice_in_dim(bits, first, size, axis)
@@ -55,17 +55,15 @@ def fit_in_blocks(
 
 
 def _block(w: jax.Array, span: Span, most: int) -> tuple[int, int]:
-    """Along which axis a block has how many elements: along one that is not reduced; 0 where all are one
-    block.
-    """
+    """The axis to cut into blocks, one that is not reduced, and a block's extent; 0 for a single block."""
     kept = [axis for axis in range(w.ndim) if axis not in span.reduced(w.ndim)]
     blocks = -(-w.size // most)
     if blocks <= 1 or not kept or jax.device_count() > 1:
         return 0, 0
-    # The first of those that are long enough, since its blocks are of neighbours in memory.
+    # The first axis that is long enough, since its blocks are contiguous in memory.
     axis = max(kept, key=lambda axis: (min(w.shape[axis], blocks), -axis))
     length = w.shape[axis]
-    # Along the last axis lie the vectors.
+    # Vector instructions work along the last axis.
     unit, least = (16, 64) if axis == w.ndim - 1 else (1, 1)
     size = max(-(-length // blocks), least)
     size = -(-size // unit) * unit

@@ -1,4 +1,4 @@
-"""How many elements of a tree are true."""
+"""Counts the true elements of masks over a tree."""
 
 import functools
 from collections.abc import Sequence
@@ -8,24 +8,22 @@ import jax.numpy as jnp
 
 from optax_clipquant.lowering.reduce import SMALL, Kind, Span
 
-Mask = tuple[
-    jax.Array, ...
-]  # arrays that exclude each other: where in one of them, an element is true
+Mask = tuple[jax.Array, ...]  # mutually exclusive arrays; an element is true where one of them is
 _COUNTABLE = 2**31  # elements that an int32 cannot count
-_TOGETHER = 16  # small masks that are added before they are counted
+_TOGETHER = 16  # small masks to add up before counting
 
 
 @jax.jit
 def counts(leaves: Sequence[tuple[Mask, ...]]) -> list[jax.Array]:
-    """For each mask of a leaf, how many elements are true there in all leaves: float32 scalars.
+    """Counts the true elements of each mask over all leaves, as float32 scalars.
 
-    Of a TPU the float32 sum of a mask joins the fusion that makes the gradient, which is then not
-    written out for it (v5e, libtpu 0.0.52, leaves of 8192 x 8192: 30.1 bytes of HBM traffic a weight and
+    On a TPU, the float32 sum of a mask joins the fusion that computes the gradient, which is then not
+    written out for it (v5e, libtpu 0.0.52, leaves of 8192 x 8192: 30.1 bytes of HBM traffic per weight and
     step with Adam; an integer sum costs 38.1). It is exact up to 2**24 in each of the many partial
-    sums. XLA's CPU backend sums floats one by one: there, integers are summed, and are exact.
+    sums. XLA's CPU backend sums floats one by one; integers are summed there, exactly.
 
     Args:
-      leaves: for each leaf the same number of masks, of its shape.
+      leaves: for each leaf the same number of masks of its shape.
     """
     return jax.lax.platform_dependent(
         cpu=functools.partial(_of_integers, leaves), default=functools.partial(_of_floats, leaves)
@@ -43,12 +41,12 @@ def _of_floats(leaves: Sequence[tuple[Mask, ...]]) -> list[jax.Array]:
 
 
 def _of_integers(leaves: Sequence[tuple[Mask, ...]]) -> list[jax.Array]:
-    """Sums of floats of exact counts: what is counted at once is exact, the sum cannot overflow.
+    """Exact integer counts of leaves, summed in float32, which cannot overflow.
 
-    Masks of small leaves of one shape are added up first, 8 leaves at a time: most of the time that a
-    compiler takes for a small one goes into a kernel to count it. All masks of a large one are counted
-    in one loop; XLA's CPU backend is slow at a single mask (jaxlib 0.10.2). On several devices each would
-    be a message.
+    Masks of small leaves of equal shape are added up first, 8 leaves at a time, since the compile time of
+    a small leaf goes into the kernel that counts it. All masks of a large leaf are counted in one loop,
+    since XLA's CPU backend is slow at a single mask (jaxlib 0.10.2); on several devices the arrays of a
+    mask are joined first, as each would be a message.
     """
     several = jax.device_count() > 1
     totals = [jnp.zeros((), jnp.float32) for _ in leaves[0]]
@@ -74,7 +72,7 @@ def _of_integers(leaves: Sequence[tuple[Mask, ...]]) -> list[jax.Array]:
 
 
 def _count_each(masks: Sequence[jax.Array]) -> list[jax.Array]:
-    """Exact, then rounded; of 2**31 elements and more, rounded for each index of the first axis."""
+    """Counts each mask exactly, then rounds; from 2**31 elements on, rounds at each index of the first axis."""
     kinds: list[Kind] = ["sum" for _ in masks]
     axes = None if masks[0].size < _COUNTABLE else tuple(range(1, masks[0].ndim))
     found = Span(axes).reduce(kinds, [mask.astype(jnp.int32) for mask in masks])

@@ -1,4 +1,4 @@
-"""Thresholds for stochastic rounding, computed where they are used."""
+"""Noise for stochastic rounding, computed where it is used."""
 
 import functools
 
@@ -10,15 +10,15 @@ from optax_clipquant.lowering.sharding import reshard, spec_of
 _GOLDEN = 0x9E3779B9  # 2**32 over the golden ratio
 
 
-# Only the shape and sharding of `like` are used; kept, it says on which devices.
+# Only the shape and sharding of `like` are used; keeping the argument tells jit the devices.
 @functools.partial(jax.jit, keep_unused=True)
 def noise(like: jax.Array, stream: jax.typing.ArrayLike, step: jax.typing.ArrayLike) -> jax.Array:
-    """Numbers in [0, 1) of the shape and sharding of ``like``.
+    """Noise in [0, 1) with the shape and sharding of ``like``.
 
-    Each element starts at a hash of its index, and moves on by the golden ratio (modulo 1) in each
-    step: of any run of steps, the share with a number below ``p`` is nearer to ``p`` than chance
-    would bring it (a Kronecker sequence; the same holds for every k-th step). What is rounded step by
-    step with these numbers keeps its mean, as with independent ones, but walks less far from it.
+    Each element starts at a hash of its index, and advances by the golden ratio (modulo 1) in each
+    step, a Kronecker sequence: over any run of steps, or every k-th step, the fraction of numbers below
+    ``p`` is closer to ``p`` than with independent noise. A value rounded with it step by step keeps its
+    mean, as with independent noise, but drifts less.
 
     JAX's own generators cost more than all the rest of a training step on a CPU, and not all give the
     same numbers on every mesh.
@@ -29,7 +29,7 @@ def noise(like: jax.Array, stream: jax.typing.ArrayLike, step: jax.typing.ArrayL
       step: the number of the step, an integer.
     """
     index = _mix(jnp.asarray(stream).astype(jnp.uint32))
-    # An odd multiplier for each axis spreads neighbours over all bits; the mixing does the rest.
+    # An odd multiplier for each axis spreads neighbours over all bits; mixing does the rest.
     multiplier = 0x9E3779B1
     for axis in range(like.ndim):
         along = jax.lax.broadcasted_iota(jnp.uint32, like.shape, axis)

@@ -1,4 +1,4 @@
-"""What shares a scale, and sums and extremes of it."""
+"""Sums and extremes over the weights that share a scale."""
 
 import dataclasses
 import functools
@@ -20,21 +20,25 @@ from optax_clipquant.lowering.sharding import (
 
 Kind = Literal["max", "sum"]
 T = TypeVar("T")  # a tree of arrays, with one entry for each span
-SMALL = 4096  # elements: with fewer, what counts is how many loops there are, not how fast each is
-_VECTOR = 4  # numbers next to each other that are worth an instruction
-# How many elements are reduced at a time: a loop that computes much for each is unrolled, and fast, only if
-# they are few (3 sums: 12 ms at 8, 117 at 16); but what it writes is as much smaller as they are many.
+SMALL = 4096  # elements; below this, the number of loops matters more than their speed
+_VECTOR = 4  # neighbouring numbers that are worth a vector instruction
+# Elements to reduce at a time. A loop that computes much per element is unrolled, and fast, only for a few
+# (3 sums: 12 ms at 8, 117 ms at 16); but the more are reduced at a time, the less the loop writes.
 _AT_A_TIME, _OF_MUCH = 16, 8
-_MUCH = 6  # of what an array that is compared counts as 1, one that is computed and added as 2
-_FEW = 64  # that may be summed one after the other: of more, parts are rounded less often
+_MUCH = (
+    6  # work, where an array that is compared counts as 1, and one that is computed and added as 2
+)
+_FEW = 64  # elements that may be summed in sequence; for more, partial sums round less often
 _WHOLE = {"max": functools.partial(jnp.max, initial=0), "sum": jnp.sum}
 _PAIR = {"max": jax.lax.max, "sum": jax.lax.add}
 
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """What is reduced together: all along ``axes`` (by default all axes), of ``run`` neighbours along
-    ``axis``, each of which gets the result. The last run may be shorter.
+    """The elements that are reduced together: all along ``axes`` (by default all axes), for ``run`` neighbours
+    along ``axis``.
+
+    Each of the neighbours gets the result. The last run may be shorter.
     """
 
     axes: tuple[int, ...] | None = None
@@ -42,21 +46,21 @@ class Span:
     run: int = 1
 
     def reduced(self, ndim: int) -> tuple[int, ...]:
-        """``axes`` of an array with ``ndim`` of them, counted from the first."""
+        """The non-negative ``axes`` of an array with ``ndim`` axes."""
         return tuple(range(ndim) if self.axes is None else (axis % ndim for axis in self.axes))
 
     def reduce(self, kinds: Sequence[Kind], arrays: Sequence[jax.Array]) -> list[jax.Array]:
-        """The largest element, 0 among them, or the sum, of several arrays of one shape.
+        """Reduces several arrays of one shape, each to its largest element (at least 0) or its sum.
 
-        XLA's CPU backend makes a loop of each reduction, and in most of them computes one element at a
-        time. There, all arrays are reduced in one loop. Along the last axis, integers are so at the
-        speed of memory, since their order does not matter. Else a few elements are reduced at a time,
-        over vectors of neighbours, and those that are left over by themselves: for floating arrays that
-        are computed, several times as fast. (Other backends fuse reductions by themselves.)
+        XLA's CPU backend makes a loop of each reduction, and most of these compute one element at a time.
+        There, all arrays are reduced in one loop. Along the last axis, integers are reduced at the speed
+        of memory, since their order does not matter. Otherwise a few elements are reduced at a time, over
+        vectors of neighbours, and leftover elements separately; for computed floating arrays this is
+        several times as fast. (Other backends fuse reductions by themselves.)
 
         Args:
-          kinds: what to do with each array.
-          arrays: what is reduced, computed or not.
+          kinds: the reduction of each array.
+          arrays: the arrays, which may be computed on the fly.
         """
         integers = all(map(_is_integer, arrays))
         if self._part(arrays) is None and not integers:
@@ -93,11 +97,10 @@ class Span:
         return reduce_runs(_WHOLE[kind], each, self.axis, self.run)
 
     def _part(self, arrays: Sequence[jax.Array]) -> tuple[int, int, int, int] | None:
-        """An axis, the size of the parts to split it into, which of the two axes to reduce, and how many
-        elements of the axis are left over.
+        """How to split an axis: the axis, the size of parts, which of the two axes to reduce, and the remainder.
 
-        Vectors lie along the last axis: it stays, or elements far from each other on it are reduced.
-        Each device must hold all that is, or it would be moved.
+        Vectors lie along the last axis, so it is kept, or elements far apart on it are reduced. Each device
+        must hold all that is reduced, or data would be moved.
         """
         x, integers = arrays[0], all(map(_is_integer, arrays))
         work = sum(1 if _is_integer(y) else 2 for y in arrays)
@@ -118,14 +121,14 @@ class Span:
             most = min(most, length // _VECTOR)
         few = max((k for k in range(1, most + 1) if length % (k * devices) == 0), default=1)
         if devices == 1 and 2 * few < min(most, length):
-            few = most  # with a few left over, rather than few at a time
+            few = most  # better to leave a remainder than to reduce few at a time
         if few <= 1:
             return None
         share, rest = divmod(length, few)
         return (axis, few, axis + 1, rest) if axis != last else (axis, share, axis, rest)
 
     def counts(self, shape: tuple[int, ...]) -> np.ndarray:
-        """How many elements are reduced together: a scalar, or for runs an array with each of them."""
+        """The number of elements that are reduced together: a scalar, or with runs an array with one per run."""
         count = math.prod(shape[axis] for axis in self.reduced(len(shape)))
         if self.run == 1:
             return np.asarray(count)
@@ -138,7 +141,7 @@ class Span:
 def _reduce(
     kinds: Sequence[Kind], arrays: Sequence[jax.Array], axes: tuple[int, ...]
 ) -> list[jax.Array]:
-    """All arrays in one loop."""
+    """Reduces all arrays in one loop."""
     return jax.lax.reduce(
         tuple(arrays),
         tuple(jnp.zeros((), x.dtype) for x in arrays),
@@ -152,15 +155,15 @@ def _is_integer(x: jax.Array | jax.ShapeDtypeStruct) -> bool:
 
 
 def extremes(x: jax.Array, span: Span = Span(), *sums: jax.Array) -> list[jax.Array]:
-    """The largest and the least element of each span, 0 among them, in float32; NaN where an element is.
+    """The largest and the smallest element of each span, with 0 included, in float32; NaN if an element is.
 
-    And the sums of further float32 arrays of the shape of ``x``, which XLA's CPU backend finds in the
+    Also the sums of further float32 arrays of the shape of ``x``, which XLA's CPU backend computes in the
     same loop.
 
-    XLA's CPU backend drops NaN from the maximum of a large floating array (as seen with jaxlib 0.10.2):
-    there, the bits are compared, which as integers are in the order of the numbers from 0 up, with NaN
-    above infinity: NaN of either sign makes one of the two NaN. A reduction whose comparison keeps NaN
-    takes as long to compile, 14 times as long over a whole array, and has no all-reduce on several CPUs or GPUs.
+    XLA's CPU backend drops NaN from the maximum of a large floating array (seen with jaxlib 0.10.2). There,
+    the bits are compared: as integers they order numbers from 0 up, with NaN above infinity, so that NaN
+    of either sign makes one of the two results NaN. A reduction whose comparison keeps NaN takes as long to
+    compile, runs 14 times as long over a whole array, and has no all-reduce on several CPUs or GPUs.
     """
 
     def plain(x: jax.Array, *sums: jax.Array) -> list[jax.Array]:
@@ -181,14 +184,14 @@ def extremes(x: jax.Array, span: Span = Span(), *sums: jax.Array) -> list[jax.Ar
         nan = jnp.isnan(high) | jnp.isnan(low)
         return [jnp.where(nan, jnp.nan, high), jnp.where(nan, jnp.nan, -low), *found]
 
-    # Bits have no derivative, so that on no platform there is one.
+    # Bits have no derivative, so there is none on any platform.
     x = jax.lax.stop_gradient(x.astype(jnp.float32))
     return jax.lax.platform_dependent(x, *sums, cpu=of_bits, default=plain)
 
 
 def sum_magnitudes(x: jax.Array, span: Span) -> jax.Array:
-    """The sum of ``abs(x)`` in each span. As two sums, since XLA's CPU backend is slower at one by itself."""
-    # NaN is in one of them.
+    """The sum of ``abs(x)`` in each span, as two sums, since XLA's CPU backend is slower at a single one."""
+    # One of the two has any NaN.
     up, down = span.reduce(("sum", "sum"), [jnp.where(x > 0, x, 0), jnp.where(x > 0, 0, x)])
     return up - down
 
@@ -201,17 +204,16 @@ def in_groups(
     *others: Any,
     beside: Sequence[jax.Array] = (),
 ) -> T:
-    """What ``fit(part, span, *others, *beside)`` finds for each span of ``w``, in arrays of its rank.
+    """Applies ``fit(part, span, *others, *beside)`` to ``w`` in groups; results have the rank of ``w``.
 
     Args:
-      fit: it gets ``w``, of which runs along the group's axis are an axis by themselves, what is
-        reduced together, and the ``others`` to broadcast against it.
+      fit: a function of ``w`` with runs along the group's axis as a separate axis, of the span to reduce,
+        and of the ``others``, which broadcast against that array.
       w: an array.
       shared: the axes that are reduced whole.
-      group: the negative axis of which runs are reduced, and how long they are. The last may be
-        shorter.
+      group: the negative axis whose runs are reduced, and the length of runs. The last may be shorter.
       others: trees of arrays with an entry for each span.
-      beside: arrays that broadcast to ``w``, of which ``fit`` gets the part beside that of ``w``.
+      beside: arrays that broadcast to ``w``; ``fit`` gets the parts that correspond to that of ``w``.
     """
     if group is None:
         return fit(w, Span(shared), *others, *beside)
@@ -221,7 +223,7 @@ def in_groups(
     reduced = (*(a + (a > axis) for a in shared), axis + 1)
 
     def fit_part(first: int, last: int, run: int, piece: int) -> T:
-        """For ``w[first:last]`` in groups of ``run`` pieces, of which each is reduced over an axis."""
+        """Fits ``w[first:last]`` in groups of ``run`` pieces, each of which is reduced over an axis."""
         part = split_axis(w, axis, first, last, piece)
         parts = [split_axis(_long(x, axis, length), axis, first, last, piece) for x in beside]
 
@@ -235,12 +237,12 @@ def in_groups(
     piece = piece_of(w, axis, size)
     if 4 <= piece < size:
         return fit_part(0, length, size // piece, piece)
-    # Of smaller pieces, all that is reduced is more than the weight.
+    # With smaller pieces, what devices exchange would exceed the weight.
     whole = length // size * size
     found = fit_part(0, whole, 1, size)
     if whole == length:
         return found
-    # The last, shorter group by itself: padding it would count in its sums.
+    # The last, shorter group is fitted separately, since padding would count in its sums.
     rest = fit_part(whole, length, 1, length - whole)
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis), found, rest)
 

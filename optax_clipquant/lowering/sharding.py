@@ -1,11 +1,11 @@
-"""Splitting an axis in two on any mesh, and runs of neighbours that lie across devices.
+"""Splits axes on any mesh, and handles groups of neighbours that span devices.
 
-On a mesh with Explicit axes, the sharding of a reshaped array must be named. It is None on other
-meshes, where the compiler finds it. It holds its mesh: arrays may be on one that no ``jax.set_mesh``
-has named.
+On a mesh with Explicit axes, the sharding of a reshaped array must be named. On other meshes it is None,
+and the compiler determines it. A sharding holds its mesh, since arrays may be on a mesh that no
+``jax.set_mesh`` has set.
 
-A group of neighbours that share a scale may lie across devices. It is then handled in pieces, of which
-each lies on one device: devices exchange a number for each piece, and no elements.
+A group of neighbours that share a scale may span devices. It is then handled in pieces that each lie on
+one device: devices exchange one number per piece, and no elements.
 """
 
 import math
@@ -32,17 +32,17 @@ def split_axis(x: jax.Array, axis: int, first: int, last: int, size: int) -> jax
 
 
 def merge_axis(x: jax.Array, axis: int, spec: jax.NamedSharding | None) -> jax.Array:
-    """``x`` with ``axis`` and the next made one, on which ``spec`` then partitions it."""
+    """``x`` with ``axis`` and the next axis merged, and then partitioned by ``spec``."""
     shape = (*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
     whole = spec if _divides(spec, axis, x.shape[axis]) else without(spec, axis)
     return reshard(jax.lax.reshape(x, shape, out_sharding=whole), spec)
 
 
 def piece_of(x: jax.Array, axis: int, size: int) -> int:
-    """The largest part of a group of ``size`` neighbours along ``axis`` that no two devices share.
+    """The largest part of a group of ``size`` neighbours along ``axis`` that never spans two devices.
 
-    On axes of a mesh that are Auto, only the compiler knows how ``x`` is split: it may be over all. It
-    does well by itself with groups of as many devices each.
+    On Auto axes of a mesh, only the compiler knows how ``x`` is split; it may be over all of them. Groups
+    that span equal numbers of devices can be left to the compiler.
     """
     sharding, length = jax.typeof(x).sharding, x.shape[axis]
     kinds = zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True)
@@ -56,7 +56,7 @@ def piece_of(x: jax.Array, axis: int, size: int) -> int:
 
 
 def repeat_axis(x: jax.Array, axis: int, times: int, length: int) -> jax.Array:
-    """Each entry along ``axis`` repeated, cut to ``length``."""
+    """Repeats each entry along ``axis``, and cuts the result to ``length``."""
     if times == 1:
         return x
     cut = length % times > 0
@@ -73,9 +73,9 @@ def repeat_axis(x: jax.Array, axis: int, times: int, length: int) -> jax.Array:
 
 
 def reduce_runs(fn: Callable[..., jax.Array], x: jax.Array, axis: int, run: int) -> jax.Array:
-    """``fn``, to which zeros are nothing, of each ``run`` neighbours along ``axis``, at each of them.
+    """Reduces each ``run`` neighbours along ``axis`` with ``fn``, and repeats the result for each of them.
 
-    The last run may be shorter.
+    The last run may be shorter; it is padded with zeros, which must not change the result of ``fn``.
     """
     if run == 1:
         return x
@@ -83,12 +83,12 @@ def reduce_runs(fn: Callable[..., jax.Array], x: jax.Array, axis: int, run: int)
 
 
 def for_pieces(scale: jax.Array, axis: int, run: int, pieces: int) -> jax.Array:
-    """The scales of groups of ``run`` pieces each, at each piece, to which elements are the next axis."""
+    """Expands scales of groups to pieces, ``run`` per group, with a new next axis for the elements."""
     return jnp.expand_dims(repeat_axis(scale, axis, run, pieces), axis + 1)
 
 
 def for_groups(scale: jax.Array, axis: int, run: int) -> jax.Array:
-    """What ``for_pieces`` was made of: the first of each ``run`` along ``axis``, without the next axis."""
+    """The inverse of ``for_pieces``: takes the first of each ``run`` along ``axis``, and drops the next axis."""
     scale = jnp.squeeze(scale, axis + 1)
     if run == 1:
         return scale
@@ -96,7 +96,7 @@ def for_groups(scale: jax.Array, axis: int, run: int) -> jax.Array:
 
 
 def _runs(x: jax.Array, axis: int, run: int) -> jax.Array:
-    """``x``, which is small, with ``axis`` split into runs; zeros fill the last."""
+    """Splits ``axis`` of ``x``, a small array, into runs; the last is padded with zeros."""
     missing = -x.shape[axis] % run
     x = _whole(x, axis, missing > 0)
     if missing:
@@ -105,9 +105,9 @@ def _runs(x: jax.Array, axis: int, run: int) -> jax.Array:
 
 
 def _whole(x: jax.Array, axis: int, cut: bool) -> jax.Array:
-    """``x``, which is small, with all of ``axis`` on each device; on an Auto mesh where it is ``cut``.
+    """Replicates ``x``, a small array, along ``axis``; on an Auto mesh only if it is ``cut``.
 
-    Else the compiler would split it as it splits the weights, and move the parts in each step.
+    Otherwise the compiler would split it like the weights, and move the parts in each step.
     """
     sharding = jax.typeof(x).sharding
     x = reshard(x, without(spec_of(x, x.shape), axis))
@@ -118,7 +118,7 @@ def _whole(x: jax.Array, axis: int, cut: bool) -> jax.Array:
 
 
 def spec_of(x: jax.Array, shape: Sequence[int]) -> jax.NamedSharding | None:
-    """The partition of ``x``, for an array of ``shape``, which may have extent 1 where ``x`` has not."""
+    """The sharding of ``x`` applied to an array of ``shape``, which may have extent 1 along some axes."""
     sharding = jax.typeof(x).sharding
     if all(name is None for name in sharding.spec):
         return None
@@ -143,10 +143,10 @@ def reshard(x: jax.Array, spec: jax.NamedSharding | None) -> jax.Array:
 def sharding_of_scales(
     sharding: jax.sharding.Sharding, shape: Sequence[int], codes: Sequence[int]
 ) -> jax.sharding.Sharding:
-    """Where scales of ``shape`` lie, whose codes, of the shape ``codes``, are sharded so.
+    """The sharding of scales of ``shape``, for codes of shape ``codes`` with this ``sharding``.
 
-    They are split as the codes are, but lie whole along an axis that they share or that does not
-    divide.
+    Scales are split like the codes, except that they are replicated along axes that codes share, or that
+    do not divide.
     """
     if not isinstance(sharding, jax.NamedSharding):
         if sharding.num_devices == 1:
@@ -168,7 +168,7 @@ def _divides(spec: jax.NamedSharding | None, axis: int, groups: int) -> bool:
 
 
 def _devices(sharding: jax.NamedSharding, axis: int) -> int:
-    """Over how many devices ``axis`` is partitioned, as far as the sharding says."""
+    """The number of devices that ``axis`` is partitioned over, as far as the sharding tells."""
     names = sharding.spec[axis] or ()
     names = names if isinstance(names, tuple) else (names,)
     return math.prod(sharding.mesh.shape[name] for name in names)

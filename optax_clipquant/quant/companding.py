@@ -1,4 +1,4 @@
-"""Arrays in blocks that share a scale, at levels that are dense near zero, in 8 or 4 bits a number."""
+"""Arrays in 8 or 4 bits per number, in blocks that share a scale, with levels that are denser near zero."""
 
 import dataclasses
 import math
@@ -33,40 +33,39 @@ _TINY = float(jnp.finfo(jnp.float32).tiny)
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class CompandedArray:
-    """An array in blocks that share a scale, with levels that are dense near zero.
+    """An array in blocks that share a scale, with levels that are denser near zero.
 
-    A block is a run of neighbours along one axis, and a row all that lies at one index of that axis. An
-    element is measured by the lesser of two magnitudes, the largest of its block and the largest of its
+    A block is a run of neighbours along one axis, and a row holds all elements at one index of that axis.
+    An element is scaled by the smaller of two magnitudes, the largest of its block and the largest of its
     row (rank-1 normalization)::
 
         s[i, j] = min(row[i], abs(scale[i // size, j]))
 
-    so neither rows nor columns that are decades smaller than their neighbours lose precision to them. The
-    levels of a block that has negative numbers are those on the left, of one that has none those on the
-    right::
+    so that rows and columns that are decades smaller than their neighbours keep their precision. The
+    levels of a block with negative numbers are those in the first line, and of a block without those in the
+    second::
 
         sign(k) * (k / n)**2 * s,           abs(k) <= n = 2**(bits - 1) - 1
         ((k + 1) / (n + 1))**4 * s, or 0,   0 <= k <= n = 2**bits - 1, 0 at k = 0
 
-    so the largest number of a block is kept exactly, and zero is. Second moments span twice as many
-    decades as first ones, and in the least levels one stands to the other as in the largest: Adam's
-    steps do not grow where both are small. A number that is not zero gets a code that is not, where
-    there are no negative ones: a step would divide by nothing.
+    so that zero and the largest number of a block are exact. Second moments span twice as many decades as
+    first moments, and the smallest levels have the same ratio as the largest: Adam's steps do not grow
+    where both moments are small. In a block without negative numbers, a number that is not zero never gets
+    the code of zero, since an optimizer may divide by it.
 
     Invariants:
-      * ``codes`` has the array's shape, ``scale`` its rank and as many entries along the blocks' axis
-        as there are blocks, ``row`` extent 1 along each axis after that of the blocks.
-      * ``scale`` is negative for a block that has negative numbers.
-      * Scales are finite. The code ``-(n + 1)``, which no level on the left has, stands for NaN.
+      * ``codes`` has the array's shape; ``scale`` has its rank, with one entry per block along the blocks'
+        axis; ``row`` has extent 1 along each axis after the blocks' axis.
+      * ``scale`` is negative for a block with negative numbers.
+      * Scales are finite. The code ``-(n + 1)``, which no level of the first line has, stands for NaN.
 
     Attributes:
-      codes: ``k``, or ``k - 2**(bits - 1)`` where there are no negative numbers; int8 or int4.
-      scale: float32.
-      row: float32; None where rows are short.
-      block: the axis along which blocks lie, counted from the last, and their size. The last block may
-        be shorter.
+      codes: ``k``, or ``k - 2**(bits - 1)`` in a block without negative numbers; int8 or int4.
+      scale: the float32 scale of each block.
+      row: the float32 magnitude of each row; None if rows are short.
+      block: the negative axis along which blocks lie, and their size. The last block may be shorter.
       bits: 8 or 4.
-      dtype: of the array.
+      dtype: the dtype of the array.
 
     References:
       Li et al., Memory efficient optimizers with 4-bit states, 2023 (arXiv:2309.01507), for rank-1
@@ -82,14 +81,14 @@ class CompandedArray:
 
     @jax.jit
     def decode(self) -> jax.Array:
-        """The array, in its dtype."""
+        """Decodes the array, in its dtype."""
         view = _View(self.codes, self.block)
         k = view.split(self.codes).astype(jnp.float32)
         s, negative = view.scales(self.scale, self.row)
         half = 2.0 ** (self.bits - 1)
         first = jnp.sign(k) * jnp.square(k / (half - 1)) * s
         first = jnp.where(k < 1 - half, jnp.nan, first)
-        # Not even the least level of a small scale is flushed to zero.
+        # Keeps even the smallest level of a small scale from being flushed to zero.
         second = jnp.maximum(jnp.square(jnp.square((k + (half + 1)) / (2 * half))) * s, _TINY)
         second = jnp.where(k > -half, second, 0)
         values = jnp.where(negative, first, second).astype(self.dtype)
@@ -105,18 +104,19 @@ def compand(
     *,
     keep_nan: bool = False,
 ) -> CompandedArray:
-    """``x`` in blocks along ``block[0]`` of ``block[1]`` elements.
+    """Encodes ``x`` in blocks of ``block[1]`` elements along axis ``block[0]``.
 
-    What is not finite is kept out of the scales. It becomes the largest level of its block, so that its
-    neighbours keep their values and it may recover.
+    Numbers that are not finite are kept out of the scales. They become the largest level of their block,
+    so that their neighbours keep their values and they may recover.
 
     Args:
       x: a floating array.
-      block: the axis, counted from the last, and the size of blocks along it.
+      block: the negative axis, and the size of blocks along it.
       bits: 8 or 4.
-      noise: from [0, 1), of the shape of the scales or of ``x``: rounds to one of the two levels around
-        each number, without bias. By default to the nearest.
-      keep_nan: what is not finite becomes NaN instead, and its block counts as one with negative numbers.
+      noise: noise in [0, 1), of the shape of the scales or of ``x``, for stochastic rounding, which is
+        unbiased. By default, numbers are rounded to the nearest level.
+      keep_nan: whether numbers that are not finite become NaN instead; their block then counts as one with
+        negative numbers.
     """
     view = _View(x, block)
     w = view.split(x).astype(jnp.float32)
@@ -129,7 +129,7 @@ def compand(
     row = view.row(magnitude)
     s, negative = view.scales(scale, row)
     half = 2.0 ** (bits - 1)
-    # Levels by their distance from zero: codes from 1 up where none is negative, else magnitudes.
+    # Levels are counted by their distance from zero: codes from 1 up without negative numbers, else magnitudes.
     steps = jnp.where(negative, half - 1, 2 * half)
     # The inverse of a scale above 2**126 is flushed to zero, and so is s / 16 of a small one. It follows
     # from s: one array more of a number for each block, and a TPU encodes two moments in two passes.
@@ -159,39 +159,39 @@ def compand(
 
 
 def block_of(shape: tuple[int, ...], largest: int) -> tuple[int, int]:
-    """The axis and size of the blocks of an array.
+    """The negative axis and the size of the blocks of an array.
 
-    The last axis but one, whose neighbours an accelerator holds in the same lanes, where it gives blocks
-    of 64 and more; else the axis that gives the largest. They follow from the shape alone, not from how
-    the array is sharded.
+    The axis is the second-to-last, whose neighbours an accelerator holds in the same lanes, if it gives
+    blocks of at least 64; else the axis that gives the largest blocks. The choice depends on the shape
+    alone, not on how the array is sharded.
     """
     axis = len(shape) - 2
     if axis < 0 or min(shape[axis], largest) < min(64, largest):
         axis = max(range(len(shape)), key=lambda a: (min(shape[a], largest), a < len(shape) - 1, a))
     n = shape[axis]
     size = max(k for k in range(1, min(n, largest) + 1) if n % k == 0)
-    # Blocks of equal size, or the last is shorter.
+    # Blocks of equal size if these are at least half as large, else the last block is shorter.
     return axis - len(shape), size if 2 * size >= min(n, largest) else largest
 
 
 def has_rows(shape: tuple[int, ...], block: tuple[int, int]) -> bool:
-    """Whether rows are so long that a number for each costs little."""
+    """Whether rows are long enough that a number for each costs little."""
     return math.prod(shape[len(shape) + block[0] + 1 :]) >= 64
 
 
 class _View:
-    """An array as pieces of blocks along an axis, and elements of a piece along the next."""
+    """A view of an array with pieces of blocks along an axis, and the elements of a piece along the next."""
 
     def __init__(self, x: jax.Array, block: tuple[int, int]):
         self.axis, self.size = block[0] + x.ndim, block[1]
         self.length, self.spec = x.shape[self.axis], spec_of(x, x.shape)
-        # A last block that is shorter leaves pieces that divide both.
+        # If the last block is shorter, pieces divide it too.
         self.piece = math.gcd(piece_of(x, self.axis, self.size), self.length)
         self.rows = has_rows(x.shape, block)
 
     @property
     def run(self) -> int:
-        """Pieces of a block."""
+        """The number of pieces in a block."""
         return self.size // self.piece
 
     def split(self, x: jax.Array) -> jax.Array:
@@ -201,16 +201,16 @@ class _View:
         return merge_axis(x, self.axis, self.spec)
 
     def spread(self, scale: jax.Array) -> jax.Array:
-        """What there is for each block, at each piece."""
+        """Expands values of blocks to pieces."""
         return for_pieces(scale, self.axis, self.run, self.length // self.piece)
 
     def reduce(self, x: jax.Array) -> jax.Array:
-        """The largest of each block, of numbers from 0 up."""
+        """The largest number of each block; numbers must be at least 0."""
         each = jnp.max(x, axis=self.axis + 1, keepdims=True)
         return for_groups(reduce_runs(jnp.max, each, self.axis, self.run), self.axis, self.run)
 
     def row(self, x: jax.Array) -> jax.Array | None:
-        """The largest of each row."""
+        """The largest number of each row, or None if rows are short."""
         if not self.rows:
             return None
         found = jnp.max(x, axis=tuple(range(self.axis + 2, x.ndim)), keepdims=True)
@@ -220,7 +220,7 @@ class _View:
         return merge_axis(found, self.axis, spec)
 
     def scales(self, scale: jax.Array, row: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """``s`` and whether there are negative numbers, at each element."""
+        """The magnitude ``s`` of each element, and whether its block has negative numbers."""
         spread = self.spread(scale)
         s = jnp.abs(spread)
         if row is not None:

@@ -1,4 +1,4 @@
-"""An array of integer codes on a grid, which behaves as the array that it stands for."""
+"""An array of integer codes on a grid, which behaves like its dequantized array."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from optax_clipquant.quant.levels import check_restored
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("qvalue", "grid"), meta_fields=())
 @dataclasses.dataclass(frozen=True, eq=False)
 class QArray(DropIn):
-    """A quantized array: codes, and the grid whose levels they name.
+    """A quantized array: codes, and the grid whose levels they index.
 
     Invariants:
       * ``dequantize() == grid.decode(qvalue)``.
@@ -38,9 +38,9 @@ class QArray(DropIn):
     decode no other rows. Put it on a mesh with ``jax.device_put(qparams, shardings_for(qparams,
     shardings))``.
 
-    ``flax.serialization`` keeps which levels there are, and refuses to restore into a tree on other
-    levels. Orbax keeps arrays alone and cannot tell: save ``flax.serialization.to_state_dict(tree)``
-    with it, and give what it restores to ``flax.serialization.from_state_dict(tree, restored)``.
+    ``flax.serialization`` stores the static levels too, and refuses to restore into a tree with other
+    levels. Orbax stores arrays only and cannot check: save ``flax.serialization.to_state_dict(tree)``
+    with it, and pass what it restores to ``flax.serialization.from_state_dict(tree, restored)``.
 
     Examples:
       >>> grid = Grid(scale=jnp.full((1, 1), 0.5), bits=4, lower=-8, upper=7)
@@ -90,7 +90,7 @@ class QArray(DropIn):
 
     @property
     def nbytes_packed(self) -> int:
-        """Bytes on disk: codes packed at ``bits`` each, scales of 2 bytes, zero points as they are."""
+        """Bytes on disk: codes packed at ``bits`` each, scales at 2 bytes, zero points in their dtype."""
         zero_point = self.grid.zero_point
         return (
             self.grid.packed_size(self.size)
@@ -99,7 +99,7 @@ class QArray(DropIn):
         )
 
     def dequantize(self) -> jax.Array:
-        """The array that the codes stand for."""
+        """The array of levels that the codes index."""
         return self.grid.decode(self.qvalue)
 
     def expand_scale(self, axis: int) -> "QArray":
@@ -241,7 +241,7 @@ def _from_state_dict(array: QArray, state: Mapping[str, Any]) -> QArray:
             raise ValueError(
                 f"{path.removeprefix('./')}: the checkpoint holds codes from {least} to {largest}, and the "
                 f"tree to restore into a grid with codes from {grid.lower} to {grid.upper}; quantize "
-                "it by the rule that the checkpoint was saved with"
+                "it with the quantizer that the checkpoint was saved with"
             )
     return QArray(_as(getattr(array.qvalue, "dtype", codes.dtype), codes), grid)
 

@@ -1,4 +1,4 @@
-"""What training on the grid ships: the codes that the params stand on, or their latent weights."""
+"""Exports the result of training on a grid: the codes of the params, or their latent weights."""
 
 import warnings
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from optax_clipquant.training.weights import weight_states
 
 
 def export_params(params: PyTree, opt_state: PyTree) -> PyTree:
-    """``params`` with ``QArray`` leaves: the very codes that they stand on.
+    """Exports trained ``params`` as ``QArray`` leaves, with exactly the codes whose levels they are.
 
     Args:
       params: the params after the last ``optax.apply_updates``.
@@ -26,14 +26,14 @@ def export_params(params: PyTree, opt_state: PyTree) -> PyTree:
         ``round_weights`` is found inside chains and wrappers.
 
     Returns:
-      The tree with ``QArray`` leaves on the grids of the state, so that ``dequantize_params`` of it
-      equals ``params``.
+      The tree with ``QArray`` leaves on the grids of the state; ``dequantize_params`` of it equals
+      ``params``.
 
     Raises:
       ValueError: ``opt_state`` holds no such state, or one of other params.
 
     Warns:
-      UserWarning: some weights are not on the grid, and change to the nearest level. Not under
+      UserWarning: some weights are not on the grid, and are moved to the nearest level. Not raised under
         ``jax.jit``.
 
     Examples:
@@ -54,7 +54,7 @@ def export_params(params: PyTree, opt_state: PyTree) -> PyTree:
         nonlocal total, off_grid
         grid = grids[path]
         q = QArray(grid.encode(p), grid)
-        # NaN is on no level, but it is exported as NaN.
+        # NaN equals no level, but is exported as NaN.
         off = jnp.sum((q.dequantize() != p) & ~jnp.isnan(p))
         if not isinstance(off, Tracer):
             total, off_grid = total + p.size, off_grid + int(off)
@@ -76,7 +76,7 @@ def export_params(params: PyTree, opt_state: PyTree) -> PyTree:
 
 
 def latent_params(params: PyTree, opt_state: PyTree) -> PyTree:
-    """``params`` with the float32 latent weights in place of the quantized ones.
+    """Returns ``params`` with float32 latent weights in place of the quantized ones.
 
     Args:
       params: the params after the last ``optax.apply_updates``.
@@ -103,7 +103,7 @@ def latent_params(params: PyTree, opt_state: PyTree) -> PyTree:
 
 
 def _find(opt_state: PyTree, field: str) -> Iterator[tuple[str, Any]]:
-    """Path and value of each leaf in ``field`` of the weight transforms' states."""
+    """The path and value of each leaf in ``field`` of the states of weight transforms."""
     states = [state for state in weight_states(opt_state) if hasattr(state, field)]
     if not states:
         raise ValueError(
@@ -115,9 +115,10 @@ def _find(opt_state: PyTree, field: str) -> Iterator[tuple[str, Any]]:
 
 
 def _map_paths(fn: Any, params: PyTree, grids: dict[str, Grid], latents: dict[str, Any]) -> PyTree:
-    """``params`` with ``fn(path, leaf)`` at the leaves that have a grid, all of which must be there.
+    """Replaces each leaf of ``params`` that has a grid by ``fn(path, leaf)``.
 
-    Each must have the shape of its latent weights, where these are kept, and fit its grid.
+    Raises ``ValueError`` if such a leaf is missing, differs in shape from its latent weights, if there are
+    any, or does not fit its grid.
     """
     shapes = {path: jnp.shape(leaf) for path, leaf in leaves_of(params)}
     for path, grid in grids.items():

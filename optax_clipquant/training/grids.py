@@ -1,4 +1,4 @@
-"""The grids of the leaves of a tree of params, in training."""
+"""The grids of a tree of params during training."""
 
 import dataclasses
 from typing import Any
@@ -40,17 +40,17 @@ def init_grids(
 def refit(
     transform: str, quantizer: Rules, path: str, w: jax.Array, grid: Grid, use: Use | None
 ) -> Grid:
-    """The grid of the next step, of which nothing is differentiated."""
+    """Fits the grid of the next step, without derivatives."""
     rule = rule_for(path, quantizer)
     if rule is None:
         raise ValueError(
-            f"{transform}: leaf {path!r} is on a grid in the state, but no rule of the quantizer is for "
+            f"{transform}: leaf {path!r} is on a grid in the state, but no rule of the quantizer matches "
             "it; give the rules that the state was made with, or call tx.init again"
         )
     w = jax.lax.stop_gradient(w)
     try:
         found = rule.fit(w, start=grid, use=use)
-    except (TypeError, ValueError):  # a start of other shapes fits nothing
+    except (TypeError, ValueError):  # a start with other shapes cannot be used
         _check_same_grid(transform, path, jax.eval_shape(lambda w: rule.fit(w, use=use), w), grid)
         raise
     found = dataclasses.replace(found, dtype=grid.dtype)
@@ -59,7 +59,7 @@ def refit(
 
 
 def _check_same_grid(transform: str, path: str, found: Grid, grid: Grid) -> None:
-    """Raises where the quantizer is not the one whose grid is in the state."""
+    """Raises if the quantizer does not make the kind of grid that is in the state."""
 
     def text(grid: Grid) -> str:
         kept = dataclasses.replace(grid.levels, dtype=np.dtype(np.float32))
@@ -74,12 +74,12 @@ def _check_same_grid(transform: str, path: str, found: Grid, grid: Grid) -> None
 
 
 def level_of(grid: Grid, w: jax.Array, key: jax.Array | None = None) -> jax.Array:
-    """The level of each of ``w``, in float32, in which the difference of two is exact."""
+    """The level of each weight, in float32, where the difference of two levels is exact."""
     return grid.decode(grid.encode(w, key=key)).astype(jnp.float32)
 
 
 def difference(target: jax.Array, p: jax.Array) -> jax.Array:
-    """``target - p``, at least in float32, in which the difference of two levels is exact."""
+    """``target - p``, at least in float32, where the difference of two levels is exact."""
     wide = p.dtype if p.dtype.itemsize > 4 else jnp.float32
     return target.astype(wide) - p.astype(wide)
 
@@ -87,11 +87,11 @@ def difference(target: jax.Array, p: jax.Array) -> jax.Array:
 def map_quantized(
     step: Any, updates: PyTree, params: PyTree | None, grid: PyTree, name: str
 ) -> tuple[PyTree, ...]:
-    """``step(path, update, param, grid)`` at each quantized leaf; a tree for each of its results.
+    """Applies ``step(path, update, param, grid)`` to each quantized leaf; returns a tree for each result.
 
     Raises:
-      ValueError: no params, or other leaves or shapes than in ``init``.
-      TypeError: another dtype than in ``init``.
+      ValueError: params are missing, or leaves or shapes differ from those in ``init``.
+      TypeError: a dtype differs from that in ``init``.
     """
     if params is None:
         raise ValueError(
@@ -129,7 +129,7 @@ def map_quantized(
 
 
 def fits(grid: Grid, shape: tuple[int, ...]) -> bool:
-    """Whether ``grid`` can be of an array of this shape, as far as its scales tell."""
+    """Whether the scales of ``grid`` fit an array of this shape."""
     if grid.scale.ndim != len(shape):
         return False
     extents: list[tuple[int, ...]] = [(1, n) for n in shape]

@@ -1,4 +1,4 @@
-"""The latent weights between two steps: what was done to the params meanwhile, and their derivative."""
+"""Latent weights between two steps: adopting outside edits of the params, and derivatives."""
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +11,16 @@ from optax_clipquant.training.softness import soften
 
 _EPS = float(jnp.finfo(jnp.float32).eps)
 _SMALL = 1 / 128
-"""The largest change from outside, beside the weight, that moves the latent weight and does not replace it."""
+"""The largest outside edit, relative to the weight, that moves the latent weight rather than replacing it."""
 
 
 def recall(p: jax.Array, grid: Grid, kept: jax.Array | QArray) -> tuple[jax.Array, jax.Array]:
-    """The levels and the latent weights, from what the state keeps.
+    """The levels and the latent weights, recovered from the state.
 
     Args:
-      p: the params. Where the distance to the levels is ``kept``, these are the nearest to ``p``.
-      grid: the grid that the params stand on.
-      kept: the latent weights, or what ``residual`` keeps of them.
+      p: the params. If ``kept`` holds distances to levels, these are the levels nearest to ``p``.
+      grid: the grid of the params.
+      kept: the latent weights, or their encoding by ``residual``.
     """
     if not isinstance(kept, QArray):
         return level_of(grid, kept), kept
@@ -31,23 +31,23 @@ def recall(p: jax.Array, grid: Grid, kept: jax.Array | QArray) -> tuple[jax.Arra
 def adopt(
     p: jax.Array, grid: Grid, kept: jax.Array | QArray, softness: jax.typing.ArrayLike
 ) -> jax.Array:
-    """The latent weights, with what was changed in the params since the last update.
+    """The latent weights, with the edits made to the params since the last update.
 
-    Params are the truth: a change ``e`` that is small beside the weight, as by a decay outside the
-    chain, moves the latent weight; any other, as by loaded weights, replaces it::
+    Params are the truth: an edit ``e`` that is small relative to the weight, such as a decay outside the
+    chain, moves the latent weight; any larger one, such as loading weights, replaces it::
 
         e = p - served
         latent <- latent + e if abs(e) <= abs(served) / 128 else p
 
-    The rounding in ``optax.apply_updates`` is no change. Nor is half a unit in the last place of
-    half precision, by which a compiler that keeps params in float32 from one step to the next is off;
-    nor what ``kept`` does not tell.
+    Differences within rounding are not edits: the rounding of ``optax.apply_updates``, half a unit in the
+    last place of half precision (a compiler may keep params in float32 from one step to the next), and the
+    resolution of ``kept``.
 
     Args:
       p: the params.
       grid: as for ``recall``.
       kept: as for ``recall``.
-      softness: with which the params were served.
+      softness: the softness that the params were served with.
     """
     level, latent = recall(p, grid, kept)
     wide = p.astype(jnp.float32)
@@ -55,11 +55,11 @@ def adopt(
     if p.dtype.itemsize < 4:
         rounding = 0.5 * float(jnp.finfo(p.dtype).eps)
         if isinstance(kept, QArray):
-            # Rounded params may be nearest to another level than the one that they were served with.
+            # Rounded params may be nearest to another level than the one they were served from.
             other = soften(level_of(grid, latent), latent, softness)
             nearer = jnp.abs(wide - other) < jnp.abs(wide - served)
             served = jnp.where(nearer, other, served)
-    if not isinstance(kept, QArray):  # else it is not known to which side it was rounded
+    if not isinstance(kept, QArray):  # otherwise the direction of rounding is unknown
         served = grid.round(served).astype(jnp.float32)
     tolerance = rounding * jnp.maximum(jnp.abs(wide), jnp.abs(served))
     if isinstance(kept, QArray):
@@ -73,9 +73,9 @@ def adopt(
 def straight_through(value: jax.Array, like: jax.Array) -> jax.Array:
     """``value``, with the derivative of ``like``.
 
-    Latent weights and the levels that are served for them are constant but for their steps, where
-    they have no derivative. So derivatives through a step of training, as a meta-gradient takes, are
-    those of the path of the latent weights::
+    As functions of the params and the latent weights, adopted weights and levels are piecewise constant.
+    Derivatives through a training step, as for a meta-gradient, therefore follow the path of the latent
+    weights::
 
         d served = d latent,    d adopted = d p
     """

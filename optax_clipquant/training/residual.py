@@ -1,14 +1,13 @@
-"""Latent weights in a byte: their distance to the levels that they stand on, as int8 codes.
+"""Latent weights in one byte each: their distance to their levels, as int8 codes.
 
-The distance is kept as codes times a unit, one for each scale of the weights' grid, so that codes reach
-from -127 to 127 whatever lies outside the levels: saturated weights may be many steps away, and
-cutting them would shrink the grid a little in each step. Rounding is stochastic, so that changes
-smaller than a unit count on the average; and a unit stays as long as it fits, so that a residual that
-does not change is kept to the bit.
+The distance is stored as codes times a unit, one for each scale of the weights' grid. Codes from -127 to
+127 cover even weights outside the levels: saturated weights may be many steps away, and clipping them would
+shrink the grid a little in each step. Rounding is stochastic, so that changes smaller than a unit count on
+average; and a unit is kept as long as it fits, so that an unchanged residual is kept bit for bit.
 
-On a grid of two levels only the sign counts, and the distance is of one size where a weight changes
-it, which is where an error does most harm. There, the codes hold the signed root of the weight itself:
-fine steps around zero, coarse ones far from it.
+On a grid of two levels only the sign matters, and where a weight changes sign, where an error does most
+harm, its distance to the levels is large. There, the codes hold the signed root of the weight itself, with
+fine steps around zero and coarse ones far from it.
 """
 
 import dataclasses
@@ -26,7 +25,7 @@ from optax_clipquant.quant.scales import round_scale
 
 
 def start(latent: jax.Array, level: jax.Array, grid: Grid) -> QArray:
-    """What is kept of ``latent`` weights, whose levels on ``grid`` are ``level``: the nearest codes."""
+    """Encodes ``latent`` weights, whose levels on ``grid`` are ``level``, with nearest rounding."""
     return _keep(latent, level, grid, None, None)
 
 
@@ -38,7 +37,7 @@ def advance(
     stream: int,
     step: jax.typing.ArrayLike,
 ) -> QArray:
-    """As ``start``, rounded stochastically; ``before`` was kept in the step before."""
+    """Like ``start``, with stochastic rounding; ``before`` is the encoding of the previous step."""
     return _keep(latent, level, grid, before.grid, noise(latent, stream, step))
 
 
@@ -53,12 +52,12 @@ def _keep(
 
 
 def latent_of(level: jax.Array, grid: Grid, kept: QArray) -> jax.Array:
-    """The latent weights of which ``kept`` was kept."""
+    """Decodes the latent weights from ``kept``."""
     return _square(kept.dequantize()) if _is_binary(grid) else level + kept.dequantize()
 
 
 def resolution(grid: Grid, kept: QArray) -> jax.Array:
-    """How far the latent weights may be from those of which ``kept`` was kept: a unit, and a little."""
+    """A bound on the error of decoded latent weights: slightly more than a unit."""
     one = jnp.ones(kept.shape, jnp.int8)
     unit = 1.01 * kept.grid.decode(one)
     if _is_binary(grid):
@@ -67,7 +66,7 @@ def resolution(grid: Grid, kept: QArray) -> jax.Array:
 
 
 def _is_binary(grid: Grid) -> bool:
-    """Whether the levels are two, one on each side of zero."""
+    """Whether there are two levels, one on each side of zero."""
     return grid.upper - grid.lower == 1 and grid.zero_point is None
 
 
@@ -80,8 +79,10 @@ def _square(x: jax.Array) -> jax.Array:
 
 
 def _between(latent: jax.Array, units: Grid) -> jax.Array:
-    """The roots of ``latent``, moved between their codes so that the mean of the rounded ones' squares is
-    right: as far as ``latent`` is between the squares.
+    """The roots of ``latent``, shifted between neighbouring codes so that stochastic rounding is unbiased.
+
+    Each root is placed where ``latent`` lies between the squares of the codes, so that the mean of the
+    squares of rounded roots equals ``latent``.
     """
     below = units.encode(_root(latent), draws=jnp.ones_like(latent))
     below = jnp.minimum(below, units.upper - 1)
@@ -92,14 +93,15 @@ def _between(latent: jax.Array, units: Grid) -> jax.Array:
 
 
 def _units(latent: jax.Array, level: jax.Array, grid: Grid, before: Grid | None) -> Grid:
-    """A unit for each scale of ``grid``, with which codes reach what is kept; or the unit before, where
-    that is at most twice it.
+    """A unit for each scale of ``grid`` with which codes cover the residual.
+
+    The previous unit is kept if it still fits and is at most twice as large.
     """
     shared, group = groups_of(latent.shape, grid.scale.shape, grid.group)
     if _is_binary(grid):
         units = in_groups(_unit_of, _root(latent), shared, group, None, before)
     elif grid.zero_point is None and grid.dtype.itemsize >= 4:
-        # The level of params that were rounded to half precision may not be the nearest to the latent.
+        # Only in float32: after rounding to half precision, a level may not be the nearest to its latent weight.
         units = in_groups(_unit_of, latent, shared, group, _reach(grid), before)
     else:
         units = in_groups(_unit_of, latent - level, shared, group, None, before)
@@ -107,7 +109,7 @@ def _units(latent: jax.Array, level: jax.Array, grid: Grid, before: Grid | None)
 
 
 def _reach(grid: Grid) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """For each scale the largest and the least level, and half of the widest gap between two."""
+    """The largest and the smallest level of each scale, and half of the widest gap between levels."""
     each = dataclasses.replace(grid, group=None)
     ends = [
         each.decode(jnp.full(grid.scale.shape, end, jnp.int8)) for end in (grid.lower, grid.upper)
@@ -124,11 +126,11 @@ def _unit_of(
     reach: tuple[jax.Array, jax.Array, jax.Array] | None,
     before: Grid | None,
 ) -> Grid:
-    """The largest magnitude over 127, rounded up.
+    """A unit for ``w``: the largest magnitude over 127, rounded up.
 
-    With the ``reach`` of levels around zero, of the distance to these: half a gap between two, or
-    what is beyond the outermost. So it follows from the extremes of the weights, of which the fit of the
-    grid is made too, and the weights are not read again.
+    With the ``reach`` of levels, it is a unit for the distance to these, which is at most half a gap, or the
+    distance beyond the outermost level. It then follows from the extremes of the weights, which the fit of
+    the grid needs too, so that the weights are not read again.
     """
     high, low = extremes(w.astype(jnp.float32), span)
     if reach is None:
@@ -140,7 +142,7 @@ def _unit_of(
     unit = round_scale(exact * (1 + 2.0**-7), 127, np.dtype(np.float32))
     if before is not None:
         scale = before.scale.astype(jnp.float32)
-        # A code may be rounded up to 127 from a little below the edge, so the edge itself fits.
+        # The margin keeps a unit whose residual stochastic rounding has moved up to code 127.
         fits = (exact <= scale * (1 + 2.0**-16)) & (scale <= 2 * unit)
         unit = jnp.where(fits, scale, unit)
     return Grid(unit.astype(jnp.bfloat16), bits=8, lower=-127, upper=127)

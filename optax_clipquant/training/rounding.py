@@ -1,4 +1,4 @@
-"""Params rounded onto the grid, without latent weights."""
+"""Training that rounds params onto a grid, without latent weights."""
 
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ class RoundWeightsState(NamedTuple):
 
     Attributes:
       count: the number of updates so far.
-      grid: a tree with the ``Grid`` that each quantized leaf stands on, None at others.
+      grid: a tree with the ``Grid`` of each quantized leaf, None at others.
       key: the PRNG key of stochastic rounding, raw (uint32) so that it can be saved, or None.
     """
 
@@ -38,15 +38,15 @@ def round_weights(
 ) -> optax.GradientTransformation:
     """Rounds the params onto the grid after every step; put it last in the chain.
 
-    There is no latent copy, so an update that is smaller than half a step of the grid is rounded
-    away, and with rounding to the nearest level training stalls: this is the plain form of the
-    method, kept to show that. ``quantize_weights`` does not stall. Stochastic rounding is unbiased, so
-    that small updates count on the average, and trains.
+    There is no latent copy, so an update smaller than half a step of the grid is rounded away, and with
+    rounding to the nearest level training stalls: this plain form of the method is here to show that.
+    ``quantize_weights`` does not stall. Stochastic rounding is unbiased, so that small updates count on
+    average, and does train.
 
     Args:
       quantizer: as for ``quantize_weights``.
-      stochastic: round to one of the two levels around each weight, unbiased.
-      seed: of the stochastic rounding. Under ``jax.vmap`` all members draw the same numbers.
+      stochastic: whether to round stochastically, which is unbiased.
+      seed: the seed of stochastic rounding. Under ``jax.vmap``, all members get the same noise.
       where: as for ``quantize_weights``.
       uses: as for ``quantize_weights``.
 

@@ -1,4 +1,4 @@
-"""The way from latent weights to levels in the course of training."""
+"""Softness: the transition from latent weights to levels during training."""
 
 from typing import Any
 
@@ -11,21 +11,21 @@ from jax.core import Tracer
 def softness_schedule(start: int, end: int, steepness: float = 20.0) -> optax.Schedule:
     """A schedule for ``quantize_weights(softness=...)`` that falls from 1 to 0.
 
-    A sigmoid, scaled so that it meets both ends: with ``r = (count - start) / (end - start)`` and
+    It is a sigmoid, scaled to reach both ends: with ``r = (count - start) / (end - start)`` and
     ``f(r) = 1 / (1 + exp(steepness * (r - 1/2)))``, it is ``(f(r) - f(1)) / (f(0) - f(1))``; exactly 1
     up to ``start`` and exactly 0 from ``end``. Leave some steps after ``end``, so that the params settle
     on the levels; ``start=0`` and ``end`` at three quarters of training work well.
 
     Args:
       start: the number of updates at which it begins to fall.
-      end: the number of updates from which the params are on the grid.
-      steepness: how suddenly it falls in the middle.
+      end: the number of updates from which it is 0.
+      steepness: how steeply it falls in the middle.
 
     Returns:
       A function from the number of updates to a float32 scalar.
 
     Raises:
-      ValueError: not ``0 <= start < end``, or ``steepness`` is not positive.
+      ValueError: ``0 <= start < end`` does not hold, or ``steepness`` is not positive and finite.
 
     References:
       Jin et al., PARQ, 2025 (arXiv:2503.15748).
@@ -43,7 +43,7 @@ def softness_schedule(start: int, end: int, steepness: float = 20.0) -> optax.Sc
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:
         count = jnp.asarray(count)
         ratio = (count - start).astype(jnp.float32) / (end - start)
-        # The formula above in terms of tanh: nothing cancels where the steepness is small.
+        # The formula above in terms of tanh, in which nothing cancels at small steepness.
         reach = jnp.tanh(jnp.float32(steepness / 4))
         fall = (1 + jnp.tanh(steepness / 2 * (0.5 - ratio)) / reach) / 2
         return jnp.where(count >= end, 0.0, jnp.where(count <= start, 1.0, fall))
@@ -58,7 +58,7 @@ def check_softness(softness: Any) -> None:
         raise TypeError(
             f"quantize_weights: softness must be a number or a schedule, got {softness!r}"
         )
-    if not 0 <= float(softness) <= 1:  # NaN is not
+    if not 0 <= float(softness) <= 1:  # fails for NaN too
         raise ValueError(f"quantize_weights: softness must be from 0 to 1, got {softness}")
 
 
@@ -67,7 +67,7 @@ def softness_before(
 ) -> jax.Array:
     """The softness with which the last of ``count`` updates served the weights.
 
-    It is 1 before the first, when the params are the latent weights.
+    It is 1 before the first update, when the params are the latent weights.
     """
     last = softness(jnp.maximum(count - 1, 0)) if callable(softness) else softness
     return jnp.where(
@@ -76,8 +76,8 @@ def softness_before(
 
 
 def soften(level: jax.Array, latent: jax.Array, softness: jax.typing.ArrayLike) -> jax.Array:
-    """``level + softness * (latent - level)``, and up to 0 and from 1 on exactly one of them."""
+    """``level + softness * (latent - level)``; exactly ``level`` up to 0, and exactly ``latent`` from 1."""
     softness = jnp.clip(jnp.asarray(softness, jnp.float32), 0, 1)
-    # The product would be NaN for 0 times an infinite distance, which no level hides.
+    # Selected, since 0 times an infinite distance would be NaN.
     between = jnp.where(softness == 1, latent, level + softness * (latent - level))
     return jnp.where(softness == 0, level, between)

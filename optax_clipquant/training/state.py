@@ -1,4 +1,4 @@
-"""Any optimizer with the large arrays of its state in 8 or 4 bits a number."""
+"""Optimizers whose state holds its large arrays in 8 or 4 bits per number."""
 
 import itertools
 import math
@@ -38,37 +38,37 @@ def quantize_state(
     min_size: int = 4096,
     where: Where | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Keeps the large arrays of an optimizer's state in 8 or 4 bits a number.
+    """Keeps the large arrays of an optimizer's state in 8 or 4 bits per number.
 
-    Before each update the state is decoded, and after it encoded again, in blocks that share a scale
-    (see ``CompandedArray``). Rounding is stochastic, so that changes too small for a code count on
-    the average: a second moment changes by a thousandth in a step.
+    The state is decoded before each update and encoded after it, in blocks that share a scale (see
+    ``CompandedArray``). Rounding is stochastic, so that changes too small for a code count on average: a
+    second moment changes by a thousandth per step.
 
-    It takes any optimizer, or chain of them. Put transforms of the weights after it:
+    It takes any optimizer or chain. Put transforms of the weights after it:
     ``optax.chain(quantize_state(optax.adamw(1e-3)), quantize_weights(quantizer))``.
 
-    Not every state can be rounded. Iterates cannot, such as the ``z`` of ``optax.contrib.schedule_free``, nor
-    can differences of iterates, as in the memory of L-BFGS: a leaf that ``init`` computes from the values
-    of the params, and the state of L-BFGS and of line searches, are refused by name, and ``where`` leaves
-    them as they are. The README of the benchmarks lists each optimizer of optax and optax.contrib as
-    fine or refused.
+    Not every state can be rounded. Iterates cannot, such as the ``z`` of ``optax.contrib.schedule_free``,
+    and neither can differences of iterates, as in the memory of L-BFGS. Leaves that ``init`` computes from
+    the values of the params, and the state of L-BFGS and of line searches, are refused by name, and
+    ``where`` can exclude them. The README of the benchmarks lists which optimizers of optax and
+    optax.contrib work and which are refused.
 
-    Blocks lie along the last axis but one, where that has 64 elements and more, else along the axis that
-    gives the largest. Arrays keep their rank, and on a mesh their sharding; devices exchange at most
-    what is as large as the scales. What is not finite becomes the largest number of its block.
+    Blocks lie along the second-to-last axis if it has at least 64 elements, else along the axis that
+    gives the largest blocks. Arrays keep their rank, and on a mesh their sharding; devices exchange nothing
+    larger than the scales. Numbers that are not finite become the largest level of their block.
 
     Args:
       optimizer: any optax optimizer.
       bits: 8, or 4.
       block_size: the largest number of elements that share a float32 scale.
-      min_size: arrays of fewer elements stay as they are, and so do scalars, and arrays which would
-        not become smaller.
-      where: which arrays may be quantized, a function of path and leaf of the optimizer's state, such as
-        ``"0/mu/Dense_0/kernel"``. By default all.
+      min_size: arrays with fewer elements are left alone, as are scalars and arrays that would not become
+        smaller.
+      where: which arrays may be quantized, a function of the path, such as ``"0/mu/Dense_0/kernel"``, and
+        the leaf in the optimizer's state. By default all.
 
     Returns:
-      A ``GradientTransformationExtraArgs`` with a ``QuantizeStateState``. For Adam it keeps 2 bytes a
-      weight, or 1, and 8 for each block and each row, in place of 8.
+      A ``GradientTransformationExtraArgs`` with a ``QuantizeStateState``. For Adam it keeps 2 bytes per
+      weight, or 1 at 4 bits, plus 8 for each block and each row, instead of 8 per weight.
 
     Raises:
       ValueError: ``bits`` is neither 4 nor 8, or ``block_size`` is below 16; in ``init``, ``optimizer``
@@ -76,7 +76,7 @@ def quantize_state(
         ``bits`` or another ``block_size``.
 
     Warns:
-      UserWarning: in ``init``, the state holds no array of ``min_size`` and more.
+      UserWarning: in ``init``, the state holds no array of at least ``min_size`` elements.
 
     References:
       Dettmers et al., 8-bit optimizers via block-wise quantization, 2022 (arXiv:2110.02861). Li et
@@ -121,7 +121,7 @@ def quantize_state(
             if is_iterate:
                 refused.append(path)
                 return x
-            # Under jit these are mostly constants, which the compiler would take seconds to fold.
+            # Under jit these are mostly constants, which the compiler would spend seconds folding.
             return compand(jax.lax.optimization_barrier(x), block, bits)
 
         inner = jax.tree_util.tree_map_with_path(shrink, inner, iterates, is_leaf=is_quantized)
@@ -163,7 +163,7 @@ def quantize_state(
         def keep(before: Any, x: Any) -> Any:
             if not _is_companded(before):
                 return x
-            # A number for each element would cost a TPU 4 bytes a weight and step more.
+            # Noise for each element would cost a TPU 4 more bytes of traffic per weight and step.
             rounding = noise(before.scale, next(streams), state.count)
             return compand(x, before.block, before.bits, rounding)
 
@@ -184,14 +184,14 @@ def _is_large(x: Any, min_size: int) -> bool:
 
 
 def _bytes(shape: tuple[int, ...], block: tuple[int, int], bits: int) -> float:
-    """Of an array of ``shape``, encoded."""
+    """Bytes of an encoded array of ``shape``."""
     axis = len(shape) + block[0]
     rows = math.prod(shape[: axis + 1]) if has_rows(shape, block) else 0
     scales = math.prod(shape) // shape[axis] * -(-shape[axis] // block[1])
     return math.prod(shape) * bits / 8 + 4 * (scales + rows)
 
 
-# They keep iterates, gradients and their differences, from which the next step is computed.
+# States that hold iterates, gradients and their differences, from which the next step is computed.
 _EXACT = (
     optax.ScaleByLBFGSState,
     optax.ScaleByZoomLinesearchState,
@@ -210,17 +210,16 @@ def _refusal(paths: list[jax.tree_util.KeyPath], bits: int) -> str:
 
 
 def _field(path: jax.tree_util.KeyPath) -> jax.tree_util.KeyPath:
-    """The start of ``path`` that ends with the last field of a named tuple, before names of params."""
+    """The start of ``path`` up to the last field of a named tuple, without the names of params."""
     ends = [i for i, key in enumerate(path, 1) if isinstance(key, jax.tree_util.GetAttrKey)]
     return path[: ends[-1]] if ends else path
 
 
 def _iterates(optimizer: optax.GradientTransformation, params: PyTree, state: PyTree) -> PyTree:
-    """For each leaf of ``state``, that of ``init``, whether it is made of iterates.
+    """For each leaf of the initial ``state``, whether it holds iterates.
 
-    Either it is computed from the values of the params, in the program of ``init``, so that it holds for
-    params that are all zero, and under tracing. Or it belongs to L-BFGS or a line search, which start at
-    zero.
+    It does if the program of ``init`` computes it from the values of the params, which is independent of
+    their values and works under tracing; or if it belongs to L-BFGS or a line search, which start at zero.
     """
     traced = jax.make_jaxpr(optimizer.init)(unboxed(params))
     depends = _dependent(traced.jaxpr, [True] * len(traced.jaxpr.invars))

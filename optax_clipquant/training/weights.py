@@ -1,4 +1,4 @@
-"""Training on the grid: transforms after which the params stand on levels."""
+"""Training on a quantization grid, with latent weights."""
 
 from typing import Any, NamedTuple
 
@@ -26,9 +26,9 @@ class QuantizeWeightsState(NamedTuple):
     Attributes:
       count: the number of updates so far.
       latent: a tree with the float32 latent weights of each quantized leaf, None at others; with
-        ``residual_bits``, a ``QArray`` of their distance to the levels, or of their signed roots where
-        the levels are two. ``latent_params`` reads all three.
-      grid: a tree with the ``Grid`` that each quantized leaf stands on, None at others.
+        ``residual_bits``, a ``QArray`` of their distance to the levels, or on a grid of two levels of
+        their signed roots. ``latent_params`` reads all three.
+      grid: a tree with the ``Grid`` of each quantized leaf, None at others.
     """
 
     count: jax.typing.ArrayLike
@@ -46,8 +46,8 @@ def quantize_weights(
 ) -> optax.GradientTransformation:
     """Keeps the params on a quantization grid; put it last in the chain.
 
-    A float copy of the weights, the latent weights ``v``, takes the updates ``u``; the params are
-    the nearest levels, and gradients are taken there (straight-through)::
+    A float copy of the weights, the latent weights ``v``, receives the updates ``u``. The params are
+    their nearest levels, where gradients are taken (straight-through)::
 
         v <- v + u
         grid <- quantizer.fit(v)
@@ -55,46 +55,45 @@ def quantize_weights(
         emitted update = level + softness * (v - level) - params
 
     After each ``optax.apply_updates`` the float32 params equal the levels exactly: from the first
-    step where training starts from projected params, ``dequantize_params(quantize_params(params,
+    step if training starts from projected params, ``dequantize_params(quantize_params(params,
     quantizer))``, else from about the third. bfloat16 and float16 params equal the levels rounded to
-    their dtype. ``export_params`` turns them into codes, with no conversion that could lose
-    accuracy.
+    their dtype. ``export_params`` turns them into codes without any loss of accuracy.
 
-    With a ``softness`` that falls from 1 to 0, the params pass from the latent weights to the levels
-    gradually, which improves accuracy at 2 bits and below. For ternary and 2 bits, the larger scales of
-    ``scale_rule="absmax"`` may improve it further. The params are on the grid where softness is exactly
-    0, from about the third such step; where training stops before, ``export_params`` moves them
-    there and warns with the number of weights that were off.
+    With a ``softness`` that falls from 1 to 0, the params move gradually from the latent weights to the
+    levels, which improves accuracy at 2 bits and below. For ternary and 2 bits, the larger scales of
+    ``scale_rule="absmax"`` may improve it further. The params are on the grid once softness is exactly
+    0, from about the third such step. If training stops earlier, ``export_params`` moves them to the
+    nearest levels, and warns with the number of weights that were off the grid.
 
-    Updates are emitted in float32 for params of half precision, so a wrapper that needs one dtype goes
+    Updates for half-precision params are emitted in float32, so a wrapper that needs a single dtype goes
     around the optimizer alone: ``optax.chain(optax.apply_if_finite(optimizer, n),
     quantize_weights(quantizer))``.
 
-    On a mesh, the state is sharded like the params, and devices exchange nothing that is larger than the
-    scales where each holds whole groups. Of groups that lie across devices they exchange a few numbers
-    for each piece, which is as long as the greatest common divisor of a group and of what a device holds;
-    where that is below 4, the weight is gathered instead.
+    On a mesh, the state is sharded like the params, and devices that hold whole groups exchange nothing
+    larger than the scales. For groups that span devices, they exchange a few numbers per piece. A piece is
+    as long as the greatest common divisor of a group and a device's part; if that is below 4, the weight is
+    gathered instead.
 
     Args:
       quantizer: the quantizer, or a mapping from regular expressions on paths to quantizers, as in
         ``quantize_params``.
       softness: None for 0; a number from 0 to 1; or a schedule of the number of updates so far, such
-        as ``softness_schedule``. What a schedule gives is cut to 0..1.
+        as ``softness_schedule``, whose values are clipped to 0..1.
       where: which leaves may be quantized, as in ``quantize_params``.
-      uses: what the function does with the params, from ``trace_weights``: it selects the leaves and
-        gives each its axes, as in ``quantize_params``.
-      residual_bits: None, or 8 to keep the latent weights in a byte: as their distance to the levels,
-        in 127 parts of the largest distance in a channel or group, stochastically rounded; at 1 bit as
-        their signed roots, which are finest where a weight changes its sign.
+      uses: how the function uses the params, from ``trace_weights``: it selects the leaves and their
+        axes, as in ``quantize_params``.
+      residual_bits: None, or 8 to keep the latent weights in one byte each: their distance to the levels,
+        in 127ths of the largest distance in a channel or group, stochastically rounded; at 1 bit their
+        signed roots, which are finest where a weight changes sign.
 
     Returns:
-      A ``GradientTransformation`` with a ``QuantizeWeightsState``. It keeps 4 bytes a quantized
-      weight, or with ``residual_bits`` 1 (and 6 for each scale). The updates of other leaves pass.
+      A ``GradientTransformation`` with a ``QuantizeWeightsState``. It keeps 4 bytes per quantized weight,
+      or 1 with ``residual_bits`` (and 6 per scale). The updates of other leaves pass through.
 
     Raises:
       ValueError: ``softness`` is a concrete number outside 0..1, or ``residual_bits`` is neither None
         nor 8; in ``init``, as for ``quantize_params``; in ``update``, no params are given.
-      TypeError: ``quantizer`` or ``softness`` is something else.
+      TypeError: ``quantizer`` or ``softness`` has another type.
 
     References:
       Courbariaux et al., BinaryConnect, 2015 (arXiv:1511.00363). Jin et al., PARQ, 2025
@@ -128,7 +127,7 @@ def quantize_weights(
         def keep(path: str, p: jax.Array) -> Any:
             if path not in grids:
                 return None
-            # A copy: params and state can then be donated together.
+            # A copy, so that params and state can be donated together.
             latent = jnp.array(p, jnp.float32, copy=True)
             if residual_bits is None:
                 return latent
@@ -159,7 +158,7 @@ def quantize_weights(
             if not isinstance(kept, QArray):
                 return u, grid, latent
             if soft is not None:
-                # The next step finds the level of what the params are then, rounded to their dtype.
+                # The next step will recover the level from the params, rounded to their dtype.
                 level = level_of(grid, grid.round(p.astype(u.dtype) + u))
             kept = residual.advance(latent, level, grid, kept, index[path], state.count)
             return u, grid, kept
@@ -177,7 +176,7 @@ def clipquant(
     quantizer: Rules = Uniform(bits=4),  # noqa: B008 (immutable)
     uses: Uses | None = None,
 ) -> optax.GradientTransformation:
-    """Clipped gradients, an optimizer, and weights on a grid, in one chain.
+    """Chains clipping of gradients, an optimizer, and quantization of weights.
 
     Args:
       optimizer: any optax optimizer.

@@ -1,7 +1,7 @@
-"""A walk through a function's equations that follows each weight to the dot or convolution it meets.
+"""Interprets a function's equations, and follows each weight to the dot or convolution where it meets data.
 
-Views of weights carry, for each element, the index of the weight that it is, through reshapes,
-transposes, slices, concatenations and loops. All between two weights is compiled as one (see
+Views of weights carry the index of each element's weight through reshapes, transposes, slices,
+concatenations and loops. The equations between two weights are compiled together (see
 ``streams.Segments``).
 """
 
@@ -39,37 +39,37 @@ MEETINGS = frozenset(("dot_general", "conv_general_dilated"))
 
 
 class Handler(Protocol):
-    """What is done with the weights on the way."""
+    """Callbacks for the weights that the interpreter comes across."""
 
     def settled(self, view: View) -> Stream | None:
-        """The values of a view whose weights are done with: it is followed no further."""
+        """The values of a view whose weights are all finished, which need not be followed; else None."""
         ...
 
     def resolve(self, view: View) -> Stream:
-        """The values of a view, as far as its weights are known."""
+        """The current values of a view."""
         ...
 
     def meet(self, eqn: JaxprEqn, side: int, view: View, x: Stream) -> None:
-        """Called where operand ``side`` of a dot or convolution is a view, and the other one data."""
+        """Called when operand ``side`` of a dot or convolution is a view, and the other one data."""
 
 
 class Finished(Exception):
-    """Raised by a handler to which nothing more matters."""
+    """Raised by a handler that needs no further equations."""
 
 
 class Interpreter:
     """Evaluates jaxprs on several batches at once.
 
     Args:
-      handler: what is done with weights.
+      handler: the callbacks for weights.
       segments: the compiled programs.
-      abstract: whether data is shapes alone, all branches are taken, and loops that data ends are run
-        once.
+      abstract: whether data consists of shapes only. All branches are then taken, and loops whose length
+        depends on data run once.
     """
 
     def __init__(self, handler: Handler, segments: Segments, *, abstract: bool = False) -> None:
         self.handler, self.segments, self.abstract = handler, segments, abstract
-        self.endless = False  # whether data has ended a loop
+        self.endless = False  # whether the length of a loop depends on data
 
     def run(self, jaxpr: Jaxpr | ClosedJaxpr, args: Sequence[Value], batches: int) -> list[Value]:
         return _Frame(self, jaxpr, args, batches).run()
@@ -133,7 +133,7 @@ class _Frame:
                 self._flush(position)
                 (side,) = views
                 self.handler.meet(eqn, side, ins[side], self._read(eqn.invars[1 - side]))
-            # The equation gets the values that are known now; the view itself is followed on.
+            # The equation gets the current values; the view itself is still followed.
             invars: list[Any] = list(eqn.invars)
             for i in views:
                 invars[i] = _new_var(eqn.invars[i].aval)
@@ -148,7 +148,7 @@ class _Frame:
         return Stream(atom.val) if isinstance(atom, Literal) else self.env[atom]
 
     def _known(self, atom: Any) -> Any:
-        """A `Value`; None for what is not computed yet."""
+        """The `Value` of an atom, or None if it is not computed yet."""
         if isinstance(atom, Literal):
             return Stream(atom.val)
         if atom in self.awaited:
@@ -166,7 +166,7 @@ class _Frame:
         self.awaited.update(eqn.outvars)
 
     def _flush(self, position: int) -> None:
-        """Computes what waits."""
+        """Computes the equations that wait."""
         eqns, self.waiting, self.awaited = self.waiting, [], set()
         outvars = [v for eqn in eqns for v in eqn.outvars if self.last.get(v, -1) >= position]
         if self.interpreter.abstract:
@@ -179,7 +179,7 @@ class _Frame:
         self._forget(position)
 
     def _forget(self, position: int) -> None:
-        """Frees what no equation from ``position`` on reads."""
+        """Frees the values that no equation from ``position`` on reads."""
         for var in [v for v in self.env if self.last.get(v, -1) < position]:
             del self.env[var]
 
@@ -252,7 +252,7 @@ class _Frame:
         return self.handler.resolve(value) if isinstance(value, View) else value
 
     def _merged(self, groups: list[tuple[list[int], list[Value]]]) -> list[Value]:
-        """Values of which each of ``groups`` has those of some batches."""
+        """Values for all batches, from ``groups`` that hold those of some batches each."""
         groups = [(batches, values) for batches, values in groups if batches]
         if len(groups) == 1:
             return groups[0][1]

@@ -1,4 +1,4 @@
-"""A leaf while it is quantized, part after part."""
+"""The state of a leaf that is quantized part by part."""
 
 import dataclasses
 from typing import Any
@@ -16,13 +16,14 @@ from optax_clipquant.quant.uses import Use
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Which weights of a product of matrices share scales.
+    """How the weights ``[batch, K, N]`` of a matrix product share scales.
 
     Attributes:
-      rows: the rows of each group, filled up with K to ``size`` each.
-      size: rows of a group.
-      each: the scale of each weight, as an index into the flat scales, ``[batch, K, N]``.
-      own: the scale of each group and column, ``[batch, groups, N]``; None where others share it too.
+      rows: the rows of each group, padded with K to ``size`` each.
+      size: the number of rows of a group.
+      each: the index of each weight's scale in the flat scales, ``[batch, K, N]``.
+      own: the index of the scale of each group and column, ``[batch, groups, N]``; None if other weights
+        share these scales too.
     """
 
     rows: np.ndarray
@@ -32,17 +33,17 @@ class Layout:
 
 
 class Leaf:
-    """Codes and scales of one leaf, at first those of ``grid``.
+    """The codes and scales of one leaf, initially those on ``grid``.
 
     Args:
       value: the leaf.
-      grid: where it starts.
+      grid: the initial grid.
     """
 
     def __init__(self, value: jax.Array, grid: Grid) -> None:
         self.grid, self.shape = grid, value.shape
         codes = grid.encode(value)
-        # Copies, since what JAX hands out cannot be written to.
+        # Copies, since NumPy views of JAX arrays are read-only.
         self.codes = np.array(codes).reshape(-1)
         self.decoded = np.array(grid.decode(codes)).reshape(-1)
         self.scale = np.array(grid.scale).reshape(-1)
@@ -50,7 +51,7 @@ class Leaf:
         self.zero_point = None if zero is None else np.array(zero).reshape(-1)
         self.left = value.size
         group = {} if grid.group is None else {grid.group[0] % value.ndim: grid.group[1]}
-        # Along each axis, which scale an index has.
+        # The index of the scale along each axis.
         self.scale_of = [
             np.arange(n) // group[axis] if axis in group else np.arange(n) * (extent > 1)
             for axis, (n, extent) in enumerate(zip(value.shape, grid.scale.shape, strict=True))
@@ -62,7 +63,7 @@ class Leaf:
         return self.zero_point is not None and np.issubdtype(self.zero_point.dtype, np.integer)
 
     def layout(self, index: np.ndarray) -> Layout:
-        """Of weights ``[batch, K, N]`` with this index in the leaf."""
+        """The layout of the weights ``[batch, K, N]`` at ``index`` in the leaf."""
         coordinates = np.unravel_index(index, self.shape)
         each = np.ravel_multi_index(
             tuple(of[x] for of, x in zip(self.scale_of, coordinates, strict=True)),
@@ -97,7 +98,7 @@ class Leaf:
         return np.count_nonzero(taken) == scales.size
 
     def _weights_of(self, scales: np.ndarray) -> np.ndarray:
-        """How many weights of the leaf have each scale."""
+        """The number of weights that use each of ``scales``."""
         counts = np.ones((), np.int64)
         for of, extent in zip(self.scale_of, self.grid.scale.shape, strict=True):
             counts = np.multiply.outer(counts, np.bincount(of, minlength=extent))
@@ -106,7 +107,7 @@ class Leaf:
     def put(
         self, index: np.ndarray, layout: Layout, codes: np.ndarray, scale: Any, zero_point: Any
     ) -> None:
-        """Takes codes ``[batch, K, N]`` over; and where they are its own, scales and zero points."""
+        """Stores codes ``[batch, K, N]``, and the scales and zero points if no other weights share them."""
         self.codes[index] = codes
         if layout.own is not None:
             self.scale[layout.own] = scale
@@ -135,7 +136,7 @@ class Leaf:
 def fitted(
     quantizer: Quantizer, w: jax.Array, use: Use | None, importance: jax.Array | None = None
 ) -> Grid:
-    """The grid of the least squared error, weighted by ``importance`` where it is given."""
+    """The grid of least squared error, weighted by ``importance`` if given."""
     if isinstance(quantizer, Uniform) and quantizer.scale_rule is None:
         quantizer = dataclasses.replace(quantizer, scale_rule="mse")
     if importance is None:

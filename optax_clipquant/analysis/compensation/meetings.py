@@ -1,4 +1,4 @@
-"""Where a weight meets data, as a product of matrices: ``x [batch, tokens, K]`` with ``w [batch, K, N]``."""
+"""Dots and convolutions of data and weights as matrix products: ``x [batch, tokens, K] @ w [batch, K, N]``."""
 
 import dataclasses
 import math
@@ -16,9 +16,9 @@ class DotInputs:
     """How the data of a ``dot_general`` is laid out.
 
     Attributes:
-      batch: its batch axes.
+      batch: the batch axes of the data.
       contracted: its contracted axes.
-      merged: whether all batches meet the same weights: they are tokens then.
+      merged: whether all batches meet the same weights, and so count as tokens.
     """
 
     batch: tuple[int, ...]
@@ -38,9 +38,9 @@ class ConvInputs:
 
     Attributes:
       layout: the axes of the images: batch, channels, space.
-      window: the extents of the kernel in space.
-      groups: of features.
-      options: of the convolution.
+      window: the spatial extents of the kernel.
+      groups: the number of feature groups.
+      options: the options of the convolution.
     """
 
     layout: tuple[int, ...]
@@ -62,7 +62,7 @@ Inputs = DotInputs | ConvInputs
 
 
 def inputs_of(eqn: JaxprEqn, side: int) -> Inputs | None:
-    """The layout of the operand beside the weight, ``eqn.invars[side]``; None where there is none."""
+    """The layout of the data that the weight ``eqn.invars[side]`` meets; None if it has no known form."""
     params = eqn.params
     if eqn.primitive.name == "dot_general":
         contracted, batch = params["dimension_numbers"]
@@ -83,7 +83,7 @@ def inputs_of(eqn: JaxprEqn, side: int) -> Inputs | None:
 
 
 def matrix(eqn: JaxprEqn, side: int, w: Any) -> Any:
-    """What is laid out as the weight is, as ``[batch, K, N]``. Works on NumPy's and JAX's arrays."""
+    """Rearranges ``w``, an array laid out like the weight, to ``[batch, K, N]``. Takes NumPy and JAX arrays."""
     if eqn.primitive.name == "dot_general":
         contracted, batch = (axes[side] for axes in eqn.params["dimension_numbers"])
         free = [a for a in range(w.ndim) if a not in (*batch, *contracted)]
@@ -98,9 +98,9 @@ def matrix(eqn: JaxprEqn, side: int, w: Any) -> Any:
 def second_moments(
     inputs: Inputs, x: jax.Array, quantized: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-    """Sums over tokens: ``xq xq.T`` and ``xq (x - xq).T [batch, K, K]``, and how many tokens are not 0.
+    """The sums over tokens ``xq xq.T`` and ``xq (x - xq).T [batch, K, K]``, and the number of non-zero tokens.
 
-    In float32, whatever the inputs are.
+    In float32, whatever the dtype of the inputs.
     """
     product = partial(jnp.einsum, "btk,btl->bkl", precision=jax.lax.Precision.HIGHEST)
     x = inputs(x).astype(jnp.float32)
@@ -111,7 +111,7 @@ def second_moments(
 
 
 def squares(inputs: Inputs, x: jax.Array) -> tuple[jax.Array, int]:
-    """The sum over tokens of ``x**2 [batch, K]``, and how many tokens there are."""
+    """The sum over tokens of ``x**2 [batch, K]``, and the number of tokens."""
     return _squares(inputs, x), jax.eval_shape(inputs, x).shape[1]
 
 
@@ -125,7 +125,7 @@ def _tokens(x: jax.Array) -> jax.Array:
 
 
 def merged(inputs: Inputs, index: np.ndarray) -> tuple[Inputs, np.ndarray]:
-    """With the batches as tokens, where all meet the same weights."""
+    """Turns batches into tokens if all meet the same weights."""
     if isinstance(inputs, DotInputs) and len(index) > 1 and (index == index[:1]).all():
         return dataclasses.replace(inputs, merged=True), index[:1]
     return inputs, index

@@ -1,4 +1,4 @@
-"""Which weights meet data how often, and what is done with each leaf."""
+"""Finds how often weights meet data, and chooses a method for each leaf."""
 
 import contextlib
 import dataclasses
@@ -22,7 +22,7 @@ from optax_clipquant.analysis.compensation.meetings import (
 from optax_clipquant.analysis.compensation.streams import Segments, Stream
 from optax_clipquant.analysis.compensation.views import Value, View
 
-LARGEST = 16_384  # contracted weights whose second moments are kept
+LARGEST = 16_384  # the most contracted weights for which second moments are kept
 
 COMPENSATED = "compensated"
 POOLED = "compensated, pooled"
@@ -35,10 +35,10 @@ class Part:
     """The weights of one leaf in a meeting.
 
     Attributes:
-      leaf: its number.
-      index: of each weight in the leaf, ``[batch, K, N]``.
-      columns: which columns of the meeting they are.
-      key: equal where the same weights meet again in the same order.
+      leaf: the number of the leaf.
+      index: the index of each weight in the leaf, ``[batch, K, N]``.
+      columns: the columns of the meeting that hold them.
+      key: equal when the same weights meet data again in the same order.
     """
 
     leaf: int
@@ -48,10 +48,10 @@ class Part:
 
 
 class Leaves:
-    """The leaves that are followed, and the numbers of their weights.
+    """The leaves that are followed, and the numbering of their weights.
 
     Args:
-      leaves: by path.
+      leaves: the leaves by path.
     """
 
     def __init__(self, leaves: dict[str, jax.Array]) -> None:
@@ -71,16 +71,14 @@ class Leaves:
         return View(index, value, frozenset((number,)))
 
     def parts(self, eqn: JaxprEqn, side: int, view: View) -> tuple[Inputs | None, list[Part]]:
-        """How the data of a meeting is laid out, and the weights of each leaf; none where it is of no
-        known form.
-        """
+        """How the data of a meeting is laid out, and the weights of each leaf; none for an unknown form."""
         inputs = inputs_of(eqn, side)
         if inputs is None:
             return None, []
         inputs, index = merged(inputs, np.asarray(matrix(eqn, side, view.index)))
         if index.size == 0 or index.min() < 0:
             return inputs, []
-        # Of weights side by side (fused queries, keys and values), each column is of one leaf.
+        # In fused weights (queries, keys and values), each column belongs to one leaf.
         owner = np.searchsorted(self.first, index[0, 0], side="right") - 1
         parts = []
         for leaf in np.unique(owner):
@@ -96,13 +94,13 @@ class Leaves:
 
 @dataclasses.dataclass
 class Meetings:
-    """What happens to one leaf.
+    """The meetings of one leaf with data.
 
     Attributes:
-      times: by the key of a part, how often it meets data.
+      times: how often each part meets data, by the part's key.
       repeats: whether a part has a weight twice, or two parts share weights in another order.
-      changed: whether arithmetic is done with it before it meets data.
-      largest: the most contracted weights.
+      changed: whether arithmetic changes the leaf before it meets data.
+      largest: the largest number of contracted weights.
       seen: which weights have met data.
     """
 
@@ -122,16 +120,16 @@ class Meetings:
 
     @property
     def steps(self) -> int:
-        """In how many parts the leaf is quantized."""
+        """The number of parts in which the leaf is quantized."""
         return len(self.times) if self.method in (COMPENSATED, POOLED) else 1
 
 
 class Follower:
-    """A handler (see ``interpret.Handler``) of the float stream alone, which follows all weights."""
+    """A handler (see ``interpret.Handler``) that follows all weights through the float stream only."""
 
     def __init__(self, leaves: Leaves) -> None:
         self.leaves = leaves
-        self.left: int | None = None  # meetings that it waits for, where that is known
+        self.left: int | None = None  # the number of meetings to wait for, if known
 
     def wants(self, leaf: int) -> bool:
         """Whether meetings of this leaf matter."""
@@ -161,11 +159,11 @@ class Follower:
 
 
 class Planner(Follower):
-    """Looks which weights meet data, and how often.
+    """Counts how often weights meet data.
 
     Attributes:
       found: the meetings of each leaf.
-      order: the leaves of each meeting, in turn.
+      order: the leaves of each meeting, in program order.
     """
 
     def __init__(self, leaves: Leaves) -> None:
@@ -190,11 +188,11 @@ class Planner(Follower):
 
 
 class Moments(Follower):
-    """Keeps what the weights that are not simply compensated are multiplied by.
+    """Collects input moments for the leaves that are not simply compensated.
 
     Attributes:
-      pooled: second moments and tokens of each part that meets data more than once.
-      importance: of other leaves the sum of the squares that each weight is multiplied by.
+      pooled: second moments and tokens for each part that meets data more than once.
+      importance: for leaves with searched scales, the sum of squares of each weight's inputs.
     """
 
     def __init__(self, leaves: Leaves, methods: list[str]) -> None:
@@ -227,9 +225,9 @@ class Program:
     """A function's jaxpr, and the params that it is evaluated with.
 
     Args:
-      jaxpr: of the flat params and a flat batch.
-      leaves: those that are followed.
-      paths: of the flat params.
+      jaxpr: the jaxpr, which takes the flat params and a flat batch.
+      leaves: the leaves that are followed.
+      paths: the paths of the flat params.
       params: the flat params.
       segments: the compiled programs.
     """
@@ -248,12 +246,12 @@ class Program:
         self.order: list[frozenset[int]] | None = None
 
     def plan(self, batches: Sequence[Sequence[jax.Array]]) -> Planner:
-        """What happens to the leaves, as far as shapes tell."""
+        """Finds the meetings of the leaves from shapes alone."""
         planner = Planner(self.leaves)
         shapes = [Stream((jax.ShapeDtypeStruct(x.shape, x.dtype),)) for x in batches[0]]
         interpreter = Interpreter(planner, self.segments, abstract=True)
         interpreter.run(self.jaxpr, [*self._params(), *shapes], 1)
-        # Where data decides how often a loop runs, it is not known which meeting is the last.
+        # If data decides how often a loop runs, the last meeting is unknown.
         self.order = None if interpreter.endless else planner.order
         return planner
 

@@ -38,19 +38,19 @@ from optax_clipquant.quant.levels import Levels
 from optax_clipquant.quant.quantizers import Quantizer
 from optax_clipquant.quant.uses import Use
 
-FEW = 16  # tokens, or a 16th of the contracted weights: with fewer, off-diagonals tell nothing
+FEW = 16  # with fewer tokens than this, or a 16th of the contracted weights, off-diagonals are unreliable
 
 
 @dataclasses.dataclass
 class Outcome:
-    """What was done with a leaf.
+    """How a leaf was quantized, and the errors of its output.
 
     Attributes:
-      method: how it was quantized.
-      tokens: the fewest that one of its parts met.
-      power: of its output: ``trace(w.T H w)``.
-      before: of the output's error, with least squares.
-      after: of the output's error.
+      method: the method.
+      tokens: the smallest number of tokens that a part of it met.
+      power: the power of its output, ``trace(w.T H w)``.
+      before: the power of the output's error with least squares.
+      after: the power of the output's error.
     """
 
     method: str
@@ -60,7 +60,7 @@ class Outcome:
     after: float = 0.0
 
     def relative(self) -> tuple[str, int | None, float | None, float | None]:
-        """The method, the tokens, and the errors before and after over the output."""
+        """The method, the tokens, and the relative errors before and after."""
         if not self.power > 0:
             return self.method, self.tokens, None, None
         before, after = (math.sqrt(max(x, 0) / self.power) for x in (self.before, self.after))
@@ -71,12 +71,12 @@ class Quantizing(Follower):
     """Rounds the weights of each leaf at their first meeting.
 
     Args:
-      leaves: those that are followed.
-      quantizers: of each.
-      uses: of each, for the axes that share scales.
-      methods: of each, the parts that meet data by their keys, and what is to be done with them.
-      moments: of leaves that are not simply compensated.
-      done: called with the number of a leaf when a part of it is quantized, or all.
+      leaves: the leaves that are followed.
+      quantizers: the quantizer of each leaf.
+      uses: the use of each leaf, which says which axes share scales.
+      planner: the meetings of each leaf.
+      moments: the moments of leaves that are not simply compensated.
+      done: called with the number of a leaf whenever a part of it, or all, is quantized.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Quantizing(Follower):
         super().__init__(leaves)
         self.quantizers, self.uses, self.moments, self.done = quantizers, uses, moments, done
         self.methods = list(moments.methods)
-        # Parts that are yet to be rounded.
+        # The parts still to be rounded.
         self.waiting = {
             (i, key)
             for i, found in enumerate(planner.found)
@@ -100,13 +100,13 @@ class Quantizing(Follower):
         }
         self.found: dict[int, Leaf] = {}
         self.outcomes: dict[int, Outcome] = {}
-        self._moments: dict[tuple, tuple] = {}  # of the last inputs
+        self._moments: dict[tuple, tuple] = {}  # moments of the last inputs
 
     def wants(self, leaf: int) -> bool:
         return self.methods[leaf] in (COMPENSATED, POOLED)
 
     def leaf(self, number: int) -> Leaf:
-        """The leaf with this number; quantized, where it is not to be compensated."""
+        """The leaf with this number; quantized at once if it is not to be compensated."""
         if number not in self.found:
             value, method = self.leaves.values[number], self.methods[number]
             importance = self.moments.importance.get(number)
@@ -168,7 +168,7 @@ class Quantizing(Follower):
             raise Finished
 
     def _moments_of(self, inputs: Any, x: Stream) -> tuple:
-        """Second moments, of what several weights meet once; they keep factors for them."""
+        """The second moments of ``x``, kept with their factors for all weights that meet the same inputs."""
         key = (id(x), inputs)
         if key not in self._moments:
             batches = len(x.float) if x.batched else 1
@@ -176,7 +176,7 @@ class Quantizing(Follower):
             for batch in range(batches):
                 found = second_moments(inputs, *x.pair(batch))
                 sums = found if sums is None else jax.tree.map(jnp.add, sums, found)
-            # With `x`, so that its identity is not given to another.
+            # Keeps `x` alive, so that its id is not reused.
             self._moments = {key: (*_trusted(*sums), {}, x)}
         return self._moments[key]
 
@@ -210,7 +210,7 @@ class Quantizing(Follower):
 def _trusted(
     h: jax.Array, cross: jax.Array | None, tokens: jax.Array
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-    """Moments without what too few tokens do not tell."""
+    """Moments without the entries that too few tokens cannot estimate."""
     few = (tokens < max(FEW, h.shape[-1] // FEW))[:, None, None]
     h = jnp.where(few & ~jnp.eye(h.shape[-1], dtype=bool)[None], 0, h)
     return h, None if cross is None else jnp.where(few, 0, cross), tokens
@@ -218,7 +218,7 @@ def _trusted(
 
 @jax.jit
 def _powers(h: jax.Array, w: jax.Array, before: jax.Array, after: jax.Array) -> jax.Array:
-    """Of the output, and of its errors with two other weights."""
+    """The power of the output, and of its errors with the weights ``before`` and ``after``."""
     errors = (w - x.astype(jnp.float32) for x in (before, after))
     return jnp.stack([jnp.sum(x * (h @ x)) for x in (w, *errors)])
 
@@ -238,7 +238,7 @@ def _rounded(
     levels: Levels,
     zero_points: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Codes ``[batch, K, N]``, scales and zero points; on the scales of each weight, where they are given."""
+    """Codes ``[batch, K, N]``, scales and zero points; if ``scale`` is given, codes for these scales."""
 
     def one(w, cross, factor, scale, zero):
         if cross is not None:
@@ -251,7 +251,7 @@ def _rounded(
 
 
 def _over_batch(fn: Callable[..., Any], *args: Any) -> Any:
-    """``fn`` of each index of the first axes: one after the other, those that are small together."""
+    """Maps ``fn`` over the first axes, one index after the other, or several together if they are small."""
     batch, length = args[0].shape[:2]
     if batch == 1:
         one = fn(*jax.tree.map(lambda x: x[0], args))

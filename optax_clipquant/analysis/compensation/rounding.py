@@ -1,9 +1,9 @@
-"""Error-compensated rounding: each weight makes good for the errors of those rounded before it.
+"""Error-compensated rounding: each weight compensates the errors of those rounded before it.
 
 For a dot of inputs ``x [tokens, K]`` with weights ``w [K, N]``, the squared error of the output is
 ``trace(E.T H E)`` with ``E = w - w_hat`` and ``H = E[x x.T]``. With ``A ~ H`` and ``U`` the upper Cholesky
-factor of ``A^-1``, rows are rounded in turn; the error of row ``j`` over ``U_jj``, times ``U_jk``, is taken
-off all later rows ``k``: the least-squares answer of the weights that are still free.
+factor of ``A^-1``, rows are rounded in turn; the error of row ``j`` over ``U_jj``, times ``U_jk``, is
+subtracted from all later rows ``k``, the least-squares response of the weights that are still free.
 
 References:
   Frantar et al., GPTQ, 2022 (arXiv:2210.17323). Arai and Ichikawa, QEP, 2025 (arXiv:2504.09629). Li et
@@ -27,10 +27,12 @@ from optax_clipquant.quant.search import (
     search_scale,
 )
 
-SHRINKAGE = 0.8  # of H's off-diagonals, which a few thousand tokens do not tell well
-DAMPING = 0.01  # of the mean diagonal
-CORRECTION = 0.5  # of what the quantized inputs have lost; all of it fits the calibration data
-BLOCK = 32  # rows that are rounded between two products of matrices, in groups of more than twice as many
+SHRINKAGE = 0.8  # factor on H's off-diagonals, which a few thousand tokens estimate poorly
+DAMPING = 0.01  # fraction of the mean diagonal added to the diagonal
+CORRECTION = (
+    0.5  # fraction of the inputs' error to compensate; all of it would overfit the calibration data
+)
+BLOCK = 32  # rows rounded between two matrix products, in groups of more than twice as many
 
 
 @partial(
@@ -40,14 +42,14 @@ BLOCK = 32  # rows that are rounded between two products of matrices, in groups 
 )
 @dataclasses.dataclass(frozen=True)
 class Factor:
-    """What the rounding needs to know of the inputs.
+    """The factorized second moments of the inputs, and the order of rounding.
 
     Attributes:
       u: the upper Cholesky factor of ``A^-1``, rows and columns in ``order``.
-      order: rows of the weight in the order in which they are rounded; K fills groups up.
+      order: the rows of the weight in the order of rounding; K pads groups.
       groups: the groups in this order.
-      unit: what the moments are divided by.
-      size: rows of a group.
+      unit: the unit of the moments, by which they are divided.
+      size: the number of rows of a group.
     """
 
     u: jax.Array
@@ -57,11 +59,11 @@ class Factor:
     size: int
 
     def sorted(self, x: jax.Array) -> jax.Array:
-        """``x [K, ...]`` in the order, 0 where groups are filled up."""
+        """``x [K, ...]`` in the order of rounding, with 0 where groups are padded."""
         return x.at[self.order].get(mode="fill", fill_value=0)
 
     def restored(self, x: jax.Array, length: int) -> jax.Array:
-        """The opposite of ``sorted``."""
+        """The inverse of ``sorted``."""
         return jnp.zeros((length, *x.shape[1:]), x.dtype).at[self.order].set(x, mode="drop")
 
 
@@ -75,15 +77,15 @@ def factorize(
     damping: float = DAMPING,
     ordered: bool = True,
 ) -> Factor:
-    """``h [K, K]`` made ready to round weights whose rows share scales as ``rows`` says.
+    """Factorizes ``h [K, K]``, to round weights whose rows share scales in the groups ``rows``.
 
     Args:
       h: the second moments of the inputs, in any unit.
-      rows: the rows of each group of ``size``, group after group; K fills a group up.
-      size: rows of a group.
-      shrinkage: what off-diagonals are multiplied by.
-      damping: how much of the mean diagonal is added to it.
-      ordered: whether groups, and rows in a group, are rounded in order of their power.
+      rows: the rows of each group of ``size``, group after group; K pads a group.
+      size: the number of rows of a group.
+      shrinkage: the factor on off-diagonals.
+      damping: the fraction of the mean diagonal added to the diagonal.
+      ordered: whether groups, and rows in a group, are rounded in order of their inputs' power.
     """
     there = rows < h.shape[0]
     power = jnp.diagonal(h).at[rows].get(mode="fill", fill_value=0)
@@ -98,7 +100,7 @@ def factorize(
     a = h.at[rows].get(mode="fill", fill_value=0).at[:, rows].get(mode="fill", fill_value=0)
     diagonal = jnp.where(there, power / unit + damping, 1)
     a = jnp.where(jnp.eye(rows.size, dtype=bool), diagonal[None], a * (shrinkage / unit))
-    # The lower factor of the reversed matrix is, reversed, an upper one of `a` itself.
+    # The lower factor of the reversed matrix, reversed back, is an upper factor of `a`.
     root = jnp.linalg.cholesky(a[::-1, ::-1])[::-1, ::-1]
     u = jax.scipy.linalg.solve_triangular(root, jnp.eye(rows.size, dtype=a.dtype), lower=False)
     return Factor(u, rows, groups, unit, size)
@@ -106,12 +108,12 @@ def factorize(
 
 @jax.jit
 def corrected(w: jax.Array, lost: jax.Array, factor: Factor) -> jax.Array:
-    """The target that makes good for a part of what the inputs have lost: ``w + A^-1 lost / 2``.
+    """The target that compensates part of the inputs' error: ``w + A^-1 lost / 2``.
 
     Args:
-      w: ``[K, N]``.
-      lost: ``E[xq y.T] [K, N]``, with the part ``y`` of the output that is lost.
-      factor: of the quantized inputs ``xq``.
+      w: the weights ``[K, N]``.
+      lost: ``E[xq y.T] [K, N]``, with ``y`` the error of the output due to the inputs.
+      factor: the factor of the quantized inputs ``xq``.
     """
     shift = factor.u.T @ (factor.u @ factor.sorted(lost / factor.unit))
     return w + CORRECTION * factor.restored(shift, w.shape[0])
@@ -126,11 +128,11 @@ def round_groups(
     zero_points: bool = False,
     compensate: bool = True,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Codes of ``w [K, N]``, and the scale of each group and column, found while rounding.
+    """Rounds ``w [K, N]`` to codes, and finds the scale of each group and column on the way.
 
-    A scale is searched on the rows as compensated so far, by ``1 / U_jj**2``: what an error costs when
-    all later rows make good for it. Those near the best, of either sign, are then tried with the
-    compensation running inside the group, and each column keeps its best.
+    A scale is searched on the rows as compensated so far, with the weights ``1 / U_jj**2``, the cost of an
+    error that all later rows compensate. Scales near the best, of either sign, are then tried with
+    compensation inside the group, and each column keeps its best.
 
     Returns:
       ``codes [K, N]`` in float32, ``scale [groups, N]`` and ``zero_point [groups, N]`` or None, groups in
@@ -199,7 +201,7 @@ def round_groups(
 def round_on(
     w: jax.Array, factor: Factor, scale: jax.Array, zero_point: jax.Array | None, levels: Levels
 ) -> jax.Array:
-    """Codes of ``w [K, N]`` with the ``scale [K, N]`` that each weight is given; groups play no part."""
+    """Rounds ``w [K, N]`` to codes with a given ``scale [K, N]`` for each weight; groups do not matter."""
     zero_point = None if zero_point is None else factor.sorted(zero_point)
     rows, scale = factor.sorted(w), factor.sorted(scale)
     codes, _ = _round_rows(rows, factor.u, scale, zero_point, levels, True)
@@ -207,9 +209,9 @@ def round_on(
 
 
 def _multiples(levels: Levels, zero_points: bool, size: int) -> tuple[float, ...]:
-    """Of the best scale without compensation, tried with it; with fewer levels, further ones."""
+    """The multiples of the best uncompensated scale to try with compensation; spread wider with fewer levels."""
     if size > 2 * BLOCK:
-        near = (1.0, 0.9, 1.1)  # many rows, which tell the scale well, and are slow to try
+        near = (1.0, 0.9, 1.1)  # many rows determine the scale well, and are slow to try
     elif levels.upper - levels.lower >= 15:
         near = (1.0, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15)
     else:
@@ -226,7 +228,7 @@ def _round_rows(
     levels: Levels,
     compensate: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Codes of the rows of ``w``, one after the other, and their errors over ``U_jj``.
+    """Rounds the rows of ``w`` in turn; returns codes, and errors over ``U_jj``.
 
     ``scale`` and ``zero_point`` have as many rows as ``w``, or one.
     """

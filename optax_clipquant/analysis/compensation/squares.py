@@ -1,4 +1,4 @@
-"""The mean square of what each contracted index of a weight is multiplied by."""
+"""The mean square of the inputs of each contracted index of a weight."""
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,11 @@ from optax_clipquant.quant.uses import Use
 
 
 class InputSquares(Follower):
-    """Sums the squares of what each contracted index of each leaf is multiplied by.
+    """Sums the squares of the inputs of each contracted index of each leaf.
 
     Args:
-      leaves: those that are followed.
-      uses: of each: along the axes that it names in no way, weights are multiplied by the same.
+      leaves: the leaves that are followed.
+      uses: the use of each leaf. Along axes that are not contracted, batch or stacked, inputs are the same.
     """
 
     def __init__(self, leaves: Leaves, uses: list[Use]) -> None:
@@ -32,8 +32,10 @@ class InputSquares(Follower):
         self._met: list[list[tuple]] = []
 
     def begin(self, met: list[list[tuple]]) -> None:
-        """Starts a batch. To find the weights of a meeting costs more than to sum the squares, so
-        ``met`` keeps those of each meeting for further batches of the same program.
+        """Starts a batch.
+
+        Finding the weights of a meeting costs more than summing the squares, so ``met`` keeps the weights
+        of each meeting for later batches of the same program.
         """
         self._met, self._position = met, 0
 
@@ -52,7 +54,7 @@ class InputSquares(Follower):
         self._count()
 
     def _places(self, part: Part) -> list[tuple[np.ndarray, ...]]:
-        """Where the sums of a part are; none for another use than the first, which contracts other axes."""
+        """The places of a part's sums; none for a later use that contracts other axes than the first."""
         places = np.unravel_index(part.index, self.leaves.values[part.leaf].shape)
         kept = zip(places, self.shapes[part.leaf], strict=True)
         places = [p if n > 1 else np.zeros_like(p) for p, n in kept]
@@ -61,7 +63,7 @@ class InputSquares(Follower):
         return [tuple(p[:, :, 0].copy() for p in places)]
 
     def means(self) -> dict[str, jax.Array]:
-        """By path, of the leaves that have met data."""
+        """The mean squares by path, of the leaves that have met data."""
         return {
             path: jnp.asarray(total / np.maximum(rows, 1), jnp.float32)
             for path, total, rows in zip(self.leaves.paths, self.sums, self.rows, strict=True)

@@ -1,7 +1,7 @@
-"""Equations evaluated twice at once: with the float weights, and with those quantized so far.
+"""Evaluates equations in two streams: with the float weights, and with those quantized so far.
 
-What is not floating (predicates, indices, which expert a token goes to) is that of the float stream in
-both: else one stream's tokens would be compared with others of the other.
+Values that are not floating (predicates, indices, the expert of a token) come from the float stream in
+both. Otherwise a token of one stream could be compared with a different one of the other.
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 Pair = tuple[
     Any, Any
-]  # the value in the float stream; that in the quantized one, or None: the same
+]  # the values in the float and the quantized stream; None where both are equal
 
-# Calls that are what the jaxpr in them is, and the parameter that holds it.
+# Primitives that only call a jaxpr, and the parameter that holds it.
 CALLS = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
@@ -33,11 +33,11 @@ CALLS = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stream:
-    """A value that is no view of weights.
+    """A value that is not a view of weights.
 
     Attributes:
-      float: one for each batch, or one alone, of what does not depend on the batch.
-      quantized: as ``float``; None where the streams do not differ.
+      float: a value for each batch, or a single one if it does not depend on the batch.
+      quantized: like ``float``; None if the streams do not differ.
     """
 
     float: Any
@@ -53,14 +53,14 @@ class Stream:
         return self.float[batch], None if self.quantized is None else self.quantized[batch]
 
     def take(self, batches: Sequence[int]) -> "Stream":
-        """Of some of the batches."""
+        """The stream of some of the batches."""
         if not self.batched:
             return self
         return stream_of([self.pair(b) for b in batches])
 
 
 def stream_of(pairs: Sequence[Pair]) -> Stream:
-    """One value for each batch."""
+    """The stream with one value for each batch."""
     floats = tuple(f for f, _ in pairs)
     if all(q is None for _, q in pairs):
         return Stream(floats)
@@ -74,7 +74,7 @@ def opened(jaxpr: Jaxpr | ClosedJaxpr) -> tuple[Jaxpr, list[Any]]:
 
 
 def called(eqn: JaxprEqn) -> Jaxpr | ClosedJaxpr | None:
-    """The jaxpr that a call stands for; None for what is none."""
+    """The jaxpr that an equation calls, or None."""
     name = CALLS.get(eqn.primitive.name)
     return None if name is None else eqn.params.get(name)
 
@@ -84,7 +84,7 @@ def is_floating(var: Any) -> bool:
 
 
 def evaluate(eqns: Iterable[JaxprEqn], env: dict[Var, Pair]) -> None:
-    """Adds the values of what ``eqns`` compute to ``env``."""
+    """Adds the results of ``eqns`` to ``env``."""
 
     def read(atom: Any) -> Pair:
         return (atom.val, None) if isinstance(atom, Literal) else env[atom]
@@ -118,14 +118,14 @@ def evaluate_jaxpr(jaxpr: Jaxpr | ClosedJaxpr, ins: Sequence[Pair]) -> list[Pair
 
 def bind(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     params = eqn.primitive.get_bind_params(eqn.params)
-    functions, params = params if isinstance(params, tuple) else ((), params)  # of older versions
+    functions, params = params if isinstance(params, tuple) else ((), params)  # in older versions
     with eqn.ctx.manager:
         found = eqn.primitive.bind(*functions, *values, **params)
     return list(found) if eqn.primitive.multiple_results else [found]
 
 
 def _full(ins: Iterable[Pair], variables: Iterable[Any]) -> list[Pair]:
-    """With both values of all that is floating, so that a loop's carry keeps its structure."""
+    """``ins`` with both values of each floating variable, so that a loop's carry keeps its structure."""
     return [
         ((f, f if q is None else q) if is_floating(var) else (f, None))
         for (f, q), var in zip(ins, variables, strict=True)
@@ -184,16 +184,16 @@ _STRUCTURED = {"scan": _scan, "while": _while, "cond": _cond}
 
 
 class Segments:
-    """Runs of equations, compiled once for each structure: layers that are alike share a program."""
+    """Compiles runs of equations once per structure, so that equal layers share a program."""
 
     def __init__(self) -> None:
         self._programs: dict[Hashable, Any] = {}
-        self._kept: list[Any] = []  # what keys name by its identity
+        self._kept: list[Any] = []  # objects whose ids are part of keys
 
     def run(
         self, eqns: Sequence[JaxprEqn], outvars: Sequence[Var], env: dict[Var, Stream], count: int
     ) -> dict[Var, Stream]:
-        """The values of ``outvars``, which ``eqns`` compute from ``env``, for each of ``count`` batches."""
+        """Computes ``outvars`` with ``eqns`` from ``env``, for each of ``count`` batches."""
         inner = {var for eqn in eqns for var in eqn.outvars}
         used = (v for eqn in eqns for v in eqn.invars if not isinstance(v, Literal))
         invars = list(dict.fromkeys(v for v in used if v not in inner))
@@ -215,7 +215,7 @@ class Segments:
         return {var: stream_of(pairs) for var, *pairs in zip(outvars, *found, strict=True)}
 
     def _key(self, eqns: Any, invars: Any, outvars: Any) -> Hashable:
-        """Equal for what differs in the names of variables alone."""
+        """A key that is equal for equations that only differ in the names of variables."""
         numbers: dict[Var, int] = {}
 
         def atom(v: Any) -> Hashable:

@@ -1,4 +1,4 @@
-"""Views of weights, and values in general: moved, sliced, stacked."""
+"""Views of weights, and operations that move, slice and stack values."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from jax.extend.core import JaxprEqn
 
 from optax_clipquant.analysis.compensation.streams import Stream, bind, stream_of
 
-# What moves elements and changes none, but for casts.
+# Primitives that move elements and change none, except for casts.
 MOVES = frozenset(
     [
         "reshape",
@@ -55,13 +55,14 @@ CHANGES = frozenset(["add", "sub", "mul", "div", "neg", "add_any"])
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class View:
-    """Elements of weights.
+    """An array of weights.
 
     Attributes:
-      index: int32, which weight each element is, counted through all leaves; negative for what is none.
-      value: the elements, as the function has them.
-      leaves: the numbers of the leaves that they are of.
-      changed: whether arithmetic has been done with them.
+      index: the int32 number of each element's weight, counted through all leaves; negative if it is not
+        a weight.
+      value: the elements in the function.
+      leaves: the numbers of the leaves that they belong to.
+      changed: whether arithmetic has changed them.
     """
 
     index: jax.Array
@@ -92,7 +93,7 @@ def moved(eqn: JaxprEqn, ins: Sequence[Any]) -> list[Value]:
     def index_of(x: Value) -> jax.Array:
         if isinstance(x, View):
             return x.index
-        # What lies between weights is none.
+        # Elements between weights are not weights.
         is_data = jnp.issubdtype(x.float.dtype, jnp.floating)
         return jnp.full(x.float.shape, -1, jnp.int32) if is_data else x.float
 
@@ -105,7 +106,7 @@ def moved(eqn: JaxprEqn, ins: Sequence[Any]) -> list[Value]:
 
 
 def at(value: Value, t: int) -> Value:
-    """The index ``t`` of the first axis."""
+    """The value at index ``t`` of the first axis."""
 
     def pick(x: Any) -> Any:
         if isinstance(x, jax.ShapeDtypeStruct):
