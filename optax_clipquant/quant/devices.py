@@ -1,4 +1,4 @@
-"""A quantized tree on devices: where its arrays lie, and in how few bits."""
+"""Quantized trees on devices: shardings, and codes in few bits."""
 
 import dataclasses
 import functools
@@ -13,10 +13,10 @@ from optax_clipquant.quant.qarray import QArray, is_qarray
 
 
 def shardings_for(qparams: Any, shardings: Any) -> Any:
-    """Where the arrays of ``qparams`` go, for ``jax.device_put`` and ``jax.jit(in_shardings=...)``.
+    """The shardings of the arrays of ``qparams``, for ``jax.device_put`` and ``jax.jit(in_shardings=...)``.
 
-    Codes go where the weights would; their scales are split as these are, and lie whole along an axis
-    that they share (a ``(1, n)`` scale has no rows to split) or that does not divide.
+    Codes are sharded like the weights. Scales are split like the codes, except that they are replicated
+    along axes that codes share (a ``(1, n)`` scale has no rows to split) or that do not divide.
 
     Args:
       qparams: a tree with ``QArray`` leaves, of arrays or ``jax.ShapeDtypeStruct``.
@@ -59,13 +59,13 @@ def shardings_for(qparams: Any, shardings: Any) -> Any:
 
 
 def narrow(qparams: Any) -> Any:
-    """``qparams`` with the codes as int4 or int2, and the scales as bfloat16, where they fit.
+    """Returns ``qparams`` with codes as int4 or int2, and scales as bfloat16, where they fit.
 
-    For accelerators, whose compilers keep such codes packed in memory: a 4-bit weight is then read
-    as half a byte. XLA's CPU backend gives each a byte all the same and is slow at writing them, so
-    int8 is the default. No value changes: scales that bfloat16 does not hold, as those of a file of
-    llama.cpp, stay as they are. Inside ``jax.jit``, where nothing can be compared, they become
-    bfloat16 all the same.
+    This is for accelerators, whose compilers keep such codes packed in memory, so that a 4-bit weight is
+    read as half a byte. XLA's CPU backend uses a byte for each anyway and is slow at writing them, so int8
+    is the default. No value changes: scales that bfloat16 cannot hold exactly, such as those of a file that
+    llama.cpp wrote, stay float32. Inside ``jax.jit``, where values cannot be compared, they become bfloat16
+    regardless.
 
     Args:
       qparams: a tree with ``QArray`` leaves; other leaves are left alone.
@@ -85,7 +85,7 @@ def narrow(qparams: Any) -> Any:
             (t for t in (jnp.int2, jnp.int4) if jnp.iinfo(t).min <= grid.lower and grid.upper <= jnp.iinfo(t).max),
             leaf.qvalue.dtype,
         )  # fmt: skip
-        # Fractional zero points mark a z-score grid, whose one scale may have all of float32's bits.
+        # Fractional zero points mark a z-score grid, whose scale may use all of float32's bits.
         if grid.zero_point is None or jnp.issubdtype(grid.zero_point.dtype, jnp.integer):
             short = grid.scale.astype(jnp.bfloat16)
             same = jnp.array_equal(

@@ -1,17 +1,17 @@
-"""How what stands for an array behaves as one where a model's code touches it.
+"""A base class for objects that stand in for an array, so that a model's code can use them like one.
 
-These give what they give on the array, traced and not:
+The following return what they return for the array itself, traced or not:
 
 * attributes and methods: ``T``, ``mT``, ``itemsize``, ``at``, ``astype``, ``reshape``, ``transpose``,
   ``swapaxes``, ``ravel``, ``flatten``, ``squeeze``, ``sum``, ``mean``, ``max``, ``dot``, ``take``, and
-  all others that ``jax.Array`` has, but for those of buffers;
+  all others of ``jax.Array``, except those that concern buffers;
 * operators and comparisons, ``len``, iteration, indexing, ``float`` of one element;
 * functions: ``jnp.dot``, ``jnp.matmul``, ``jnp.einsum``, ``jnp.tensordot``, ``jnp.take``, ``jnp.where``,
   ``jnp.concatenate``, ``jnp.stack``, ``jnp.reshape``, ``jnp.swapaxes``, ``jnp.sum``, ``jnp.asarray``,
   ``jax.nn.relu``, and all others of ``jnp`` and ``jax.nn``; and Flax's layers;
 * transformations: ``jax.jit``, ``jax.vmap``, ``lax.scan``, ``lax.cond``, ``jax.checkpoint``, ``jax.export``.
 
-``jax.lax`` takes arrays alone. Its functions raise an error that names ``dequantize``:
+``jax.lax`` only accepts arrays. Its functions raise an error that names ``dequantize``:
 ``lax.dot``, ``lax.dot_general``, ``lax.conv_general_dilated``, ``lax.ragged_dot``, ``lax.dynamic_slice``,
 ``lax.dynamic_index_in_dim``, ``lax.reshape``, ``lax.transpose``, ``lax.add``, and all others.
 """
@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-# Of buffers: the array that this stands for has none.
+# They concern buffers, which a dequantized array does not have.
 _BUFFERS = {
     *("addressable_data", "addressable_shards", "committed", "copy_to_host_async", "device"),
     *("global_shards", "is_fully_addressable", "is_fully_replicated", "sharding", "to_device"),
@@ -43,20 +43,20 @@ def _reflected(fn: Callable[[Any, Any], Any]) -> Any:
 
 
 class DropIn:
-    """Operators, methods and conversions of ``jax.Array``, each of which dequantizes.
+    """The operators, methods and conversions of ``jax.Array``, applied to ``dequantize()``.
 
-    Inside ``jax.jit``, dequantizing becomes a part of the operation that reads it. The functions of
-    ``jax.lax`` take nothing but arrays, and name ``dequantize`` in their refusal.
+    Inside ``jax.jit``, dequantization fuses into the operation that reads it. The functions of
+    ``jax.lax`` only accept arrays, and refuse with an error that names ``dequantize``.
     """
 
-    # As jax.Array, whose comparisons are elementwise too.
+    # Like jax.Array, whose comparisons are elementwise too.
     __hash__: ClassVar[None] = None  # pyright: ignore[reportIncompatibleMethodOverride]
 
-    # Binary operators of jax.Array then leave the work to the ones below.
+    # Makes binary operators of jax.Array defer to the ones below.
     __array_priority__ = 200
 
     def dequantize(self) -> jax.Array:
-        """The array that this stands for."""
+        """The array that this object stands in for."""
         raise NotImplementedError
 
     def __jax_array__(self) -> jax.Array:
@@ -70,10 +70,10 @@ class DropIn:
         return np.asarray(self.dequantize(), dtype=dtype)
 
     def __getattr__(self, name: str) -> Any:
-        # All else that arrays have: reshape, swapaxes, mT, sum, at, itemsize and more.
+        # The other attributes of arrays: reshape, swapaxes, mT, sum, at, itemsize and more.
         if name not in _METHODS:
             raise AttributeError(
-                f"{type(self).__name__} has no attribute {name!r}; .dequantize() is the array that it "
+                f"{type(self).__name__} has no attribute {name!r}; .dequantize() returns the array that it "
                 "stands for",
                 name=name,
                 obj=self,
@@ -123,17 +123,17 @@ class DropIn:
 
 
 def refuse_in_lax(cls: type[DropIn]) -> None:
-    """Lets the functions of ``jax.lax`` that are given a ``cls`` say what to give them instead.
+    """Makes the functions of ``jax.lax`` refuse a ``cls`` with a message that names ``dequantize``.
 
-    They look up how to read an operand by its type. JAX has no public way to add to that: where a
-    table is gone, its own message remains, which names ``jax.numpy.array``.
+    They look up how to read an operand by its type, in tables that JAX does not make public. If a table
+    no longer exists, JAX's own message remains, which names ``jax.numpy.array``.
     """
 
     def refuse(x: DropIn) -> Any:
-        # No TypeError, which JAX would wrap in a message that hides this one.
+        # Not a TypeError, which JAX would wrap in a message that hides this one.
         raise ValueError(
             f"jax.lax takes arrays, not a {cls.__name__} of shape {np.shape(x)}; give it "
-            "w.dequantize(), which inside jax.jit is computed as a part of what reads it"
+            "w.dequantize(), which inside jax.jit fuses into the operation that reads it"
         )
 
     for module, table in (("core", "pytype_aval_mappings"), ("dtypes", "canonicalize_value_handlers")):  # fmt: skip
@@ -142,7 +142,7 @@ def refuse_in_lax(cls: type[DropIn]) -> None:
 
 
 def is_scalar_index(entry: Any) -> bool:
-    """Whether ``entry`` of an index takes one place along its axis, and the axis away."""
+    """Whether ``entry`` of an index is an integer, which picks one place along an axis and drops the axis."""
     if isinstance(entry, (bool, np.bool_)):
         return False
     if isinstance(entry, (int, np.integer)):

@@ -27,16 +27,15 @@ class QArray(DropIn):
       * ``dequantize() == grid.decode(qvalue)``.
       * ``qvalue`` has the logical shape. Its dtype is int8, or after ``narrow`` int4 or int2.
 
-    It can stand in a tree of params where an array stood: Flax's layers, ``jnp`` functions, methods,
-    operators and comparisons dequantize it where they touch it, inside ``jax.jit`` as a part of the
-    operation that reads it. ``optax_clipquant.quant.drop_in`` lists what works; ``jax.lax`` needs
-    ``dequantize()``.
+    It can replace an array in a tree of params: Flax's layers, ``jnp`` functions, methods, operators and
+    comparisons dequantize it on use, which inside ``jax.jit`` fuses into the operation that reads it.
+    ``optax_clipquant.quant.drop_in`` lists what works; ``jax.lax`` needs ``dequantize()``.
 
-    ``jax.vmap``, ``jax.lax.scan`` (``nn.scan``, ``nnx.scan``) and ``q[i]`` take a stack of layers apart
-    into a ``QArray`` each, where each has its scales: ``uses=`` sees to that, ``expand_scale`` mends it
-    after the fact. Indices that take groups apart give an array, and so do lookups ``q[tokens]``, which
-    decode no other rows. Put it on a mesh with ``jax.device_put(qparams, shardings_for(qparams,
-    shardings))``.
+    ``jax.vmap``, ``jax.lax.scan`` (``nn.scan``, ``nnx.scan``) and ``q[i]`` split a stack of layers into one
+    ``QArray`` per layer, if each layer has separate scales. Quantizing with ``uses=`` ensures that, and
+    ``expand_scale`` fixes it afterwards. Indices that cut groups return an array, and so do lookups
+    ``q[tokens]``, which decode only the rows they take. Put it on a mesh with ``jax.device_put(qparams,
+    shardings_for(qparams, shardings))``.
 
     ``flax.serialization`` stores the static levels too, and refuses to restore into a tree with other
     levels. Orbax stores arrays only and cannot check: save ``flax.serialization.to_state_dict(tree)``
@@ -85,7 +84,7 @@ class QArray(DropIn):
 
     @property
     def sharding(self) -> jax.sharding.Sharding:
-        """Where the codes lie."""
+        """The sharding of the codes."""
         return self.qvalue.sharding
 
     @property
@@ -103,11 +102,11 @@ class QArray(DropIn):
         return self.grid.decode(self.qvalue)
 
     def expand_scale(self, axis: int) -> "QArray":
-        """The same array, with a scale for each index along ``axis``.
+        """Returns the same array, with a scale for each index along ``axis``.
 
-        So that ``jax.vmap``, ``jax.lax.scan`` and indexing can take the axis apart where a scale is
-        shared along it. ``quantize_params(..., uses=trace_weights(...))`` gives stacked layers and
-        experts a scale each from the start, which is more accurate too.
+        ``jax.vmap``, ``jax.lax.scan`` and indexing can then split an axis along which scales were shared.
+        ``quantize_params(..., uses=trace_weights(...))`` gives each stacked layer and expert separate scales
+        from the start, which is also more accurate.
 
         Args:
           axis: one of the array's axes.
@@ -142,7 +141,7 @@ class QArray(DropIn):
         )
 
     def __getitem__(self, index: Any) -> Any:
-        """``dequantize()[index]``; a ``QArray`` of it where integers, slices and None leave groups whole."""
+        """``dequantize()[index]``; as a ``QArray`` if it has only integers, slices and None, and cuts no group."""
         entries = index if isinstance(index, tuple) else (index,)
         if not any(entry is Ellipsis for entry in entries):
             entries = (*entries, Ellipsis)
@@ -158,7 +157,7 @@ class QArray(DropIn):
             if part is not None:
                 return part
         elif _are_rows(index) and self.ndim and not self._is_grouped(0):
-            # A lookup decodes the rows that it takes, and no others.
+            # A lookup decodes only the rows that it takes.
             arrays = {
                 name: x[index] if x.shape[0] > 1 else x[jnp.zeros_like(index)]
                 for name, x in self.grid.arrays.items()
@@ -168,7 +167,7 @@ class QArray(DropIn):
         return self.dequantize()[index]
 
     def _part(self, entries: tuple[Any, ...]) -> "QArray | None":
-        """What integers, slices and None take; None where they take groups apart."""
+        """The part at an index of integers, slices and None; None if the index cuts groups."""
         of_scales, behind, axis = [], 0, 0
         for entry in entries:
             if entry is None:
@@ -180,7 +179,7 @@ class QArray(DropIn):
             if self._is_grouped(axis):
                 if not whole:
                     return None
-                behind = 0  # of the axes after the grouped one
+                behind = 0  # counts the axes after the grouped one
             elif isinstance(entry, slice):
                 behind += 1
             if self.grid.scale.shape[axis] == 1:
