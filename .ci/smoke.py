@@ -1,4 +1,4 @@
-"""Trains on a grid, ships and reads back, with what a wheel installs and nothing else."""
+"""Trains on a grid, exports, saves and loads, with only the dependencies that a wheel installs."""
 
 import pathlib
 import sys

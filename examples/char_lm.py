@@ -1,9 +1,9 @@
-"""A character-level language model: clipping that finds its own bound, and optimizer state in bytes.
+"""A character-level language model: automatic clipping bounds, and optimizer state in 8 and 4 bits.
 
-A small transformer learns a text, first by SGD with momentum, at a learning rate that is too high for
-it, with four kinds of clipping; then by AdamW at a good one, with the state in float, in 8 and in 4
-bits a number, and with the weights on a 4-bit grid as well. All runs of a seed have the same start
-and the same batches.
+A small transformer learns a text, first with SGD with momentum at a learning rate that is too high for
+it, with four kinds of clipping; then with AdamW at a good learning rate, with the state in float, in 8 and
+in 4 bits per number, and with the weights on a 4-bit grid too. All runs of a seed share initial values and
+batches.
 
     python examples/char_lm.py                      # the topics of Python's help(), one seed
     python examples/char_lm.py --text FILE --seeds 3
@@ -48,7 +48,7 @@ from optax_clipquant import (
 )
 
 LENGTH = 96  # characters in a window
-COMMON = 95  # characters with a code of their own
+COMMON = 95  # characters that get separate codes
 WIDTH, HEADS, BLOCKS = 128, 4, 2
 GRID = Uniform(bits=4)
 REPORT = 10  # steps between two updates of the progress bar
@@ -68,7 +68,7 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Logits of the next character, at each."""
+        """Logits of the next character, at each position."""
         x = nn.Embed(self.vocabulary, WIDTH)(tokens)
         x = x + self.param("positions", nn.initializers.normal(0.02), (LENGTH, WIDTH))[None]
         mask = nn.make_causal_mask(tokens)
@@ -86,7 +86,7 @@ class Text:
 
 
 def load_text(path: pathlib.Path | None) -> Text:
-    """The text as codes; the last tenth is for validation."""
+    """Loads a text as codes, with the last tenth for validation."""
     title = "the topics of Python's help()" if path is None else path.name
     source = path or pathlib.Path(pydoc_data.__path__[0]) / "topics.py"
     text = source.read_text(encoding="utf-8", errors="replace")
@@ -103,7 +103,7 @@ def load_text(path: pathlib.Path | None) -> Text:
 
 
 def batches(text: Text, size: int, steps: int, seed: int) -> np.ndarray:
-    """Windows from anywhere in the training part: (steps, size, LENGTH + 1)."""
+    """Random windows of the training part: (steps, size, LENGTH + 1)."""
     starts = np.random.default_rng(seed).integers(
         0, len(text.training) - LENGTH - 1, (steps, size, 1)
     )
@@ -111,7 +111,7 @@ def batches(text: Text, size: int, steps: int, seed: int) -> np.ndarray:
 
 
 def loss_of(apply_fn: Callable[..., jax.Array], params: Any, windows: jax.Array) -> jax.Array:
-    """Bits a character."""
+    """The loss in bits per character."""
     logits = apply_fn({"params": params}, windows[:, :-1])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
     return jnp.mean(losses) / jnp.log(2)
@@ -119,7 +119,7 @@ def loss_of(apply_fn: Callable[..., jax.Array], params: Any, windows: jax.Array)
 
 @functools.cache
 def model_of(vocabulary: int) -> Transformer:
-    """One for all runs, which then share what is compiled of it."""
+    """The model, cached so that all runs share its compiled programs."""
     return Transformer(vocabulary)
 
 
@@ -136,7 +136,7 @@ def validate(apply_fn: Callable[..., jax.Array], params: Any, windows: jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One optimizer, from a schedule."""
+    """An optimizer, as a function of the learning rate schedule."""
 
     name: str
     make: Callable[[optax.Schedule], optax.GradientTransformation]
@@ -146,10 +146,10 @@ class Run:
 @dataclasses.dataclass(frozen=True)
 class Result:
     losses: np.ndarray
-    bits: float  # a character, on the validation part
-    clipped: float  # the mean clip fraction, or the share of steps that were rescaled
-    bound: float  # the last, of those that find it
-    bytes: float  # of the params, which are float32, and the state, a weight
+    bits: float  # per character, on the validation part
+    clipped: float  # the mean clip fraction, or the fraction of steps that were rescaled
+    bound: float  # the last bound, of transforms that adapt it
+    bytes: float  # per weight, of the float32 params and the state
     state_bytes: float
     seconds: float
 
@@ -199,11 +199,11 @@ def train(
         params = dequantize_params(quantize_params(params, GRID))
     schedule = optax.warmup_cosine_decay_schedule(0, rate, args.warmup, args.steps)
     state = TrainState.create(apply_fn=model.apply, params=params, tx=run.make(schedule))
-    losses, shares = [], []
+    losses, fractions = [], []
     for step, windows in enumerate(batches(text, args.batch, args.steps, seed), 1):
         state, loss = train_step(state, windows)
         losses.append(loss)
-        shares.append(clip_share(state.opt_state))
+        fractions.append(clip_fraction_of(state.opt_state))
         if step % REPORT == 0 or step == args.steps:
             recent = np.mean([float(x) for x in losses[-REPORT:]])
             note = f"{run.name}, seed {seed}: {recent:.3f} bits a character"
@@ -217,7 +217,7 @@ def train(
     return Result(
         losses=np.array(jax.device_get(losses)),
         bits=float(validate(model.apply, params, text.validation)),
-        clipped=float(np.mean(jax.device_get(shares))),
+        clipped=float(np.mean(jax.device_get(fractions))),
         bound=float(threshold[0]) if threshold else np.nan,
         bytes=4 + state_bytes / weights,
         state_bytes=state_bytes / weights,
@@ -225,14 +225,14 @@ def train(
     )
 
 
-def clip_share(opt_state: Any) -> jax.Array | float:
-    """The clip fraction; of ``clip_by_zscore``, whether it rescaled."""
+def clip_fraction_of(opt_state: Any) -> jax.Array | float:
+    """The clip fraction; for ``clip_by_zscore``, whether it rescaled."""
     rescaled = [x for _, x in optax.tree.get_all_with_path(opt_state, "clipped")]
     return (clip_fractions(opt_state) or rescaled or [0.0])[0]
 
 
 def through_file(state: TrainState, file: pathlib.Path) -> Any:
-    """The params as the file gives them, which are those of the training, bit for bit."""
+    """The params loaded from the file, checked to equal the trained ones bit for bit."""
     save(file, export_params(state.params, state.opt_state))
     loaded = load(file)
     for a, b in zip(
@@ -255,12 +255,12 @@ def run_all(
 
 
 def smooth(losses: np.ndarray) -> np.ndarray:
-    """The mean of the last 20."""
+    """A running mean over 20 losses."""
     return np.array([losses[max(0, end - 20) : end].mean() for end in range(1, len(losses) + 1)])
 
 
 def worst_jump(losses: np.ndarray) -> float:
-    """By how much a step's loss exceeds the mean of the 20 before, or of all where there are fewer."""
+    """The largest excess of a step's loss over the mean of the 20 before it, or of all if there are fewer."""
     first = min(20, len(losses) - 1)
     return float(np.max(losses[first:] - smooth(losses)[first - 1 : -1])) if first else np.nan
 
@@ -324,7 +324,7 @@ def plot(path: pathlib.Path, parts: dict[str, Results]) -> None:
             for name, found in results.items()
         }
         plots.curves(axis, curves, ylabel="training loss, bits a character")
-        # What diverges leaves the picture: no net need be worse than at its start.
+        # Diverging curves leave the plot, whose top is near the initial loss.
         every = np.concatenate(list(curves.values()))
         early = every[:, every.shape[1] // 10]
         first = next(iter(results.values()))[0].losses[0]
@@ -339,14 +339,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--text", type=pathlib.Path, help="a text file, in place of Python's help")
-    parser.add_argument("--part", choices=("clipping", "state"), help="only one of the two")
-    parser.add_argument("--seeds", type=int, default=1, help="how many (default 1)")
+    parser.add_argument("--text", type=pathlib.Path, help="a text file, instead of Python's help")
+    parser.add_argument("--part", choices=("clipping", "state"), help="run only this part")
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds (default 1)")
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--warmup", type=int, default=20, help="steps in which the rate rises")
-    parser.add_argument("--batch", type=int, default=24, help="windows in a step")
-    parser.add_argument("--rate", type=float, default=3e-3, help="of AdamW")
-    parser.add_argument("--high-rate", type=float, default=0.5, help="of SGD")
+    parser.add_argument(
+        "--warmup", type=int, default=20, help="steps in which the learning rate rises"
+    )
+    parser.add_argument("--batch", type=int, default=24, help="windows per step")
+    parser.add_argument("--rate", type=float, default=3e-3, help="learning rate of AdamW")
+    parser.add_argument("--high-rate", type=float, default=0.5, help="learning rate of SGD")
     parser.add_argument("--c", type=float, default=1e-2, help="the bound of clip_by_value")
     parser.add_argument(
         "--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder for file and plot"

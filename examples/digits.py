@@ -1,7 +1,7 @@
-"""The main job: a small convolutional net on scikit-learn's digits, trained on a 4-bit grid.
+"""The main use case: a small convolutional net on scikit-learn's digits, trained on a 4-bit grid.
 
-Trains a float net and a quantized one side by side, exports and saves both, loads the quantized
-file and evaluates it: its accuracy is exactly that of the params in training.
+Trains a float net and a quantized one side by side, exports and saves both, then loads and evaluates the
+quantized file, whose accuracy is exactly that of the params in training.
 
     python examples/digits.py                       # 4 bits
     python examples/digits.py --bits 2 --seed 1
@@ -60,7 +60,7 @@ class Net(nn.Module):
 
 
 def load_data() -> tuple[jax.Array, ...]:
-    """1,797 images of 8 x 8 pixels; a third is kept for the test."""
+    """1,797 images of 8 x 8 pixels, a third of them for testing."""
     images, labels = load_digits(return_X_y=True)
     images = images.reshape(-1, 8, 8).astype(np.float32) / 16
     parts = train_test_split(images, labels, test_size=1 / 3, stratify=labels, random_state=0)
@@ -69,12 +69,12 @@ def load_data() -> tuple[jax.Array, ...]:
 
 
 def make_quantizer(name: str, bits: int | None, group_size: int | None) -> Quantizer:
-    """Raises ``ValueError`` where a setting is out of range or has no meaning."""
+    """The quantizer for the arguments. Raises ``ValueError`` if one is out of range or does not apply."""
     if name in ("binary", "ternary") and bits is not None:
-        raise ValueError(f"--bits has no meaning for --quantizer {name}; leave it out")
+        raise ValueError(f"--bits does not apply to --quantizer {name}; leave it out")
     bits = 4 if bits is None else bits
     if name == "zscore" and group_size is not None:
-        raise ValueError("--group-size has no meaning for --quantizer zscore; leave it out")
+        raise ValueError("--group-size does not apply to --quantizer zscore; leave it out")
     if name == "zscore" and not 2 <= bits <= 8:
         raise ValueError(f"--bits must be 2 to 8 for --quantizer zscore, got {bits}")
     return {
@@ -95,7 +95,7 @@ def accuracy(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
 def train_step(
     state: TrainState, images: jax.Array, labels: jax.Array, batch: jax.Array
 ) -> tuple[TrainState, jax.Array, jax.Array]:
-    """The state after a step, the loss and the share of clamped gradients."""
+    """The state after a step, the loss and the fraction of clamped gradients."""
 
     def loss(params: Any) -> jax.Array:
         logits = state.apply_fn({"params": params}, images[batch])
@@ -114,7 +114,7 @@ def run(
     data: tuple[jax.Array, ...],
     progress: rich.progress.Progress,
 ) -> tuple[TrainState, list[float], float]:
-    """The trained state, the test accuracy in its course, and the mean clip fraction."""
+    """The trained state, the test accuracy during training, and the mean clip fraction."""
     train_x, train_y, test_x, test_y = data
     params = Net().init(jax.random.key(args.seed), train_x[:1])["params"]
     if quantizer is not None:

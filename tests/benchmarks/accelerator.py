@@ -1,13 +1,13 @@
-"""What one training step moves and holds on a TPU v5e, by compilation alone: no TPU is needed.
+"""HBM traffic and memory of a training step on a TPU v5e, from compilation alone: no TPU is needed.
 
     pip install -e '.[tpu-aot]'
     python tests/benchmarks/accelerator.py
     python tests/benchmarks/accelerator.py --leaves 8 --size 2048 "8-bit state" "4-bit state"
     python tests/benchmarks/accelerator.py --json adam
 
-The columns, in bytes a weight and step: traffic to and from HBM, read off the scheduled HLO; XLA's temporaries and
-arguments at the peak. Leaves of 2048 x 2048 fit into the fast memory on the chip one by one, leaves of 8192 x 8192
-do not: look at both. The exit status is 1 where a row is above its target.
+The columns, in bytes per weight and step, are the traffic to and from HBM, read off the scheduled HLO, and XLA's
+temporaries and arguments at the peak. A leaf of 2048 x 2048 fits into the chip's fast memory, and one of 8192 x 8192
+does not: look at both. The exit status is 1 if a row is above its target.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# libtpu reads these when it starts: it then describes machines that are not there.
+# libtpu reads these when it starts, and then describes machines that are not present.
 os.environ |= {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -54,20 +54,20 @@ from optax_clipquant import (
 PyTree = Any
 BATCH = 256
 _WIDTHS = {"pred": 1, "s2": 0.25, "u2": 0.25, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}  # fmt: skip
-# Names of what other instructions made, or views of it; and the ends of copies, counted where they start.
+# Instructions that only name or view results of others, and the ends of copies, which are counted at their start.
 _FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "copy-done", "slice-done", "after-all", "custom-call"}  # fmt: skip
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a compiled program costs, in bytes, and how long compiling took, in seconds.
+    """The costs of a compiled program, in bytes, and its compile time, in seconds.
 
     Attributes:
-      hbm: what it reads from and writes to HBM.
-      temporaries: what it needs beside its arguments and results.
-      arguments: what it is given.
-      seconds: spent in the compiler.
+      hbm: the traffic to and from HBM.
+      temporaries: the memory besides arguments and results.
+      arguments: the memory of the arguments.
+      seconds: the compile time.
     """
 
     hbm: float
@@ -77,16 +77,16 @@ class Program:
 
     @property
     def peak(self) -> float:
-        """Arguments, most of which are donated, and temporaries."""
+        """The memory of arguments, most of which are donated, and temporaries."""
         return self.arguments + self.temporaries
 
 
 def measure(fn: Callable[..., Any], *args: PyTree, donate: tuple[int, ...] = ()) -> Program:
-    """``fn`` compiled for one chip of a v5e.
+    """Compiles ``fn`` for one chip of a v5e.
 
     Args:
       fn: a function of arrays.
-      *args: trees of arrays or ``jax.ShapeDtypeStruct``, of which shapes and dtypes are used.
+      *args: trees of arrays or ``jax.ShapeDtypeStruct``; only shapes and dtypes are used.
       donate: the numbers of the arguments that may be overwritten.
     """
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
@@ -108,8 +108,8 @@ def measure(fn: Callable[..., Any], *args: PyTree, donate: tuple[int, ...] = ())
 def hbm_bytes(text: str) -> float:
     """Bytes to and from HBM in a scheduled HLO module.
 
-    Each instruction reads its operands and writes its results, unless they live in VMEM (memory space 1). Of an
-    operand that a fusion only slices, it reads the slices. Loops count as often as they run.
+    Each instruction reads its operands and writes its results, unless they live in VMEM (memory space 1). Where a
+    fusion only slices an operand, it reads the slices. Loops count as often as they run.
     """
     computations, entry = _computations(text)
     return _moved(entry, computations)
@@ -130,7 +130,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _parts(shape: str) -> list[tuple[float, bool]]:
-    """Size of each array of a shape, and whether it lives in HBM."""
+    """The size of each array in a shape, and whether it lives in HBM."""
     arrays = re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", shape)
     return [
         (
@@ -171,7 +171,7 @@ def _moved(name: str, computations: dict[str, list[str]]) -> float:
 
 
 def _sliced(lines: list[str]) -> tuple[dict[int, float], float | None]:
-    """Of a fusion's operands that it only slices or updates in part, what it reads; and what it writes."""
+    """The bytes that a fusion reads of operands that it only slices or updates in part, and the bytes it writes."""
     made: dict[str, tuple[str, float, list[str]]] = {}
     uses: dict[str, list[tuple[str, int]]] = {}
     numbers, root = {}, ""
@@ -210,7 +210,7 @@ def _sliced(lines: list[str]) -> tuple[dict[int, float], float | None]:
 def training_step(
     tx: optax.GradientTransformation, leaves: int, size: int, batch: int = BATCH
 ) -> Program:
-    """Square layers with tanh between them, mean squared error; params and state are donated."""
+    """A training step of square layers with tanh in between and mean squared error; params and state are donated."""
 
     def loss(params: PyTree, x: jax.Array) -> jax.Array:
         for kernel in params.values():
@@ -229,12 +229,12 @@ def training_step(
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A transform, and the most that its step may move to and from HBM and hold beside its arguments.
+    """A transform, and the targets for the HBM traffic and the temporaries of its step.
 
     Attributes:
       tx: the whole chain.
-      hbm: bytes a weight and step for two leaves of 8192 x 8192.
-      temporaries: bytes a weight.
+      hbm: bytes per weight and step for two leaves of 8192 x 8192.
+      temporaries: bytes per weight.
     """
 
     tx: optax.GradientTransformation

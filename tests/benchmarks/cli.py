@@ -1,8 +1,8 @@
-"""The command ``optax-clipquant`` on checkpoints of 1 and 2 GB: time beside ``cp``, and memory.
+"""The command ``optax-clipquant`` on checkpoints of 1 and 2 GB: time relative to ``cp``, and memory.
 
-The candidates take turns with the file in the page cache; the least time counts. Compressing reads all
-of the file and writes a part of it, synced to the disk, which ``cp`` does not do until what it wrote no
-longer fits in memory. Start-up is the time to import the command, which starts no work.
+The candidates take turns with the file in the page cache; the shortest time counts. Compressing reads the
+whole file, and writes a fraction of it and syncs that to the disk, which ``cp`` does not do while its output
+fits in memory. Start-up is the time to import the command.
 
     python tests/benchmarks/cli.py
 """
@@ -23,11 +23,11 @@ from figures import note, verdict
 
 from optax_clipquant.formats.safetensors import writing
 
-TIME, ROOM = 3.0, 300e6  # targets: copies' time; bytes beyond 3 of the largest tensor
+TIME, ROOM = 3.0, 300e6  # targets: time in copies; bytes beyond 3 times the largest tensor
 
 
 def shapes(layers: int) -> dict[str, tuple[int, ...]]:
-    """Of a decoder: about 51 MB a layer, and 131 MB of embeddings."""
+    """Shapes of a decoder: about 51 MB per layer, and 131 MB of embeddings."""
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (32000, 1024)}
     for i in range(layers):
         at = f"model.layers.{i}"
@@ -50,7 +50,7 @@ def write_checkpoint(path: pathlib.Path, layers: int) -> int:
     return max(4 * int(np.prod(shape)) for shape in shapes(layers).values())
 
 
-# A process counts the memory of the one that started it, so that one must be small.
+# A process's peak includes the memory of its parent, so the parent must be small.
 LAUNCHER = """
 import resource, subprocess, sys, time
 begin = time.perf_counter()
@@ -60,7 +60,7 @@ print(time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN).
 
 
 def run(command: Sequence[str]) -> tuple[float, float]:
-    """Seconds, and peak of resident bytes."""
+    """The time in seconds, and the peak of resident memory in bytes."""
     launcher = [sys.executable, "-S", "-c", LAUNCHER, *command]
     seconds, kilobytes = subprocess.check_output(launcher).split()
     return float(seconds), 1024.0 * float(kilobytes)
@@ -85,7 +85,7 @@ def compare(folder: pathlib.Path, layers: int, repeats: int) -> None:
     def compress(bits: int, *options: str) -> list[str]:
         return [*tool, "compress", *options, "--bits", str(bits), str(source)]
 
-    # Each gets the path of a new file at the end, but for the start-up, which writes none.
+    # The path of a new file is appended to each, except for the start-up, which writes none.
     candidates = {
         "cp": ["cp", str(source)],
         "start-up": [sys.executable, "-c", "import optax_clipquant.cli.main"],
@@ -101,8 +101,8 @@ def compare(folder: pathlib.Path, layers: int, repeats: int) -> None:
     for _ in rich.progress.track(range(repeats), "turns"):
         for name, command in candidates.items():
             output = folder / name
-            output.unlink(missing_ok=True)  # to free what is overwritten would take time
-            os.sync()  # what one has left to write is not the next one's burden
+            output.unlink(missing_ok=True)  # freeing an overwritten file would take time
+            os.sync()  # so that the next candidate does not pay for pending writes
             seconds, peaks[name] = run([*command, str(output)])
             times[name].append(seconds)
 

@@ -1,12 +1,12 @@
-"""Runs the benchmarks and writes one Markdown table of what was measured, with targets where there are any.
+"""Runs the benchmarks and writes a Markdown table of their figures, with targets where there are any.
 
     pip install -e '.[dev]' optuna
     python tests/benchmarks/figures.py --quick
     python tests/benchmarks/figures.py --torch-python torchenv/bin/python --data-dir DIR
 
-Without --data-dir lowbit.py is left out, and without --torch-python what is measured in PyTorch (see
-lowbit.py for both). Compile times are those of 10 and 100 leaves; with --all also of 1,000, which takes more
-than 22 GB of memory (a process that is killed gives "inf"). Up to an hour on two cores, and a few minutes
+Without --data-dir, lowbit.py is left out, and without --torch-python, the measurements in PyTorch (see
+lowbit.py for both). Compile times are for 10 and 100 leaves; with --all also for 1,000, which takes more
+than 22 GB of memory (a killed process gives "inf"). It takes up to an hour on two cores, and a few minutes
 with --quick, whose figures say little. Nothing else should run meanwhile.
 """
 
@@ -29,13 +29,13 @@ HERE = pathlib.Path(__file__).parent
 def note(
     benchmark: str, case: str, value: float, target: float | None = None, *, least: bool = False
 ) -> None:
-    """Hands a figure to the table, where there is to be one.
+    """Adds a figure to the table, if one is being written.
 
     Args:
-      benchmark: what was done.
-      case: with what.
-      value: what was measured; most are ratios.
-      target: what it should be at most, or with ``least`` at least.
+      benchmark: the name of the benchmark.
+      case: the case.
+      value: the measured value, mostly a ratio.
+      target: the upper limit of the value, or with ``least`` the lower limit.
       least: see ``target``.
     """
     if path := os.environ.get(_FILE):

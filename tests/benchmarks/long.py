@@ -1,8 +1,8 @@
-"""Long and large: 10,000 steps, and nets of up to 1,000 leaves.
+"""Long and large runs: 10,000 steps, and nets of up to 1,000 leaves.
 
-Memory must not grow nor the step time drift over the steps; the time to trace and compile a training
-step must grow with the number of leaves as it does for the plain optimizer. 20 minutes on two cores, most
-for 1,000 leaves, where the last line needs more than 22 GB: a process that is killed is shown as that.
+Memory must not grow and the step time must not drift over the steps; the time to trace and compile a
+training step must grow with the number of leaves as for the plain optimizer. It takes 20 minutes on two
+cores, mostly for 1,000 leaves, where the last line needs more than 22 GB: a killed process is shown as such.
 
     python tests/benchmarks/long.py
 """
@@ -35,7 +35,7 @@ from optax_clipquant import (
 
 
 def by_hand() -> optax.GradientTransformation:
-    """The least that weights on a 4-bit grid take: nothing is checked, and nothing exact."""
+    """Weights on a 4-bit grid with the least possible code: nothing is checked, and nothing is exact."""
 
     def init(params: Any) -> Any:
         return jax.tree.map(jnp.copy, params)
@@ -94,7 +94,7 @@ def step_of(tx: optax.GradientTransformation) -> Any:
 
 
 def compile_seconds(name: str, leaves: int) -> float:
-    """The least of several. In a process of its own: a program of 1,000 leaves keeps gigabytes."""
+    """The shortest of several times, in a separate process, since a program of 1,000 leaves keeps gigabytes."""
     tx = TRANSFORMS[name]
     found = []
     for count in (1, *[leaves] * (5 if leaves <= 100 else 1)):  # the first one loads the compiler
@@ -127,7 +127,7 @@ def main() -> None:
             params, state = step(params, state, x)
             jax.block_until_ready(params)
             times.append(time.perf_counter() - begin)
-        fastest.append(min(times))  # what else the machine does only adds to it
+        fastest.append(min(times))  # other load on the machine only adds to the time
         memory.append(resident_bytes())
     console.print(
         f"{name}: {args.steps} steps; the fastest step takes {1e3 * fastest[0]:.2f} ms in the first tenth and "

@@ -1,4 +1,4 @@
-"""Accuracy and step time at 1 to 4 bits a weight, against torchao's PARQ and qwix, paired by seed.
+"""Accuracy and step time at 1 to 4 bits per weight, against torchao's PARQ and qwix, paired by seed.
 
 Fashion-MNIST, an MLP 784-512-256-10, 5 epochs in batches of 256, Adam with a cosine schedule from
 1e-3, gradients clamped to [-1, 1]. Every framework gets the same initial values, batches and order,
@@ -8,9 +8,9 @@ and quantizes all three kernels with a scale for each output channel.
     python tests/benchmarks/lowbit.py --torch-python torchenv/bin/python --data-dir DIR
     python tests/benchmarks/lowbit.py --torch-python torchenv/bin/python --data-dir DIR --time
 
-Each run is a file in --out, so a call takes up what an earlier one left, and --methods, --widths and
---seeds cut the work up. --tune compares settings on the last 5,000 training images, with seeds from
-100, which the table does not use.
+Each run is a file in --out, so a call resumes an earlier one, and --methods, --widths and --seeds split the
+work. --tune compares settings on the last 5,000 training images, with seeds from 100, which the table does
+not use.
 """
 
 import argparse
@@ -60,9 +60,9 @@ TARGETS = {"1": 1.1, "ternary": 0.45, "2": 0.15, "3": 0.15, "4": 0.15}  # points
 QWIX_TYPES = {"2": "int2", "3": "int3", "4": "int4"}
 VALIDATION, FIRST_TUNING_SEED = 5000, 100
 
-# What a run is beside its width and seed. "anneal" is start and end as shares of the training, and
+# The settings of a run besides its width and seed. "anneal" is start and end as fractions of the training, and
 # steepness: PARQ's scripts anneal from the start to three quarters, its README with a steepness of
-# 20, and with that quantizer. For this library --tune found no schedule that is better at all widths.
+# 20, and with that quantizer. For this library, --tune found no schedule that is better at all widths.
 Spec = dict[str, Any]
 
 
@@ -97,7 +97,7 @@ ANNEALINGS = (
 
 
 def variants(method: str, width: str) -> list[Spec]:
-    """What --tune compares."""
+    """The settings that --tune compares."""
     if method.startswith("PARQ"):
         anneal = METHODS[method][width].get("anneal")
         # At 2 bits "max" has 3 levels, and at 1 bit one.
@@ -212,12 +212,12 @@ def trainer(method: str, width: str, spec: Spec, data: list[np.ndarray]) -> Call
 
 
 def levels(method: str, width: str, params: Any) -> int:
-    """The most distinct weights in an output channel, as the forward pass sees them."""
+    """The largest number of distinct weights in an output channel, as the forward pass sees them."""
     most = 0
     for layer in params.values():
         kernel = layer["kernel"]
         if method == "qwix":
-            # What qwix serves shows where the input is the identity.
+            # An identity input reveals the weights that qwix serves.
             dense = qat(width, nn.Dense(kernel.shape[1], use_bias=False))
             kernel = dense.apply({"params": {"kernel": kernel}}, jnp.eye(kernel.shape[0]))
         most = max(most, *(len(np.unique(column)) for column in np.asarray(kernel).T))
@@ -261,7 +261,7 @@ def spec_of(job: dict[str, Any]) -> Spec:
 
 
 def write_starts(args: argparse.Namespace, jobs: list[dict[str, Any]], images: int) -> None:
-    """What all frameworks share: initial values and batches of each seed."""
+    """Writes the initial values and batches of each seed, which all frameworks share."""
     for job in jobs:
         path = args.out / job["start"]
         if not path.exists():
@@ -328,7 +328,7 @@ def run_torch(
 
 
 def check_torch(python: str) -> str | None:
-    """Why there is no torch side, or None."""
+    """The reason why there is no torch side, or None."""
     if not python:
         return "no --torch-python given"
     try:
@@ -426,7 +426,7 @@ def report_tuning(args: argparse.Namespace, results: list[dict[str, Any]]) -> ri
 
 
 def time_jax(jobs: list[dict[str, Any]], rounds: int, steps: int) -> list[dict[str, Any]]:
-    """Seconds a step of each job in each round; the jobs take turns. Annealing takes a round."""
+    """Seconds per step of each job in each round; the jobs take turns. Annealing takes a round."""
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.integers(0, 255, (BATCH, LAYERS[0])), jnp.uint8)
     labels = jnp.asarray(rng.integers(0, LAYERS[-1], BATCH))
@@ -454,7 +454,7 @@ def run_time(args: argparse.Namespace, jobs: list[dict[str, Any]]) -> rich.table
     write_starts(args, jobs, BATCH)
     results = time_jax([j for j in jobs if j["method"] not in TORCH], args.rounds, args.steps)
     torch_jobs = [job for job in jobs if job["method"] in TORCH]
-    if torch_jobs:  # one after the other: they would share the cores
+    if torch_jobs:  # run separately, since they would share the cores
         request = {
             "jobs": torch_jobs, "rounds": args.rounds, "steps": args.steps, "threads": args.threads,
             "result": "times.json",

@@ -1,4 +1,4 @@
-"""The torch side of lowbit.py, which starts it: torchao's PARQ on the same nets, batches and starts.
+"""The torch side of lowbit.py, which starts it: torchao's PARQ on the same nets, initial values and batches.
 
 Needs torch, torchao and numpy, and nothing of this library.
 """
@@ -35,7 +35,7 @@ def make_quantizer(name: str, width: str) -> Any:
 
 
 def make_model(params: dict[str, np.ndarray]) -> torch.nn.Sequential:
-    """The net, from kernels as linen has them."""
+    """The net, from kernels in linen's layout."""
     layers: list[torch.nn.Module] = []
     for i in range(len(params) // 2):
         kernel, bias = params[f"kernel{i}"], params[f"bias{i}"]
@@ -79,7 +79,7 @@ def cosine(at: int, steps: int) -> float:
 
 
 def levels(model: torch.nn.Sequential) -> int:
-    """The most distinct weights in an output channel."""
+    """The largest number of distinct weights in an output channel."""
     weights = [p.detach() for p in model.parameters() if p.ndim == 2]
     return max(len(torch.unique(row)) for weight in weights for row in weight)
 
@@ -102,7 +102,7 @@ def train(job: dict[str, Any], data: list[torch.Tensor], start: pathlib.Path) ->
 
 
 def measure(jobs: list[dict[str, Any]], start: pathlib.Path, rounds: int, steps: int) -> Any:
-    """Seconds a step of each job in each round; the jobs take turns. Annealing takes a round."""
+    """Seconds per step of each job in each round; the jobs take turns. Annealing takes a round."""
     with np.load(start) as arrays:
         params = {k: arrays[k] for k in arrays.files if k != "batches"}
     torch.manual_seed(0)
@@ -138,7 +138,7 @@ def main() -> None:
     data[1], data[3] = data[1].long(), data[3].long()
     for job in request["jobs"]:
         result = train(job, data, folder / job["start"])
-        # Complete or absent, so that a run that was cut short can be taken up again.
+        # Complete or absent, so that an interrupted run can be resumed.
         path = folder / job["result"]
         path.with_suffix(".part").write_text(json.dumps(result))
         path.with_suffix(".part").rename(path)

@@ -1,9 +1,10 @@
-"""Adam with its state in 8 and 4 bits: bytes, step time, and how near it stays to float Adam.
+"""Adam with its state in 8 and 4 bits: bytes, step time, and how closely it follows float Adam.
 
-Nearness is measured on bitsandbytes' own terms: 50 steps on normal gradients of size .01, params of
-size .1, learning rate 1e-3; the error of the params after each step, when both start it from the same
-params, and after 50 steps on their own. The same with gradients whose rows, or whose columns, span 4
-decades, and with those of an embedding, of whose rows few have any in a step (Zipf's law). With --torch-python, bitsandbytes and torchao do the same.
+Closeness is measured as in bitsandbytes' own test: 50 steps on normal gradients of size .01, params of
+size .1, learning rate 1e-3; the error of the params after each step from common params, and after 50
+independent steps. The same is done with gradients whose rows or columns span 4 decades, and with those of an
+embedding, few of whose rows have a gradient in a step (Zipf's law). With --torch-python, bitsandbytes and
+torchao do the same.
 
     python tests/benchmarks/optimizer_state.py
     python -m venv torchenv && torchenv/bin/pip install torch torchao bitsandbytes
@@ -50,7 +51,7 @@ ALL_THREE = optax.chain(
 
 
 def gradient_of(kind: str, key: jax.Array, step: jax.Array) -> jax.Array:
-    """Normal, of size .01 where it is largest. What rows and columns have in common stays over the steps."""
+    """Normal gradients of size up to .01. The magnitudes of rows and columns stay the same over the steps."""
     rows, columns = SHAPE
     g = 0.01 * jax.random.normal(jax.random.fold_in(key, step), SHAPE)
     if kind == "rows":
@@ -72,8 +73,9 @@ KINDS = ("normal", "rows", "columns", "Zipf rows")
 def nearness(
     tx: optax.GradientTransformation, seed: int, together: bool, kind: str = "normal"
 ) -> tuple[float, float]:
-    """Mean error of the params, and its mean relative to each: the largest and the median step if
-    ``together``, else after the last.
+    """The mean error of the params, and the mean relative error.
+
+    If ``together``, of the largest and of the median step, else after the last step.
     """
     exact = OPTIMIZERS["float"]
 
@@ -100,7 +102,7 @@ def nearness(
 
 
 def times(progress: rich.progress.Progress, repeats: int) -> dict[int, dict[str, list[float]]]:
-    """Seconds a step, in turns."""
+    """Seconds per step of each candidate, in turns."""
     rng = np.random.default_rng(0)
     found = {}
     for batch, calls in BATCHES.items():

