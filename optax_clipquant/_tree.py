@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -12,14 +12,54 @@ PyTree = Any
 
 
 def path_of(path: jax.tree_util.KeyPath) -> str:
-    """A path as text, such as ``"Dense_0/kernel"``.
-
-    Boxes around a param (Flax NNX's variables, linen's ``Partitioned``) add a last part ``value``
-    in some places and not in others, so it is dropped. Only an attribute is: a dict's key stays.
-    """
-    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
-        path = path[:-1]
+    """A path of ``flatten_with_path`` as text, such as ``"Dense_0/kernel"``."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def flatten_with_path(
+    tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[list[tuple[jax.tree_util.KeyPath, Any]], Any]:
+    """As JAX's, but a box around a param adds nothing to its path.
+
+    Boxes (Flax NNX's variables, linen's ``Partitioned``) are there in some places and not in others, as in
+    ``init`` and ``update`` of ``nnx.Optimizer``. A field of a user's class that is called ``value`` stays.
+    """
+    return list(_walk((), tree, is_leaf or (lambda x: False))), jax.tree.structure(tree, is_leaf)
+
+
+def map_with_path(
+    fn: Callable[..., Any],
+    tree: PyTree,
+    *rest: PyTree,
+    is_leaf: Callable[[Any], bool] | None = None,
+) -> PyTree:
+    """As JAX's, with the paths of ``flatten_with_path``."""
+    found, treedef = flatten_with_path(tree, is_leaf)
+    others = [treedef.flatten_up_to(other) for other in rest]
+    return treedef.unflatten(fn(*leaf, *x) for leaf, *x in zip(found, *others, strict=True))
+
+
+def _walk(
+    path: jax.tree_util.KeyPath, tree: PyTree, is_leaf: Callable[[Any], bool]
+) -> Iterator[tuple[jax.tree_util.KeyPath, Any]]:
+    for below, x in jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: is_leaf(x) or _is_box(x)
+    )[0]:
+        if is_leaf(x) or not _is_box(x):
+            yield path + below, x
+            continue
+        inside, _ = jax.tree_util.tree_flatten_with_path(x, is_leaf=lambda y, box=x: y is not box)
+        for key, content in inside:
+            name = () if path_of(key) == "value" else key
+            yield from _walk(path + below + name, content, is_leaf)
+
+
+def _is_box(x: Any) -> bool:
+    # A caller who has boxes has imported their modules; for others, importing them would only cost time.
+    nnx, meta = sys.modules.get("flax.nnx"), sys.modules.get("flax.core.meta")
+    return (nnx is not None and isinstance(x, nnx.Variable)) or (
+        meta is not None and isinstance(x, meta.AxisMetadata)
+    )
 
 
 def is_float0(x: Any) -> bool:
@@ -33,9 +73,13 @@ def unboxed(tree: Any) -> Any:
     ``nnx.Optimizer`` passes variables to ``init`` but arrays to ``update``, and a variable cannot hold a
     ``Grid``.
     """
-    # A caller who has variables has imported flax.nnx; for others, importing it would only cost time.
     nnx = sys.modules.get("flax.nnx")
     return tree if nnx is None else nnx.as_pure(tree)
+
+
+def is_placeholder(params: Any) -> bool:
+    """Whether ``init`` is called by ``optax.tree_map_params``, whose class for this is private."""
+    return type(params).__name__ == "_ParamsPlaceholder"
 
 
 def on_shapes(init: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,8 +91,7 @@ def on_shapes(init: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(init)
     def wrapped(params: Any) -> Any:
-        # The class is private to optax.
-        if type(params).__name__ == "_ParamsPlaceholder":
+        if is_placeholder(params):
             raise TypeError(
                 f"{init.__qualname__.split('.')[0]}: optax.tree_map_params cannot map this state, which "
                 "holds more for a leaf of params than an array of its shape. To shard it, put the params "

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_clipquant._print import Printed, compact_table, progress_bar
-from optax_clipquant._tree import PyTree, path_of
+from optax_clipquant._tree import PyTree, flatten_with_path, path_of
 from optax_clipquant.analysis.compensation.plan import Leaves, Moments, Program
 from optax_clipquant.analysis.compensation.quantizing import Quantizing
 from optax_clipquant.analysis.compensation.squares import InputSquares
@@ -285,7 +285,7 @@ def quantize_calibrated(
 
 def _flattened(params: PyTree) -> tuple[list[tuple[str, Any]], Any]:
     """The leaves of a tree with their paths, and its structure."""
-    found, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qarray)
+    found, treedef = flatten_with_path(params, is_leaf=is_qarray)
     return [(path_of(path), leaf) for path, leaf in found], treedef
 
 

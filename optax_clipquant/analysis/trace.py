@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from optax_clipquant._tree import PyTree, path_of
+from optax_clipquant._tree import PyTree, flatten_with_path, path_of
 from optax_clipquant.analysis.record import Record, Value
 from optax_clipquant.analysis.views import whole
 from optax_clipquant.analysis.walk import Walk
@@ -50,7 +50,7 @@ def trace_weights(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: 
       in    4x8    dot          0
       out   3x8    dot          1
     """
-    found, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qarray)
+    found, treedef = flatten_with_path(params, is_leaf=is_qarray)
     leaves = [leaf for _, leaf in found]
     rest, rest_def = jax.tree.flatten((args, kwargs))
     traced = {i: _spec(leaf) for i, leaf in enumerate(leaves) if _is_array(leaf)}

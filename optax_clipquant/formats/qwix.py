@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from optax_clipquant._tree import path_of
+from optax_clipquant._tree import map_with_path, path_of
 from optax_clipquant.quant.params import PyTree
 from optax_clipquant.quant.qarray import QArray, is_qarray
 
@@ -66,8 +66,8 @@ def to_qwix(qparams: PyTree, *, like: PyTree = None) -> PyTree:
         return box.replace(array=convert(key, leaf))
 
     if like is None:
-        return jax.tree_util.tree_map_with_path(convert, qparams, is_leaf=is_qarray)
-    return jax.tree_util.tree_map_with_path(fill, like, qparams, is_leaf=_is_box)
+        return map_with_path(convert, qparams, is_leaf=is_qarray)
+    return map_with_path(fill, like, qparams, is_leaf=_is_box)
 
 
 def _is_box(leaf: Any) -> bool:

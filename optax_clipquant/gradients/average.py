@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_clipquant._tree import PyTree, is_float0
@@ -163,7 +164,7 @@ def _is_state(x: Any) -> bool:
 
 
 def _is_large(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.floating) and x.size >= _MIN_SIZE
+    return np.size(x) >= _MIN_SIZE and jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def _check_differs(g: jax.Array, axis_name: AxisName) -> None:

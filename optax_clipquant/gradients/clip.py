@@ -1,7 +1,7 @@
 """Gradients clamped to a bound that is given or scheduled."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,10 +10,19 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from optax_clipquant._tree import PyTree, is_float0
+from optax_clipquant._tree import (
+    PyTree,
+    flatten_with_path,
+    is_float0,
+    is_placeholder,
+    map_with_path,
+    path_of,
+)
 from optax_clipquant.lowering.count import Mask, counts
 
-Bound = Any  # a number, a 0-d array, an optax.Schedule, or a tree prefix with these at its leaves
+Bound = (
+    Any  # a number, a 0-d array, an optax.Schedule, or a tree of these, each for a leaf or subtree
+)
 
 
 class ClipByValueState(NamedTuple):
@@ -38,7 +47,8 @@ def clip_by_value(c: Bound, *, telemetry: bool = True) -> optax.GradientTransfor
 
     Args:
       c: the bound: a positive number or 0-d array, or an ``optax.Schedule`` of the step; or a tree
-        with one of these at each leaf, which is a prefix of the params.
+        with one of these for each leaf or subtree of the params, such as ``{"head": 0.1, "body": 1.0}``.
+        It is matched by paths: a dict serves for an ``nnx.State``, a ``FrozenDict`` or a module.
       telemetry: whether the state reports the fraction of clamped elements, which costs one pass over
         the gradients unless the compiler fuses it with another. Read it with
         ``optax.tree.get(opt_state, "clip_fraction")``, or from several transforms with
@@ -67,15 +77,15 @@ def clip_by_value(c: Bound, *, telemetry: bool = True) -> optax.GradientTransfor
       Pascanu et al., On the difficulty of training recurrent neural networks, 2013
       (arXiv:1211.5063).
     """
-    jax.tree.map(
-        lambda bound: callable(bound) or check_positive("clip_by_value", "c", bound, _BOUND_HELP),
-        c,
-        is_leaf=lambda x: x is None,
-    )
-    scheduled = any(callable(bound) for bound in jax.tree.leaves(c))
+    bounds = {_names(path): bound for path, bound in flatten_with_path(c, lambda x: x is None)[0]}
+    for bound in bounds.values():
+        if not callable(bound):
+            check_positive("clip_by_value", "c", bound, _BOUND_HELP)
+    scheduled = any(map(callable, bounds.values()))
 
     def init(params: PyTree) -> PyTree:
-        jax.tree.map(lambda bound, subtree: None, c, params)  # raises where c is no prefix
+        if not is_placeholder(params):
+            _check_bounds(bounds, params)
         return ClipByValueState(
             count=jnp.zeros((), jnp.int32) if telemetry or scheduled else None,
             clip_fraction=jnp.zeros((), jnp.float32) if telemetry else None,
@@ -86,23 +96,25 @@ def clip_by_value(c: Bound, *, telemetry: bool = True) -> optax.GradientTransfor
     ) -> tuple[PyTree, PyTree]:
         del params
         outside = []
+        values = {
+            names: bound(state.count) if callable(bound) else bound
+            for names, bound in bounds.items()
+        }
+        for value in values.values():
+            if np.ndim(value) != 0:
+                raise ValueError(
+                    f"clip_by_value: c must be a scalar, but the schedule gave shape {np.shape(value)}"
+                )
 
-        def clip(bound: Bound, g: Any) -> Any:
+        def clip(path: jax.tree_util.KeyPath, g: Any) -> Any:
+            bound = values[_bounding(path, bounds)]
             if is_float0(g):
                 return g
             clipped, mask = clamp("clip_by_value", g, bound)
             outside.append((mask,))
             return clipped
 
-        def clip_subtree(bound: Bound, subtree: PyTree) -> PyTree:
-            value: Any = bound(state.count) if callable(bound) else bound
-            if np.ndim(value) != 0:
-                raise ValueError(
-                    f"clip_by_value: c must be a scalar, but the schedule gave shape {np.shape(value)}"
-                )
-            return jax.tree.map(lambda g: clip(value, g), subtree)
-
-        clipped = jax.tree.map(clip_subtree, c, updates)
+        clipped = map_with_path(clip, updates)
         return clipped, ClipByValueState(
             count=None if state.count is None else optax.safe_increment(state.count),
             clip_fraction=_fraction(outside) if telemetry else None,
@@ -127,6 +139,43 @@ def clip_fractions(opt_state: PyTree) -> list[jax.Array]:
         for _, fraction in optax.tree.get_all_with_path(opt_state, "clip_fraction")
         if fraction is not None
     ]
+
+
+def _names(path: jax.tree_util.KeyPath) -> tuple[str, ...]:
+    return tuple(path_of((key,)) for key in path)
+
+
+def _bounding(path: jax.tree_util.KeyPath, bounds: Collection[tuple[str, ...]]) -> tuple[str, ...]:
+    """The one of ``bounds`` that is for the leaf at ``path``, or for a subtree that it is in."""
+    names = _names(path)
+    found = [names[:n] for n in range(len(names) + 1) if names[:n] in bounds]
+    if not found:
+        raise ValueError(
+            f"clip_by_value: c has no bound for the leaf {path_of(path)!r}, only for "
+            f"{_listed(bounds)}; give math.inf where nothing is to be clamped"
+        )
+    return found[0]
+
+
+def _check_bounds(bounds: Collection[tuple[str, ...]], params: PyTree) -> None:
+    """Raises where a leaf has no bound, or a bound no leaf: but it may be for what is None or masked."""
+
+    def is_empty(x: Any) -> bool:
+        return not jax.tree.leaves(x)
+
+    found, _ = flatten_with_path(params, is_empty)
+    used = {_bounding(path, bounds) for path, leaf in found if not is_empty(leaf)}
+    known = {_names(path)[:n] for path, _ in found for n in range(len(path) + 1)}
+    if unused := [names for names in bounds if names not in used and names not in known]:
+        raise ValueError(
+            f"clip_by_value: c has a bound for {_listed(unused)}, which params have not; their leaves "
+            f"are {_listed(_names(path) for path, _ in found)}"
+        )
+
+
+def _listed(paths: Iterable[tuple[str, ...]]) -> str:
+    shown = [repr("/".join(names)) for names in paths]
+    return ", ".join(shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")
 
 
 _BOUND_HELP = "; give math.inf for a leaf that is not to be clamped, or a tree of scalars for a bound per leaf"

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from optax_clipquant._tree import PyTree, is_float0, on_shapes, path_of
+from optax_clipquant._tree import (
+    PyTree,
+    flatten_with_path,
+    is_float0,
+    map_with_path,
+    on_shapes,
+    path_of,
+)
 from optax_clipquant.gradients.clip import check_positive, clamp, fraction_of, weak
 from optax_clipquant.lowering.count import Mask, counts
 
@@ -89,7 +96,7 @@ def clip_by_quantile(
 
         threshold: jax.Array | dict[str, jax.Array] = start()
         if per_leaf:
-            paths = jax.tree_util.tree_flatten_with_path(params)[0]
+            paths = flatten_with_path(params)[0]
             threshold = {path_of(path): start() for path, _ in paths}
             if len(threshold) < len(paths):
                 raise ValueError(
@@ -120,7 +127,7 @@ def clip_by_quantile(
             seen.setdefault(name, []).append((outside, (g != 0,), (~jnp.isfinite(g),)))
             return clipped
 
-        clipped = jax.tree_util.tree_map_with_path(clip, updates)
+        clipped = map_with_path(clip, updates)
         tracked = dict(thresholds)
         number, sizes = jnp.zeros((), jnp.float32), []
         for name, masks in seen.items():

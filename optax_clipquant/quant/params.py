@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_clipquant._tree import PyTree, path_of
+from optax_clipquant._tree import PyTree, flatten_with_path, path_of
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.qarray import QArray, is_qarray
 from optax_clipquant.quant.quantizers import Quantizer, Uniform
@@ -82,16 +82,13 @@ def quantize_params(
       >>> quantize_params(weight, Uniform(bits=4), uses=uses)["w"].scale.shape
       (3, 1)
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qarray)
+    leaves, treedef = flatten_with_path(params, is_leaf=is_qarray)
     moments: Mapping[str, Any] = {}
     if calibration is not None:
         uses = calibration.uses if uses is None else uses
         moments = calibration.moments
     if importance is not None:
-        moments = {
-            path_of(path): leaf
-            for path, leaf in jax.tree_util.tree_flatten_with_path(importance)[0]
-        }
+        moments = {path_of(path): leaf for path, leaf in flatten_with_path(importance)[0]}
     chosen = select(params, quantizer, where, uses)
 
     def quantize_leaf(index: int, leaf: Any, path: str) -> Any:
@@ -131,7 +128,7 @@ def dequantize_params(qparams: PyTree, dtype: Any = None) -> PyTree:
 
 def leaves_of(tree: PyTree) -> Iterator[tuple[str, Any]]:
     """The path and value of each leaf; a ``QArray`` or a ``Grid`` counts as a leaf."""
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)[0]:
+    for path, leaf in flatten_with_path(tree, is_leaf=is_quantized)[0]:
         yield path_of(path), leaf
 
 
@@ -155,7 +152,7 @@ def select(
     check_rules(quantizer)
     leaves = [
         (path_of(path), leaf)
-        for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qarray)[0]
+        for path, leaf in flatten_with_path(params, is_leaf=is_qarray)[0]
         if not is_qarray(leaf)
     ]
     if uses is not None:

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from optax_clipquant._tree import path_of
+from optax_clipquant._tree import flatten_with_path, path_of
 from optax_clipquant.quant.params import PyTree
 from optax_clipquant.quant.qarray import is_qarray
 from optax_clipquant.report.rows import Row, Summary, row_of
@@ -32,11 +32,8 @@ def summarize(params: PyTree, qparams: PyTree) -> Summary:
       (288, 80)
       >>> print(summary)  # doctest: +SKIP
     """
-    before = {path_of(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
-    after = {
-        path_of(path): leaf
-        for path, leaf in jax.tree_util.tree_flatten_with_path(qparams, is_leaf=is_qarray)[0]
-    }
+    before = {path_of(path): leaf for path, leaf in flatten_with_path(params)[0]}
+    after = {path_of(path): leaf for path, leaf in flatten_with_path(qparams, is_leaf=is_qarray)[0]}
     if before.keys() != after.keys():
         raise ValueError(
             f"params and qparams have different leaves: {sorted(before.keys() ^ after.keys())[:8]}"

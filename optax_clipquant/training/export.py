@@ -1,14 +1,16 @@
 """Exports the result of training on a grid: the codes of the params, or their latent weights."""
 
+import difflib
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
-from optax_clipquant._tree import path_of
+from optax_clipquant._tree import map_with_path, path_of
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.params import PyTree, leaves_of
 from optax_clipquant.quant.qarray import QArray
@@ -106,9 +108,10 @@ def _find(opt_state: PyTree, field: str) -> Iterator[tuple[str, Any]]:
     """The path and value of each leaf in ``field`` of the states of weight transforms."""
     states = [state for state in weight_states(opt_state) if hasattr(state, field)]
     if not states:
+        transforms = "quantize_weights" + (" or round_weights" if field == "grid" else "")
         raise ValueError(
-            f"opt_state holds no state of quantize_weights with a {field}; give the state of an "
-            "optimizer that has quantize_weights in its chain"
+            f"opt_state holds no state of {transforms}; give params and opt_state, in this order, of an "
+            f"optimizer that has {transforms} in its chain"
         )
     for state in states:
         yield from leaves_of(getattr(state, field))
@@ -120,11 +123,14 @@ def _map_paths(fn: Any, params: PyTree, grids: dict[str, Grid], latents: dict[st
     Raises ``ValueError`` if such a leaf is missing, differs in shape from its latent weights, if there are
     any, or does not fit its grid.
     """
-    shapes = {path: jnp.shape(leaf) for path, leaf in leaves_of(params)}
+    # Leaves may be anything, as the functions in an Equinox module.
+    shapes = {path: np.shape(leaf) for path, leaf in leaves_of(params)}
     for path, grid in grids.items():
         if path not in shapes:
+            nearest = difflib.get_close_matches(path, list(shapes), n=3, cutoff=0)
             raise ValueError(
-                f"params have no leaf {path!r}, which opt_state quantizes: they are not of one run"
+                f"params have no leaf {path!r}, which opt_state quantizes (the nearest: "
+                f"{', '.join(nearest) or 'none'}); give the tree that tx.update gets, of the same run"
             )
         kept = latents[path].shape if path in latents else shapes[path]
         if kept != shapes[path] or not fits(grid, kept):
@@ -133,6 +139,6 @@ def _map_paths(fn: Any, params: PyTree, grids: dict[str, Grid], latents: dict[st
                 + (f"of shape {kept}" if path in latents else f"with scales of {grid.scale.shape}")
                 + ": they are not of one run"
             )
-    return jax.tree_util.tree_map_with_path(
+    return map_with_path(
         lambda path, p: fn(path_of(path), p) if path_of(path) in grids else p, params
     )

@@ -7,7 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_clipquant._tree import PyTree, check_known, check_unchanged, path_of, unboxed
+from optax_clipquant._tree import (
+    PyTree,
+    check_known,
+    check_unchanged,
+    flatten_with_path,
+    map_with_path,
+    path_of,
+    unboxed,
+)
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.params import (
     Rules,
@@ -34,7 +42,7 @@ def init_grids(
         with naming(path):
             return chosen[path].fit(p, use=use_of(uses, path))
 
-    return jax.tree_util.tree_map_with_path(lambda path, p: fit(path_of(path), p), params)
+    return map_with_path(lambda path, p: fit(path_of(path), p), params)
 
 
 def refit(
@@ -98,9 +106,7 @@ def map_quantized(
             f"{name} needs the params: call update(updates, state, params) with the current ones"
         )
     update_of, param_of = dict(leaves_of(updates)), dict(leaves_of(params))
-    known = jax.tree_util.tree_flatten_with_path(
-        grid, is_leaf=lambda x: x is None or is_quantized(x)
-    )[0]
+    known = flatten_with_path(grid, is_leaf=lambda x: x is None or is_quantized(x))[0]
     check_known(name, param_of, (path_of(path) for path, _ in known))
     outputs = {}
     for path, leaf_grid in leaves_of(grid):
@@ -118,7 +124,7 @@ def map_quantized(
         outputs[path] = step(path, u.astype(jnp.float32), p, leaf_grid)
 
     def result(index: int, tree: PyTree) -> PyTree:
-        return jax.tree_util.tree_map_with_path(
+        return map_with_path(
             lambda path, leaf: outputs[path_of(path)][index] if path_of(path) in outputs else leaf,
             tree,
             is_leaf=is_quantized,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.extend.core import Literal
 
-from optax_clipquant._tree import path_of, unboxed
+from optax_clipquant._tree import map_with_path, path_of, unboxed
 from optax_clipquant.lowering.noise import noise
 from optax_clipquant.quant.companding import CompandedArray, block_of, compand, has_rows
 from optax_clipquant.quant.params import PyTree, Where, is_quantized
@@ -124,7 +124,7 @@ def quantize_state(
             # Under jit these are mostly constants, which the compiler would spend seconds folding.
             return compand(jax.lax.optimization_barrier(x), block, bits)
 
-        inner = jax.tree_util.tree_map_with_path(shrink, inner, iterates, is_leaf=is_quantized)
+        inner = map_with_path(shrink, inner, iterates, is_leaf=is_quantized)
         if refused:
             raise ValueError(_refusal(refused, bits))
         if not found:
@@ -151,7 +151,7 @@ def quantize_state(
                 )
             return x.decode()
 
-        inner = jax.tree_util.tree_map_with_path(widen, state.inner_state, is_leaf=_is_companded)
+        inner = map_with_path(widen, state.inner_state, is_leaf=_is_companded)
         # The state is that of bare arrays; NNX's variables are put around the updates again. What else
         # changes the structure is meant to: lookahead takes gradients of the half of its params.
         boxes, bare = jax.tree.structure(updates), unboxed(updates)

@@ -6,7 +6,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_clipquant._tree import PyTree, check_unchanged, on_shapes, path_of, unboxed
+from optax_clipquant._tree import (
+    PyTree,
+    check_unchanged,
+    map_with_path,
+    on_shapes,
+    path_of,
+    unboxed,
+)
 from optax_clipquant.gradients.clip import Bound, clip_by_value
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.params import Rules, Where, check_rules, leaves_of, use_of
@@ -133,9 +140,7 @@ def quantize_weights(
                 return latent
             return residual.start(latent, level_of(grids[path], latent), grids[path])
 
-        latent = jax.tree_util.tree_map_with_path(
-            lambda path, p: keep(path_of(path), p), unboxed(params)
-        )
+        latent = map_with_path(lambda path, p: keep(path_of(path), p), unboxed(params))
         return QuantizeWeightsState(jnp.zeros((), jnp.int32), latent, grid)
 
     def update(

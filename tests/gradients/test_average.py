@@ -62,6 +62,20 @@ def test_mean_is_exact_to_within_rounding(bits, bound, error_feedback, check_vma
     assert isinstance(state, AverageGradientsState)
 
 
+def test_numbers_of_python_are_averaged_too():
+    """As where a leaf of a net is a scalar that was never made an array."""
+    tx = average_gradients("data")
+    params = {"w": 1.5, "v": np.zeros(4096, np.float32)}
+    state = tx.init(params)
+    assert state.error["w"] is None
+    assert state.error["v"].shape == (1, 4096)
+    mean, _ = jax.vmap(
+        lambda x: tx.update({"w": 1.5, "x": x}, tx.init({"w": 1.5, "x": x})), axis_name="data"
+    )(jnp.arange(2.0))
+    np.testing.assert_array_equal(mean["w"], [1.5, 1.5])
+    np.testing.assert_array_equal(mean["x"], [0.5, 0.5])
+
+
 def test_state_and_gradients_may_be_donated():
     grads = {"a": gradients((70, 90))}
     params = {"a": jnp.zeros((70, 90))}

@@ -1,6 +1,8 @@
 import math
 
 import chex
+import flax.core
+import flax.linen as nn
 import hypothesis
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
@@ -9,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from helpers import cases
 
 from optax_clipquant import (
@@ -133,8 +136,75 @@ def test_tree_of_bounds_and_schedules():
         np.testing.assert_array_equal(clipped["a"]["x"], [1, 1])
         np.testing.assert_array_equal(clipped["b"], np.full(2, 2.0 + step))
     assert int(state.count) == 3
-    with pytest.raises(ValueError, match="b"):
-        clip_by_value({"a": 1.0}).init(params)
+
+
+KERNELS = {"a": {"kernel": jnp.full(2, 5.0)}, "b": {"kernel": jnp.full(3, 5.0)}}
+WRAPPERS = {
+    "dict": lambda tree: tree,
+    "FrozenDict": flax.core.freeze,
+    "State": nnx.State,
+    "State of variables": lambda tree: nnx.State(jax.tree.map(nnx.Param, tree)),
+    "boxed": lambda tree: jax.tree.map(lambda x: nn.Partitioned(x, names=(None,)), tree),
+}
+
+
+@pytest.mark.parametrize("params", WRAPPERS)
+@pytest.mark.parametrize("bounds", WRAPPERS)
+def test_bounds_are_matched_by_paths_whatever_the_wrappers(bounds, params):
+    grads = WRAPPERS[params](KERNELS)
+    for c in ({"a": 1.0, "b": 2.0}, {"a": {"kernel": 1.0}, "b": {"kernel": 2.0}}):
+        clipped, _ = update(WRAPPERS[bounds](c), grads)
+        assert jax.tree.structure(clipped) == jax.tree.structure(grads)
+        first, second = jax.tree.leaves(clipped)
+        np.testing.assert_array_equal(first, [1, 1])
+        np.testing.assert_array_equal(second, [2, 2, 2])
+
+
+def test_bounds_in_another_wrapper_than_nnx_optimizer_has():
+    """``init`` sees variables, ``update`` arrays, and the model's state is made of both."""
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    before = nnx.as_pure(nnx.state(model))
+    state = nnx.state(model, nnx.Param)
+    for c in ({"kernel": 0.5, "bias": 0.25}, jax.tree.map(lambda p: 0.1 * p.ndim, state)):
+        opt = nnx.Optimizer(model, optax.chain(clip_by_value(c), optax.sgd(1.0)), wrt=nnx.Param)
+        opt.update(model, jax.tree.map(lambda p: jnp.full_like(p, 9.0), state))
+    off = jax.tree.map(lambda a, b: a - b, before, nnx.as_pure(nnx.state(model)))
+    np.testing.assert_allclose(off["kernel"], np.full((2, 3), 0.7), rtol=1e-5)
+    np.testing.assert_allclose(off["bias"], np.full(3, 0.35), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("c", "message"),
+    [
+        ({"a": 1.0}, r"no bound for the leaf 'b/kernel', only for 'a'; give math\.inf"),
+        (
+            {"a": 1.0, "b": {"bias": 1.0}},
+            r"no bound for the leaf 'b/kernel', only for 'a', 'b/bias'",
+        ),
+        ({"a": 1.0, "b": 1.0, "d": 1.0}, r"has a bound for 'd', which params have not.*'b/kernel'"),
+    ],
+)
+def test_bounds_that_do_not_fit_are_refused_by_path(c, message):
+    with pytest.raises(ValueError, match=message):
+        clip_by_value(c).init(KERNELS)
+    with_gaps = {"a": KERNELS["a"], "b": optax.MaskedNode(), "d": None}
+    if "b" in c and "d" in c:
+        clip_by_value(c).init(with_gaps)
+
+
+def test_gradients_may_be_python_numbers():
+    grads = {"w": 1.5, "v": -3.0}
+    for make in (
+        lambda: clip_by_value(1.0),
+        clip_by_quantile,
+        lambda: clip_by_quantile(per_leaf=True),
+    ):
+        tx = make()
+        clipped, _ = tx.update(grads, tx.init(grads))
+        assert jax.tree.map(float, clipped) == {"w": 1.0, "v": -1.0}
+    tx = clip_by_zscore(max_norm=1.0)
+    clipped, _ = tx.update({"w": 3.0, "v": -4.0}, tx.init(grads))
+    np.testing.assert_allclose([clipped["w"], clipped["v"]], [0.6, -0.8], rtol=1e-6)
 
 
 def test_schedule_works_without_telemetry():

@@ -225,6 +225,29 @@ def test_trains_on_the_grid_and_ships(tmp_path, name, residual_bits):
     assert jax.tree.structure(latent) == jax.tree.structure(params)
 
 
+def test_an_equinox_model_is_exported_whole_with_its_functions():
+    """Activations are leaves there, and numbers: they pass, as they are, through all that reads params."""
+    model = eqx.nn.MLP(4, 4, 8, 1, key=jax.random.key(0))
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    tx = quantize_weights(GRID)
+    updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    params = optax.apply_updates(params, updates)
+    whole = eqx.combine(params, static)
+    exported = export_params(whole, state)
+    assert exported.activation is model.activation
+    for a, b in zip(
+        jax.tree.leaves(exported.layers),
+        jax.tree.leaves(export_params(params, state).layers),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+    assert latent_params(whole, state).activation is model.activation
+    quantized = quantize_params(model, GRID)
+    assert quantized.activation is model.activation
+    restored = dequantize_params(exported)
+    np.testing.assert_array_equal(restored(jnp.ones(4)), whole(jnp.ones(4)))
+
+
 def labels(params: dict) -> dict:
     return {k: "q" if k == "Dense_0" else "f" for k in params}
 

@@ -338,7 +338,7 @@ def test_export_refuses_the_state_of_other_params():
     params = mlp_params()
     with pytest.raises(ValueError, match="no state of quantize_weights"):
         export_params(params, optax.sgd(0.1).init(params))
-    with pytest.raises(ValueError, match="no state of quantize_weights with a latent"):
+    with pytest.raises(ValueError, match="no state of quantize_weights; give"):
         latent_params(params, round_weights(Uniform()).init(params))
     state = quantize_weights(Uniform()).init(params)
     with pytest.raises(ValueError, match="no leaf 'Dense_0/kernel'"):
@@ -489,6 +489,24 @@ def test_export_refuses_other_shapes(shape, group_size):
     ):  # or the grid, which is all the state has, would fit these too
         with pytest.raises(ValueError, match=r"with scales of .*: they are not of one run"):
             export_params(other, round_weights(rule).init(params))
+
+
+def test_export_names_the_nearest_leaf_of_another_tree_and_the_state_that_is_missing():
+    params = {"net": {"kernel": jnp.asarray(weights((12, 10)))}}
+    state = quantize_weights(Uniform(bits=4)).init(params)
+    rounded = round_weights(Uniform(bits=4)).init(params)
+    for wrong in ({"params": params}, params["net"], state):
+        with pytest.raises(
+            ValueError, match=r"no leaf 'net/kernel', .*nearest: .*kernel.*tx\.update"
+        ):
+            export_params(wrong, state)
+    with pytest.raises(ValueError, match=r"nearest: none"):
+        export_params(None, state)
+    for opt_state in (params, optax.adam(0.1).init(params)):
+        with pytest.raises(ValueError, match="no state of quantize_weights or round_weights; give"):
+            export_params(params, opt_state)
+    with pytest.raises(ValueError, match="no state of quantize_weights; give"):
+        latent_params(params, rounded)
 
 
 def test_quantizer_class_is_refused():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_clipquant._tree import PyTree, path_of
+from optax_clipquant._tree import PyTree, flatten_with_path, path_of
 from optax_clipquant.lowering.sharding import sharding_of_scales
 from optax_clipquant.quant.qarray import QArray, is_qarray
 
@@ -19,9 +19,10 @@ def fill(like: PyTree, tree: PyTree, file: str) -> PyTree:
         _parts(key): leaf
         for key, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_qarray)[0]
     }
+    paths = [path_of(key) for key, _ in flatten_with_path(like, is_qarray)[0]]
     leaves = []
-    for key, leaf in expected:
-        path, parts = path_of(key), _parts(key)
+    for path, (key, leaf) in zip(paths, expected, strict=True):
+        parts = _parts(key)
         if parts not in found:
             raise ValueError(
                 f"{file}: no leaf {path!r}, which `like` has; left to match are {_some(found)}"
@@ -62,7 +63,7 @@ def _on_devices(array: np.ndarray, like: Any) -> Any:
 
 
 def _parts(key: jax.tree_util.KeyPath) -> tuple[str, ...]:
-    """The keys of a path as text, without a box's ``value``, like ``path_of``.
+    """The keys of a path as text, without a box's ``value``, which a file does not mark.
 
     They are not joined, since Haiku's keys contain slashes: ``{"a/b": x}`` is not ``{"a": {"b": x}}``.
     """
