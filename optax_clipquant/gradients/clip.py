@@ -77,7 +77,9 @@ def clip_by_value(c: Bound, *, telemetry: bool = True) -> optax.GradientTransfor
       Pascanu et al., On the difficulty of training recurrent neural networks, 2013
       (arXiv:1211.5063).
     """
-    bounds = {_names(path): bound for path, bound in flatten_with_path(c, lambda x: x is None)[0]}
+    bounds: dict[tuple[str, ...], Any] = {
+        _names(path): bound for path, bound in flatten_with_path(c, lambda x: x is None)[0]
+    }
     for bound in bounds.values():
         if not callable(bound):
             check_positive("clip_by_value", "c", bound, _BOUND_HELP)
@@ -96,7 +98,7 @@ def clip_by_value(c: Bound, *, telemetry: bool = True) -> optax.GradientTransfor
     ) -> tuple[PyTree, PyTree]:
         del params
         outside = []
-        values = {
+        values: dict[tuple[str, ...], Any] = {
             names: bound(state.count) if callable(bound) else bound
             for names, bound in bounds.items()
         }
