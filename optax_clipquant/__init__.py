@@ -3,6 +3,8 @@
 The public names are in ``__init__.pyi``. Each is imported on first access, so that the command
 ``optax-clipquant`` starts in a fifth of the time it takes to import JAX. ``plots``, which needs
 matplotlib, is the module ``optax_clipquant.report.plots``.
+
+.. include:: ../examples/how_it_works.md
 """
 
 import importlib
