@@ -80,10 +80,10 @@ def _check_plot(args: argparse.Namespace) -> None:
 def _plot(path: str, summary: Summary) -> None:
     from optax_clipquant.report import plots
 
-    most = 40
-    shown = min(len(summary.rows), most + 1)
+    max_leaves = 40
+    shown = min(len(summary.rows), max_leaves + 1)
     figure, axes = plots.subplots(2, width=6, height=1.2 + 0.3 * max(shown, 5))
-    plots.leaf_bars(axes, summary, most=most)
+    plots.leaf_bars(axes, summary, max_leaves=max_leaves)
     with replacing(path) as file:
         figure.savefig(file, format=_format_of(path))
 

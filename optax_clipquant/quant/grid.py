@@ -90,7 +90,12 @@ class Grid(Levels):
 
     @jax.jit
     def encode(
-        self, w: jax.Array, *, key: jax.Array | None = None, draws: jax.Array | None = None
+        self,
+        w: jax.Array,
+        *,
+        key: jax.Array | None = None,
+        noise: jax.Array | None = None,
+        draws: jax.Array | None = None,
     ) -> jax.Array:
         """The codes of ``w``, rounded to the nearest level, or stochastically to one of the two around it.
 
@@ -99,7 +104,8 @@ class Grid(Levels):
           key: a PRNG key for stochastic rounding, which is unbiased: a value between two levels goes
             to the upper one with a probability equal to its distance from the lower one, in steps. A value
             on a level stays there.
-          draws: uniform noise in [0, 1) of the shape of ``w``, to use instead of a key.
+          noise: uniform noise in [0, 1) of the shape of ``w``, to use instead of a key.
+          draws: the old name of ``noise``.
 
         Returns:
           int8 codes of the shape of ``w``. The code of NaN is 0 (its scale is not finite, so it
@@ -108,13 +114,14 @@ class Grid(Levels):
         scale = self.scale.astype(jnp.float32)
         split, expand, merge = self._view(w)
         w = split(w)
+        noise = draws if noise is None else noise
         if key is not None:
-            draws = jax.random.uniform(key, w.shape)
-        elif draws is not None:
-            draws = split(draws)
+            noise = jax.random.uniform(key, w.shape)
+        elif noise is not None:
+            noise = split(noise)
         # By the reciprocal: XLA divides by a broadcast scale that way, but not by one of full shape.
         position = w.astype(jnp.float32) * expand(1 / jnp.where(scale == 0, 1, scale))
-        if self.codebook is not None and self.max_code is None and draws is None:
+        if self.codebook is not None and self.max_code is None and noise is None:
             codes = self.lower + _nearest_in(self.codebook, position)
             return merge(jnp.where(jnp.isnan(position), 0, codes).astype(jnp.int8))
         if self.codebook is not None:
@@ -123,15 +130,15 @@ class Grid(Levels):
             position += expand(self._zero_point())
         if self.offset:
             position -= self.offset
-        if draws is None:
+        if noise is None:
             codes = jnp.round(position)
         else:
             # The reciprocal is rounded, so a value on a level may land a few units in the last place off
             # its code. The margin keeps it on that code.
             margin = 2.0**-14
             below = jnp.floor(position)
-            chance = margin + (1 - 2 * margin) * draws
-            codes = below + (chance < position - below).astype(jnp.float32)
+            threshold = margin + (1 - 2 * margin) * noise
+            codes = below + (threshold < position - below).astype(jnp.float32)
         codes = jnp.clip(codes, self.lower, self.upper)
         if self.max_code is not None:
             bound = self.max_code.astype(jnp.float32)

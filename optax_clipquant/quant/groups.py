@@ -1,4 +1,4 @@
-"""Which weights share a scale: channels, groups, stacked layers. No JAX here."""
+"""Groups of weights that share a scale: channels, runs, stacked layers. No JAX here."""
 
 import math
 from typing import Literal

@@ -76,7 +76,7 @@ def as_text(static: Mapping[str, Any]) -> np.ndarray:
 
 
 def levels_of(text: bytes) -> Levels:
-    """What ``as_text`` wrote."""
+    """The levels that ``as_text`` wrote."""
     found = json.loads(text)
     for name in ("group", "codebook"):
         found[name] = None if found[name] is None else tuple(found[name])

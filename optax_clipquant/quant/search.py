@@ -1,4 +1,4 @@
-"""The scale, with its sign, of the least weighted squared error."""
+"""Search of the scale, with its sign, that minimises a weighted squared error."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.levels import Levels
 from optax_clipquant.quant.scales import round_scale
 
-# The sum of each array over what shares a scale, the axes kept.
+# Sums each array over the weights that share a scale, keeping the axes.
 Totals = Callable[[list[jax.Array]], list[jax.Array]]
 
 
@@ -51,29 +51,29 @@ def search_scale(
     zero_points: bool = False,
     count: int = 24,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The scale, and zero point, with the least ``sum(importance * (w - w_hat)**2)`` of those tried.
+    """Searches the scale, and zero point, that minimise ``sum(importance * (w - w_hat)**2)``.
 
-    Tried are ``count`` scales of each sign, of which one end maps the weights of the largest magnitude
-    to the outermost levels, and two least-squares fits from the best. The sign is worth as much as the
-    size of the scale: the levels of ``-8 .. 7`` reach further on one side, and which side is better
-    depends on all weights and not only on the largest one.
+    It tries ``count`` scales of each sign around the one that maps the weights of the largest magnitude to
+    the outermost levels, and then two least-squares fits from the best. The sign matters as much as the
+    size of the scale: the levels ``-8 .. 7`` reach further on one side, and which side is better depends on
+    all weights, not only on the largest one.
 
     Args:
       w: float32 weights.
-      importance: of each weight, at least 0; broadcastable to ``w``.
+      importance: the importance of each weight, at least 0; broadcastable to ``w``.
       levels: the static half of the grid.
-      totals: sums over what shares a scale.
-      high: the largest weight, or 0, of what shares a scale, as ``totals`` gives it.
-      low: the least weight, or 0.
-      zero_points: whether the grid has them.
-      count: how many sizes of the scale are tried.
+      totals: sums arrays over the weights that share a scale.
+      high: the largest weight (at least 0) that shares each scale, in the shape that ``totals`` returns.
+      low: the smallest weight (at most 0), likewise.
+      zero_points: whether the grid is affine.
+      count: the number of sizes of the scale to try.
 
     Returns:
-      The scale, rounded as grids have it, and the zero point as float32 or None. Where all weights or
-      all importances are 0, the scale that spans the weights.
+      The scale, rounded to a grid's precision, and the zero point as float32 or None. Where all weights or
+      all importances are 0, the scale is the one that spans the weights.
     """
     number = levels.upper - levels.lower + 1
-    # With fewer levels it pays to cut more of the largest weights off.
+    # With fewer levels it pays to clip more of the largest weights.
     ratios = np.linspace(max(1 - 1.6 / number**0.5, 0.08), 1 + 0.6 / number**0.5, count)
     ratios[np.argmin(np.abs(ratios - 1))] = 1
     if zero_points:
@@ -89,7 +89,7 @@ def search_scale(
             ratios, shifts = np.concatenate([ratios, -ratios]), np.zeros(2 * count)
 
     def fit(scale: jax.Array, zero: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """The error with a scale, and the levels of the nearest codes."""
+        """The error at a scale, and the levels of the nearest codes."""
         steps = w * (1 / jnp.where(scale == 0, 1, scale))
         level = levels_of(levels, nearest_codes(levels, steps, zero), zero)
         return totals([importance * jnp.square(w - level * scale)])[0], level
@@ -109,7 +109,7 @@ def search_scale(
             ),
         )
 
-    # In units of the largest scale, so that those tried are numbers and not arrays: five times as fast.
+    # In units of one scale, so that the ratios to try are numbers rather than arrays: five times as fast.
     x = w * (1 / jnp.where(unit == 0, 1, unit))
 
     def attempt(best: tuple, choices: jax.Array) -> tuple[tuple, None]:
@@ -140,14 +140,14 @@ def search_scale(
 
 
 def is_mirrored(levels: Levels) -> bool:
-    """Whether the levels of a negative scale are those of a positive one."""
+    """Whether the levels are the same for a scale and its negative."""
     if levels.codebook is not None:
         return levels.codebook == tuple(-x for x in reversed(levels.codebook))
     return levels.lower + levels.offset == -(levels.upper + levels.offset)
 
 
 def largest_level(levels: Levels, zero_points: bool) -> float:
-    """The largest level that must be finite with any scale, in units of it."""
+    """The largest level that must be finite with any scale, in units of the scale."""
     if zero_points:
         return 0.49 * (levels.upper - levels.lower)
     if levels.codebook is not None:
@@ -158,14 +158,14 @@ def largest_level(levels: Levels, zero_points: bool) -> float:
 def weighted_least_squares(
     w: jax.Array, importance: jax.Array, span: Span, grid: Grid, *, count: int = 9
 ) -> Grid:
-    """``grid`` with the scales of the least ``sum(importance * (w - w_hat)**2)`` in each span.
+    """``grid`` with the scales that minimise ``sum(importance * (w - w_hat)**2)`` in each span.
 
     Args:
       w: the weights.
-      importance: at least 0, broadcastable to ``w``. Where all of it is 0, all counts alike.
-      span: what shares a scale.
-      grid: which levels there are, and whether there are zero points; its arrays are not read.
-      count: how many sizes of the scale are tried, see ``search_scale``.
+      importance: at least 0, broadcastable to ``w``. A span where all of it is 0 is weighted equally.
+      span: the weights that share a scale.
+      grid: gives the levels, and whether there are zero points; its arrays are not read.
+      count: the number of sizes of the scale to try, see ``search_scale``.
     """
 
     def fit(w: jax.Array, importance: jax.Array) -> Grid:
@@ -189,7 +189,7 @@ def weighted_least_squares(
 
 
 def aligned(importance: Any, shape: tuple[int, ...]) -> jax.Array:
-    """With the rank of the weights, of whose ``shape`` each extent is theirs or 1."""
+    """``importance`` in float32, with leading axes of extent 1 added up to the rank of ``shape``."""
     importance = jnp.asarray(importance, jnp.float32)
     rank = len(shape)
     fits = importance.ndim <= rank and all(

@@ -65,13 +65,16 @@ def weight_histogram(axes: Axes, before: jax.typing.ArrayLike, after: QArray) ->
     axes.legend()
 
 
-def leaf_bars(axes: Sequence[Axes], summary: Summary, *, most: int = 40) -> None:
+def leaf_bars(
+    axes: Sequence[Axes], summary: Summary, *, max_leaves: int = 40, most: int | None = None
+) -> None:
     """Plots the size and signal-to-noise ratio of each leaf.
 
     Args:
       axes: two axes, for sizes and for ratios.
       summary: the result of ``summarize``.
-      most: how many leaves to show; the smaller ones share one bar.
+      max_leaves: how many leaves to show; the smaller ones share one bar.
+      most: the old name of ``max_leaves``.
 
     Raises:
       ValueError: ``axes`` does not hold exactly two axes.
@@ -81,7 +84,7 @@ def leaf_bars(axes: Sequence[Axes], summary: Summary, *, most: int = 40) -> None
     left, right = axes
     rows = summary.rows
     by_size = sorted(rows, key=lambda row: -row.bytes_before)
-    large = {row.path for row in by_size[:most]}
+    large = {row.path for row in by_size[: max_leaves if most is None else most]}
     names = [f"{_shortened(row.path)} ({row.bits:.3g})" for row in rows if row.path in large]
     shown = [row for row in rows if row.path in large]
     if rest := [row for row in rows if row.path not in large]:

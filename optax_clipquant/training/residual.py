@@ -48,7 +48,7 @@ def _keep(
     units = _units(latent, level, grid, before)
     if _is_binary(grid):
         kept = _between(latent, units)
-    return QArray(units.encode(kept, draws=draws), units)
+    return QArray(units.encode(kept, noise=draws), units)
 
 
 def latent_of(level: jax.Array, grid: Grid, kept: QArray) -> jax.Array:
@@ -84,7 +84,7 @@ def _between(latent: jax.Array, units: Grid) -> jax.Array:
     Each root is placed where ``latent`` lies between the squares of the codes, so that the mean of the
     squares of rounded roots equals ``latent``.
     """
-    below = units.encode(_root(latent), draws=jnp.ones_like(latent))
+    below = units.encode(_root(latent), noise=jnp.ones_like(latent))
     below = jnp.minimum(below, units.upper - 1)
     low, high = units.decode(below), units.decode(below + 1)
     range_ = _square(high) - _square(low)

@@ -204,7 +204,7 @@ def _refusal(paths: list[jax.tree_util.KeyPath], bits: int) -> str:
     fields = repr(fields[0] if len(fields) == 1 else fields)
     return (
         f"quantize_state: {path_of(paths[0])!r} of the optimizer's state holds params or gradients of one "
-        f"step, or their differences, which {bits} bits would spoil; leave such arrays as they are with "
+        f"step, or their differences, which {bits} bits would spoil; leave such arrays unquantized with "
         f"where=lambda path, leaf: not path.startswith({fields}), or do not quantize this state"
     )
 

@@ -265,7 +265,7 @@ STEPS = {
 
 
 def versions() -> str:
-    """Of what decides about the figures."""
+    """The versions of the packages that determine the figures."""
     return f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu')}"
 
 
@@ -274,7 +274,9 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help=f"of {', '.join(STEPS)}")
     parser.add_argument("--leaves", type=int, default=2)
     parser.add_argument("--size", type=int, default=8192)
-    parser.add_argument("--json", action="store_true", help="one line for programs, no table")
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON in one line instead of a table"
+    )
     args = parser.parse_args()
     if unknown := [name for name in args.names if name not in STEPS]:
         parser.error(f"no step named {', '.join(unknown)}; there are {', '.join(STEPS)}")

@@ -259,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
         kl, perplexity = figures(dequantize_params(qparams))
         note("language model, KL", f"{method}, {bits} bits", kl, TARGETS.get((method, bits)))
         size = bits_per_param(qparams["blocks"])
-        # Of the process so far: that of one method, where it runs alone.
+        # The peak of the process so far, which is that of a method only if it runs alone.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         table.add_row(
             str(bits), method, f"{kl:.4f}", f"{perplexity:.2f}", f"{size:.2f}", f"{seconds:.0f}", f"{peak:.1f}"

@@ -55,7 +55,7 @@ def by_hand() -> optax.GradientTransformation:
 GRID = quantize_weights(Uniform(bits=4))
 TRANSFORMS = {
     "adam": optax.adam(1e-3),
-    # What one reduction of each leaf costs.
+    # The cost of one reduction per leaf.
     "optax.clip_by_global_norm": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)),
     "clip_by_value": optax.chain(clip_by_value(1.0), optax.adam(1e-3)),
     "4 bits, by hand": optax.chain(optax.adam(1e-3), by_hand()),

@@ -493,7 +493,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=100, help="in a round of --time")
     # With more threads than idle cores, OpenMP's barriers make torch slower by far.
     parser.add_argument("--threads", type=int, default=2, help="of torch (default 2)")
-    parser.add_argument("--limit", type=int, help="images of each part, for a quick try")
+    parser.add_argument("--limit", type=int, help="use only this many training and test images")
     parser.add_argument("--report", action="store_true", help="only print what there is")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/lowbit"))
     return parser.parse_args()

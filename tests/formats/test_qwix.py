@@ -40,7 +40,7 @@ def test_qwix_decodes_the_same_values(name, dtype):
     assert isinstance(theirs, qwix.QArray)
     found = np.asarray(qwix.dequantize(theirs))
     assert found.dtype == ours.dtype
-    # Bit for bit, but for the sign of 0.
+    # Bit for bit, except for the sign of 0.
     assert (found + found.dtype.type(0)).tobytes() == ours.tobytes()
     assert theirs.qvalue.dtype == (jnp.int8 if q.bits == 8 else jnp.int4)
 

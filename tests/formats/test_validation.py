@@ -1,4 +1,4 @@
-"""A file is believed only as far as it is checked: right checksums over wrong contents."""
+"""Validation of files with right checksums over wrong contents."""
 
 import hashlib
 import json

@@ -273,3 +273,11 @@ def test_any_codebook_encodes_to_the_nearest_level(n):
     np.testing.assert_array_equal(codes, nearest - 3)
     np.testing.assert_array_equal(grid.decode(codes), 0.5 * np.array(book)[nearest])
     assert grid.encode(jnp.full((1, 1), jnp.nan)) == 0
+
+
+def test_encode_accepts_noise_under_its_old_name():
+    w = jnp.asarray(weights((4, 3)))
+    grid = Uniform(bits=4).fit(w)
+    up = grid.encode(w, noise=jnp.zeros(w.shape))
+    assert (grid.encode(w, noise=jnp.full(w.shape, 0.999)) < up).any()
+    chex.assert_trees_all_equal(grid.encode(w, draws=jnp.zeros(w.shape)), up)

@@ -112,11 +112,12 @@ def test_leaf_bars_show_the_rows_of_the_summary():
     ratios = [bar.get_width() for bar in axes[1].containers[0]]
     assert ratios == [row.snr_db for row in summary.rows if math.isfinite(row.snr_db)]
     assert axes[0].get_yticklabels()[0].get_text() == "bias (32)"
-    figure, axes = plots.subplots(2)
-    plots.leaf_bars(axes, summary, most=2)
-    assert [label.get_text() for label in axes[0].get_yticklabels()] == [
-        *("layer_4/kernel (4)", "layer_5/kernel (4)", "5 smaller leaves"),
-    ]
+    for name in ("most", "max_leaves"):
+        figure, axes = plots.subplots(2)
+        plots.leaf_bars(axes, summary, **{name: 2})
+        assert [label.get_text() for label in axes[0].get_yticklabels()] == [
+            *("layer_4/kernel (4)", "layer_5/kernel (4)", "5 smaller leaves"),
+        ]
     total = sum(bar.get_width() for bar in axes[0].containers[0])
     assert total == summary.bytes_before
     with pytest.raises(ValueError, match="two axes"):
