@@ -1,4 +1,4 @@
-"""What a model's code may do to a QArray: exactly what the page of quant/drop_in.py claims."""
+"""A QArray works in a model's code exactly as the docstring of quant/drop_in.py claims."""
 
 import re
 
@@ -81,8 +81,8 @@ def q(request) -> QArray:
     return Uniform(bits=4, group_size=group_size).quantize(jnp.asarray(weights((6, 4))))
 
 
-def test_the_page_claims_what_is_tested():
-    claimed, refused = str(drop_in.__doc__).split("``jax.lax`` takes arrays alone.")
+def test_every_claim_of_the_docstring_is_tested():
+    claimed, refused = str(drop_in.__doc__).split("``jax.lax`` only accepts arrays.")
     tested = {*METHODS, *FUNCTIONS, *TRANSFORMATIONS}
     prose = {"jax.Array", "len", "float", "jnp", "np", "jax.nn", "np.asarray"}
     assert set(re.findall("``([^`]+)``", claimed)) - prose == tested
@@ -90,7 +90,7 @@ def test_the_page_claims_what_is_tested():
 
 
 @pytest.mark.parametrize("name", [*METHODS, *FUNCTIONS, *TRANSFORMATIONS])
-def test_gives_what_it_gives_on_the_array(q, name):
+def test_results_equal_those_for_the_dequantized_array(q, name):
     fn = {**METHODS, **FUNCTIONS, **TRANSFORMATIONS}[name]
     expected = fn(q.dequantize())
     for found in (fn(q), jax.jit(fn)(q)):
@@ -99,21 +99,23 @@ def test_gives_what_it_gives_on_the_array(q, name):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_lax_names_the_way_out(q, name):
+def test_lax_refuses_and_names_dequantize(q, name):
     for fn in (REFUSED[name], jax.jit(REFUSED[name])):
         with pytest.raises(ValueError, match=r"not a QArray of shape .*; give it w.dequantize\(\)"):
             fn(q)
         fn(q.dequantize())
 
 
-def test_other_names_are_no_attributes(q):
+def test_unknown_attributes_are_refused(q):
     for name in ("foo", "is_fully_addressable", "__array_interface__", "_value"):
         assert not hasattr(q, name)
-    with pytest.raises(AttributeError, match=r"no attribute 'foo'; .dequantize\(\) is the array"):
+    with pytest.raises(
+        AttributeError, match=r"no attribute 'foo'; .dequantize\(\) returns the array"
+    ):
         q.foo  # noqa: B018
 
 
-def test_operators(q):
+def test_operators_work_like_those_of_the_array(q):
     w = q.dequantize()
     other = jnp.asarray(weights((6, 4), seed=1)) + 4
     chex.assert_trees_all_equal(
@@ -154,7 +156,7 @@ def test_operators(q):
         )
 
 
-def test_conversions(q):
+def test_conversions_work_like_those_of_the_array(q):
     w = q.dequantize()
     np.testing.assert_array_equal(np.asarray(q, np.float64), np.asarray(w, np.float64))
     assert (q.shape, q.ndim, q.size, q.dtype, len(q)) == (w.shape, w.ndim, w.size, w.dtype, 6)

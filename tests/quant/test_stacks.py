@@ -1,4 +1,4 @@
-"""Stacks of layers and experts as QArrays: taken apart, sent to devices, exported."""
+"""QArrays of stacked layers and experts can be split, sharded and exported."""
 
 import functools
 import operator
@@ -39,7 +39,7 @@ KINDS = {
 
 
 def stack_of(kind: str) -> QArray:
-    """Three layers of [10, 6], whose last group is short."""
+    """Three layers of [10, 6] with a shorter last group."""
     return KINDS[kind].quantize(jnp.asarray(weights((3, 10, 6))), use=STACKED)
 
 
@@ -49,7 +49,7 @@ def assert_is(found, expected, *, quantized=True):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_vmap_scan_and_index_take_a_layer_each(kind):
+def test_vmap_scan_and_indexing_split_a_stack(kind):
     q = stack_of(kind)
     w = q.dequantize()
     x = jnp.asarray(weights((2, 10)))
@@ -89,7 +89,7 @@ entries = st.one_of(
         lambda index: index.count(Ellipsis) <= 1 and sum(i is not None and i is not Ellipsis for i in index) <= 3
     ),
 )  # fmt: skip
-def test_any_index_gives_what_it_gives_on_the_array(shape, contracted, group_size, index):
+def test_any_index_matches_the_dequantized_array(shape, contracted, group_size, index):
     use = Use({"dot"}, contracted=contracted)
     q = Uniform(4, group_size=group_size, symmetric=False).quantize(
         jnp.asarray(weights(shape)), use=use
@@ -100,7 +100,7 @@ def test_any_index_gives_what_it_gives_on_the_array(shape, contracted, group_siz
         assert isinstance(found, QArray)
 
 
-def test_indices_that_take_groups_apart_give_an_array():
+def test_indices_that_cut_groups_return_an_array():
     q = stack_of("groups")
     w = q.dequantize()
     for index in ((0, 3), (slice(None), slice(0, 4)), (..., 3, slice(None))):
@@ -116,7 +116,7 @@ def test_indices_that_take_groups_apart_give_an_array():
         q[0, 0, 0, 0]
 
 
-def test_a_scale_that_layers_share_is_expanded():
+def test_expand_scale_separates_layers_that_share_a_scale():
     w = jnp.asarray(weights((5, 4, 6)))
     channels = Uniform(4).quantize(w)
     groups_of_layers = Uniform(4, group_size=8, symmetric=False).quantize(w)
@@ -134,7 +134,7 @@ def test_a_scale_that_layers_share_is_expanded():
         channels.expand_scale(3)
 
 
-def test_moved_axes_are_refused_where_the_scales_no_longer_fit():
+def test_moved_axes_that_scales_do_not_fit_are_refused():
     q = Uniform(4, group_size=4).quantize(jnp.asarray(weights((8, 8, 3))), use=Use({"dot"}, {1}))
     with pytest.raises(
         ValueError, match=r"scales of shape \(8, 2\) in groups \(-2, 4\) do not fit"
@@ -155,7 +155,7 @@ class Scanned(nn.Module):
         return blocks(name="blocks")(x, None)[0]
 
 
-def test_linen_scan_serves_a_quantized_stack(variant):
+def test_linen_scan_runs_a_quantized_stack(variant):
     x = jnp.asarray(weights((2, 8)))
     params = Scanned().init(jax.random.key(0), x)["params"]
     forward = lambda params, x: Scanned().apply({"params": params}, x)  # noqa: E731
@@ -182,7 +182,7 @@ class Stack(nnx.Module):
         return run(x, self.blocks)
 
 
-def test_nnx_scan_serves_a_quantized_stack():
+def test_nnx_scan_runs_a_quantized_stack():
     graphdef, params, rest = nnx.split(Stack(nnx.Rngs(0)), nnx.Param, ...)
     forward = lambda params, x: nnx.merge(graphdef, params, rest)(x)  # noqa: E731
     x = jnp.asarray(weights((2, 8)))
@@ -195,7 +195,7 @@ def test_nnx_scan_serves_a_quantized_stack():
         chex.assert_trees_all_close(y, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_donated_codes_are_used_again():
+def test_donated_codes_are_reused():
     q = stack_of("uniform")
     fresh = jax.tree.map(jnp.copy, q)
     step = jax.jit(lambda q: QArray(-q.qvalue, q.grid), donate_argnums=0)
@@ -206,7 +206,7 @@ def test_donated_codes_are_used_again():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_exported_functions_take_and_give_it_after_serialization(kind):
+def test_exported_functions_take_and_return_qarrays(kind):
     q = stack_of(kind)
 
     def forward(params, x):
@@ -230,7 +230,7 @@ SPECS = [("x", None), (None, "x"), ("x", "y"), (("x", "y"), None), (None, ("x", 
 @pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit], ids=["auto", "explicit"])  # fmt: skip
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_codes_and_scales_are_split_along_rows_and_columns(tmp_path, spec, kind):
-    """Groups of 8 along 32 rows (4 scales), along 24 rows (3 scales, not to be split in 4 or 8)."""
+    """Groups of 8 along 32 rows (4 scales), along 24 rows (3 scales, which 4 or 8 devices cannot split)."""
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2, devices=jax.devices("cpu")[:8])
     params = {"a": jnp.asarray(weights((32, 16))), "b": jnp.asarray(weights((24, 16))), "bias": jnp.ones(16)}  # fmt: skip
     qparams = quantize_params(params, {"a": Uniform(4, group_size=8), "b": Uniform(4, group_size=8, symmetric=False)})  # fmt: skip
