@@ -1,9 +1,9 @@
-"""The pictures of ``how_it_works.md``: a grid, training on it, and calibration.
+"""The plots of ``how_it_works.md``: a grid, training on it, and calibration.
 
 A multilayer perceptron learns scikit-learn's digits, in float and on a grid of 3 bits; then the float net is
 quantized with and without data. About a minute on two cores.
 
-    python examples/how_it_works.py                 # writes the three pictures beside this file
+    python examples/how_it_works.py                 # writes the three plots beside this file
     python examples/how_it_works.py --out FOLDER
 """
 
@@ -60,7 +60,7 @@ def init(key: jax.Array) -> dict[str, jax.Array]:
 def train(
     optimizer: optax.GradientTransformation, x: jax.Array, y: jax.Array, quantized: bool
 ) -> Any:
-    """The last params; the served and the latent values of the watched weights at each step."""
+    """The final params, and the served and latent values of the watched weights at each step."""
     last = quantize_weights(GRID) if quantized else optax.identity()
     tx = optax.chain(clip_by_value(1.0), optimizer, last)
     watched = np.arange(WATCHED) * 7
@@ -88,7 +88,7 @@ def train(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent, help="folder of the pictures")  # fmt: skip
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent, help="folder for the plots")  # fmt: skip
     folder = parser.parse_args().out
     images, labels = load_digits(return_X_y=True)
     x, y = jnp.asarray(images / 16, jnp.float32), jnp.asarray(labels)

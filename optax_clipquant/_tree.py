@@ -19,10 +19,10 @@ def path_of(path: jax.tree_util.KeyPath) -> str:
 def flatten_with_path(
     tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
 ) -> tuple[list[tuple[jax.tree_util.KeyPath, Any]], Any]:
-    """As JAX's, but a box around a param adds nothing to its path.
+    """Like ``jax.tree_util.tree_flatten_with_path``, but boxes around params add nothing to paths.
 
-    Boxes (Flax NNX's variables, linen's ``Partitioned``) are there in some places and not in others, as in
-    ``init`` and ``update`` of ``nnx.Optimizer``. A field of a user's class that is called ``value`` stays.
+    Boxes (Flax NNX's variables, linen's ``Partitioned``) appear in some places and not in others, such as in
+    ``init`` but not in ``update`` of ``nnx.Optimizer``. A field named ``value`` of a user's class stays.
     """
     return list(_walk((), tree, is_leaf or (lambda x: False))), jax.tree.structure(tree, is_leaf)
 
@@ -33,7 +33,7 @@ def map_with_path(
     *rest: PyTree,
     is_leaf: Callable[[Any], bool] | None = None,
 ) -> PyTree:
-    """As JAX's, with the paths of ``flatten_with_path``."""
+    """Like ``jax.tree_util.tree_map_with_path``, with the paths of ``flatten_with_path``."""
     found, treedef = flatten_with_path(tree, is_leaf)
     others = [treedef.flatten_up_to(other) for other in rest]
     return treedef.unflatten(fn(*leaf, *x) for leaf, *x in zip(found, *others, strict=True))
@@ -78,7 +78,7 @@ def unboxed(tree: Any) -> Any:
 
 
 def is_placeholder(params: Any) -> bool:
-    """Whether ``init`` is called by ``optax.tree_map_params``, whose class for this is private."""
+    """Whether ``params`` are the placeholder, of a private class, that ``optax.tree_map_params`` passes to ``init``."""
     return type(params).__name__ == "_ParamsPlaceholder"
 
 

@@ -1,4 +1,4 @@
-"""Paths of leaves, in the boxes and classes that params come in."""
+"""Paths of leaves in every kind of box and class that holds params."""
 
 import dataclasses
 from typing import NamedTuple
@@ -56,7 +56,7 @@ def boxed(w):
         ([Data(boxed(W)), None], ["0/value"]),
     ],
 )
-def test_a_box_adds_nothing_to_a_path_but_a_field_called_value_does(tree, paths):
+def test_boxes_add_nothing_to_paths_but_fields_named_value_do(tree, paths):
     found, treedef = flatten_with_path(tree)
     assert [path_of(path) for path, _ in found] == paths
     assert treedef == jax.tree.structure(tree)
@@ -64,7 +64,7 @@ def test_a_box_adds_nothing_to_a_path_but_a_field_called_value_does(tree, paths)
         assert leaf is expected
 
 
-def test_fields_called_value_are_named_by_rules_trained_and_saved(tmp_path):
+def test_fields_named_value_work_in_rules_training_and_files(tmp_path):
     params = {"attention": Attention(jnp.eye(4), 0.1 * jnp.eye(4) + 0.3), "other": Data(W)}
     tx = quantize_weights({"attention/value$": Uniform(bits=4), "^other/value$": Uniform(bits=8)})
     updates, state = tx.update(params, tx.init(params), params)

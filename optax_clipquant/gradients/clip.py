@@ -48,7 +48,7 @@ def clip_by_value(c: Bound, *, telemetry: bool = True) -> optax.GradientTransfor
     Args:
       c: the bound: a positive number or 0-d array, or an ``optax.Schedule`` of the step; or a tree
         with one of these for each leaf or subtree of the params, such as ``{"head": 0.1, "body": 1.0}``.
-        It is matched by paths: a dict serves for an ``nnx.State``, a ``FrozenDict`` or a module.
+        It is matched by path, so a dict can be given for an ``nnx.State``, a ``FrozenDict`` or a module.
       telemetry: whether the state reports the fraction of clamped elements, which costs one pass over
         the gradients unless the compiler fuses it with another. Read it with
         ``optax.tree.get(opt_state, "clip_fraction")``, or from several transforms with
@@ -148,7 +148,7 @@ def _names(path: jax.tree_util.KeyPath) -> tuple[str, ...]:
 
 
 def _bounding(path: jax.tree_util.KeyPath, bounds: Collection[tuple[str, ...]]) -> tuple[str, ...]:
-    """The one of ``bounds`` that is for the leaf at ``path``, or for a subtree that it is in."""
+    """The path in ``bounds`` of the leaf at ``path``, or of a subtree that contains it."""
     names = _names(path)
     found = [names[:n] for n in range(len(names) + 1) if names[:n] in bounds]
     if not found:
@@ -160,7 +160,7 @@ def _bounding(path: jax.tree_util.KeyPath, bounds: Collection[tuple[str, ...]]) 
 
 
 def _check_bounds(bounds: Collection[tuple[str, ...]], params: PyTree) -> None:
-    """Raises where a leaf has no bound, or a bound no leaf: but it may be for what is None or masked."""
+    """Raises if a leaf has no bound, or a bound matches no leaf; it may match None or a masked leaf."""
 
     def is_empty(x: Any) -> bool:
         return not jax.tree.leaves(x)
@@ -170,7 +170,7 @@ def _check_bounds(bounds: Collection[tuple[str, ...]], params: PyTree) -> None:
     known = {_names(path)[:n] for path, _ in found for n in range(len(path) + 1)}
     if unused := [names for names in bounds if names not in used and names not in known]:
         raise ValueError(
-            f"clip_by_value: c has a bound for {_listed(unused)}, which params have not; their leaves "
+            f"clip_by_value: c has a bound for {_listed(unused)}, which params do not have; their leaves "
             f"are {_listed(_names(path) for path, _ in found)}"
         )
 

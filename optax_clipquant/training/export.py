@@ -123,14 +123,14 @@ def _map_paths(fn: Any, params: PyTree, grids: dict[str, Grid], latents: dict[st
     Raises ``ValueError`` if such a leaf is missing, differs in shape from its latent weights, if there are
     any, or does not fit its grid.
     """
-    # Leaves may be anything, as the functions in an Equinox module.
+    # Leaves may be anything, such as the functions in an Equinox module.
     shapes = {path: np.shape(leaf) for path, leaf in leaves_of(params)}
     for path, grid in grids.items():
         if path not in shapes:
             nearest = difflib.get_close_matches(path, list(shapes), n=3, cutoff=0)
             raise ValueError(
                 f"params have no leaf {path!r}, which opt_state quantizes (the nearest: "
-                f"{', '.join(nearest) or 'none'}); give the tree that tx.update gets, of the same run"
+                f"{', '.join(nearest) or 'none'}); give the tree that is passed to tx.update, of the same run"
             )
         kept = latents[path].shape if path in latents else shapes[path]
         if kept != shapes[path] or not fits(grid, kept):

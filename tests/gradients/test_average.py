@@ -62,8 +62,8 @@ def test_mean_is_exact_to_within_rounding(bits, bound, error_feedback, check_vma
     assert isinstance(state, AverageGradientsState)
 
 
-def test_numbers_of_python_are_averaged_too():
-    """As where a leaf of a net is a scalar that was never made an array."""
+def test_python_numbers_are_averaged():
+    """A leaf of a net may be a Python scalar that was never made an array."""
     tx = average_gradients("data")
     params = {"w": 1.5, "v": np.zeros(4096, np.float32)}
     state = tx.init(params)

@@ -160,8 +160,8 @@ def test_bounds_are_matched_by_paths_whatever_the_wrappers(bounds, params):
         np.testing.assert_array_equal(second, [2, 2, 2])
 
 
-def test_bounds_in_another_wrapper_than_nnx_optimizer_has():
-    """``init`` sees variables, ``update`` arrays, and the model's state is made of both."""
+def test_bounds_match_the_wrappers_of_an_nnx_optimizer():
+    """``init`` gets variables and ``update`` arrays, and the model's state has both."""
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     before = nnx.as_pure(nnx.state(model))
     state = nnx.state(model, nnx.Param)
@@ -181,7 +181,10 @@ def test_bounds_in_another_wrapper_than_nnx_optimizer_has():
             {"a": 1.0, "b": {"bias": 1.0}},
             r"no bound for the leaf 'b/kernel', only for 'a', 'b/bias'",
         ),
-        ({"a": 1.0, "b": 1.0, "d": 1.0}, r"has a bound for 'd', which params have not.*'b/kernel'"),
+        (
+            {"a": 1.0, "b": 1.0, "d": 1.0},
+            r"has a bound for 'd', which params do not have.*'b/kernel'",
+        ),
     ],
 )
 def test_bounds_that_do_not_fit_are_refused_by_path(c, message):

@@ -225,8 +225,8 @@ def test_trains_on_the_grid_and_ships(tmp_path, name, residual_bits):
     assert jax.tree.structure(latent) == jax.tree.structure(params)
 
 
-def test_an_equinox_model_is_exported_whole_with_its_functions():
-    """Activations are leaves there, and numbers: they pass, as they are, through all that reads params."""
+def test_equinox_model_is_exported_with_its_functions():
+    """Its activation functions and numbers are leaves, which pass unchanged through everything that reads params."""
     model = eqx.nn.MLP(4, 4, 8, 1, key=jax.random.key(0))
     params, static = eqx.partition(model, eqx.is_inexact_array)
     tx = quantize_weights(GRID)

@@ -491,7 +491,7 @@ def test_export_refuses_other_shapes(shape, group_size):
             export_params(other, round_weights(rule).init(params))
 
 
-def test_export_names_the_nearest_leaf_of_another_tree_and_the_state_that_is_missing():
+def test_export_of_another_tree_names_the_nearest_leaf_or_the_missing_state():
     params = {"net": {"kernel": jnp.asarray(weights((12, 10)))}}
     state = quantize_weights(Uniform(bits=4)).init(params)
     rounded = round_weights(Uniform(bits=4)).init(params)
