@@ -6,18 +6,17 @@ import functools
 import math
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Protocol
 
 import numpy as np
 
 from optax_clipquant.cli import arguments
 from optax_clipquant.cli.arguments import Commands, add_files, add_json
-from optax_clipquant.cli.numpy_grid import Absmax, Read, Threads, threads
+from optax_clipquant.cli.numpy_grid import Absmax, Coder, threads
 from optax_clipquant.cli.rules import WIDTHS, Rule, choose, drop_what_grows
 from optax_clipquant.cli.terminal import Progress, check_output, printable, progress, report
 from optax_clipquant.formats.checkpoint import Checkpoint, writing_checkpoint
 from optax_clipquant.formats.dtypes import nbytes
-from optax_clipquant.formats.native.description import Leaf, plain
+from optax_clipquant.formats.native.description import plain
 from optax_clipquant.formats.native.file import Parts, SavedWriter, writing_saved
 from optax_clipquant.formats.native.names import name_of
 from optax_clipquant.report.rows import Row
@@ -35,14 +34,6 @@ _EXAMPLES = """  optax-clipquant compress model.safetensors small.safetensors
   optax-clipquant compress model.safetensors small.safetensors --budget 4.5 --group-size 64
   optax-clipquant compress flax.safetensors small.safetensors --channel-axis -1
   optax-clipquant compress checkpoint/ small/ --quantizer normal-float --group-size 64 --max-shard-size 2GB"""
-
-
-class Coder(Protocol):
-    """An object that quantizes a tensor, such as ``Absmax``."""
-
-    @property
-    def leaf(self) -> Leaf: ...
-    def encode(self, read: Read, threads: Threads) -> Parts: ...
 
 
 def add(commands: Commands) -> None:
@@ -154,7 +145,7 @@ def _choose(args: argparse.Namespace, source: Checkpoint) -> tuple[dict[str, Rul
             _check_bits(f"rule {pattern!r}", default._replace(**change))
     rules, kept = choose(source.specs, default, args.rule)
     if args.budget is not None:
-        from optax_clipquant.cli.search import allocate_rules
+        from optax_clipquant.cli.budget import allocate_rules
 
         total = sum(nbytes(*source.specs[name]) for name in rules)
         with progress("choosing bits", total) as advance:

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import functools
-import json
 import math
 import os
 import sys
@@ -15,6 +14,7 @@ from optax_clipquant.cli import compress
 from optax_clipquant.cli.arguments import Commands, add_json
 from optax_clipquant.cli.terminal import check_free, print_json, printable, progress
 from optax_clipquant.formats.checkpoint import Checkpoint
+from optax_clipquant.formats.compressed_tensors.folder import read_config, read_object
 from optax_clipquant.formats.native.names import path_of_name
 
 if TYPE_CHECKING:  # it imports JAX, which errors in the arguments need not wait for
@@ -97,6 +97,7 @@ def _plain(item: "Written") -> dict[str, Any]:
 
 def _check(args: argparse.Namespace) -> None:
     """Checks before the work that the arguments are consistent, and that OUT can be written."""
+    os.stat(args.input)  # raises if it is missing
     if args.to == "safetensors":
         unused = {"--like": args.like, "--names": args.names, "--otherwise": args.otherwise}
         if not (_is_gguf(args.input) or _is_compressed_tensors(args.input)):
@@ -118,7 +119,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _write(args: argparse.Namespace, leaves: "dict[str, Leaf]", advance: Any) -> "list[Written]":
-    names = None if args.names is None else _read_names(args.names)
+    names = None if args.names is None else read_object(args.names)
     if args.to == "gguf":
         from optax_clipquant.formats.gguf.write import write_gguf
 
@@ -215,22 +216,9 @@ def _is_gguf(path: str) -> bool:
 
 def _is_compressed_tensors(path: str) -> bool:
     try:
-        with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
-            config = json.load(file)
+        quantization = read_config(path).get("quantization_config")
     except (OSError, ValueError):
         return False
-    quantization = config.get("quantization_config") if isinstance(config, dict) else None
     return (
         isinstance(quantization, dict) and quantization.get("quant_method") == "compressed-tensors"
     )
-
-
-def _read_names(path: str) -> dict[str, Any]:
-    with open(path, encoding="utf-8") as file:
-        try:
-            names = json.load(file)
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON ({error})") from error
-    if not isinstance(names, dict):
-        raise ValueError(f"{path} is not a JSON object from the tensors of IN to names")
-    return names

@@ -9,7 +9,7 @@ import concurrent.futures
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple, Self, TypeVar
+from typing import NamedTuple, Protocol, Self, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -31,6 +31,14 @@ _BLOCK = 2**19  # elements; with smaller blocks, threads spend more time waiting
 _AHEAD = 4  # blocks
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _NORMAL = np.float32(2.0**-126)  # below it, XLA flushes to 0
+
+
+class Coder(Protocol):
+    """What quantizes a tensor, such as ``Absmax``."""
+
+    @property
+    def leaf(self) -> Leaf: ...
+    def encode(self, read: Read, threads: Threads) -> Parts: ...
 
 
 class Absmax(NamedTuple):
@@ -72,7 +80,7 @@ class Absmax(NamedTuple):
         # Scales that blocks share need all blocks before any can be encoded.
         if shared:
             high = low = np.zeros(shape, np.float32)
-            extremes = _in_turn(
+            extremes = in_turn(
                 threads, lambda rows: self._extremes(self._weights(read, rows)), blocks
             )
             for up, down in extremes:
@@ -85,7 +93,7 @@ class Absmax(NamedTuple):
             return scale, pack(self._codes(w, scale), self.levels)
 
         def codes() -> Iterator[np.ndarray]:
-            for scale, packed in _in_turn(threads, encode_block, blocks):
+            for scale, packed in in_turn(threads, encode_block, blocks):
                 if not shared:
                     scales.append(scale)
                 yield packed
@@ -192,7 +200,7 @@ def decode(leaf: Leaf, tensors: Tensors, threads: Threads) -> Iterator[np.ndarra
             rounded += levels.dtype.type(0)  # turns -0 into 0, as in Grid.round
         return rounded
 
-    return _in_turn(threads, decode_block, _blocks(shape, levels))
+    return in_turn(threads, decode_block, _blocks(shape, levels))
 
 
 def _group(levels: Levels, ndim: int) -> tuple[int | None, int]:
@@ -234,7 +242,7 @@ def _runs(
             yield [*(x[here].reshape(split) for x in arrays), *groups]
 
 
-def _in_turn(threads: Threads, fn: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+def in_turn(threads: Threads, fn: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
     """Applies ``fn`` to ``items`` in threads, in order and a few items ahead."""
     futures: collections.deque[concurrent.futures.Future[T]] = collections.deque()
     for item in items:

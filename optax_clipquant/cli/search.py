@@ -1,4 +1,4 @@
-"""The parts of the command that need JAX: searched scales, and the allocation of bits under a budget.
+"""Searched scales, for which the command needs JAX.
 
 It is imported only where needed, since importing JAX takes several times as long as the rest of the command.
 """
@@ -10,13 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from optax_clipquant.cli.compress import Coder
-from optax_clipquant.cli.numpy_grid import Read, Threads
-from optax_clipquant.cli.rules import FLOAT8, WIDTHS, Rule
-from optax_clipquant.cli.terminal import Progress
+from optax_clipquant.cli.numpy_grid import Coder, Read, Threads
+from optax_clipquant.cli.rules import FLOAT8, Rule
 from optax_clipquant.formats.checkpoint import Checkpoint
 from optax_clipquant.formats.dtypes import nbytes
 from optax_clipquant.formats.native.description import Leaf
@@ -25,7 +22,6 @@ from optax_clipquant.formats.native.trees import leaf_of, parts_of
 from optax_clipquant.quant.normal_float import NormalFloat
 from optax_clipquant.quant.qarray import QArray
 from optax_clipquant.quant.quantizers import Quantizer, Ternary, Uniform
-from optax_clipquant.tuning.allocate import allocate
 
 _quantize = jax.jit(lambda quantizer, w: quantizer.quantize(w))
 
@@ -48,14 +44,14 @@ def searching(source: Checkpoint, rules: Mapping[str, Rule]) -> Iterator[dict[st
     They must be used in file order: a tensor is quantized in a thread while the one before it is packed and
     written, so that memory holds two tensors. Other threads compile meanwhile.
     """
-    _check_platform()
-    quantizers = {name: _quantizer(rule, rule.width) for name, rule in rules.items()}
+    check_platform()
+    quantizers = {name: quantizer_of(rule, rule.width) for name, rule in rules.items()}
     keys = {name: (quantizers[name], source.specs[name]) for name in source.specs if name in rules}
     programs: dict[Any, jax.stages.Lowered] = {}
     for name, key in keys.items():
         if key not in programs:
             programs[key] = _quantize.lower(quantizers[name], _abstract(source, name))
-    buffer, left = _buffer(source, keys), iter(keys)
+    buffer, left = buffer_for(source, keys), iter(keys)
     with contextlib.ExitStack() as stack:
 
         def threads(count: int) -> Threads:
@@ -87,38 +83,7 @@ def searching(source: Checkpoint, rules: Mapping[str, Rule]) -> Iterator[dict[st
         }
 
 
-def allocate_rules(
-    source: Checkpoint, rules: Mapping[str, Rule], budget: float, progress: Progress
-) -> dict[str, Rule]:
-    """``rules`` with open bits filled in, for the least squared error within a budget."""
-    _check_platform()
-    buffer = _buffer(source, rules)
-    choices = {
-        name: _padded([_quantizer(rule, bits) for bits in rule.widths])
-        for name, rule in rules.items()
-    }
-
-    def read(name: str) -> tuple[jax.Array, jax.Array]:
-        w = _on_device(source.read(name, buffer))
-        progress(nbytes(*source.specs[name]))
-        return w, jnp.ones((1,) * w.ndim)
-
-    specs = {name: _abstract(source, name) for name in rules}
-    chosen = allocate(specs, choices, read, budget)
-    return {
-        name: rule._replace(bits=rule.widths[choices[name].index(chosen[name])])
-        if rule.quantizer != "ternary"
-        else rule
-        for name, rule in rules.items()
-    }
-
-
-def _padded(quantizers: list[Quantizer]) -> list[Quantizer]:
-    """Repeats quantizers to the fixed number that ``allocate`` needs."""
-    return quantizers + quantizers[-1:] * (len(WIDTHS) - len(quantizers))
-
-
-def _check_platform() -> None:
+def check_platform() -> None:
     """Raises if ``JAX_PLATFORMS`` names a missing platform, for which JAX's own error says little."""
     try:
         jax.devices()
@@ -128,7 +93,7 @@ def _check_platform() -> None:
         ) from error
 
 
-def _quantizer(rule: Rule, bits: int) -> Quantizer:
+def quantizer_of(rule: Rule, bits: int) -> Quantizer:
     where = {"channel_axis": rule.channel_axis, "group_size": rule.group_size}
     if rule.quantizer == "ternary":
         return Ternary(**where, scale_rule=rule.scale_rule or "mse")
@@ -142,7 +107,7 @@ def _abstract(source: Checkpoint, name: str) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, np.float32 if dtype in FLOAT8 else dtype)
 
 
-def _buffer(source: Checkpoint, names: Iterable[str]) -> np.ndarray:
+def buffer_for(source: Checkpoint, names: Iterable[str]) -> np.ndarray:
     """A buffer for the largest of these tensors, aligned so that jax need not copy it."""
     size = max(nbytes(*source.specs[name]) for name in names)
     room = np.empty(size + 64, np.uint8)

@@ -5,6 +5,7 @@ The index, ``*.safetensors.index.json``, has a ``weight_map`` from the name of e
 """
 
 import contextlib
+import functools
 import json
 import os
 import secrets
@@ -97,7 +98,7 @@ class Checkpoint:
             name = min(self.leaves.keys() - weight_map.keys())
             raise ValueError(f"{self.path}: leaf {name!r} is not in the index")
 
-    @property
+    @functools.cached_property
     def specs(self) -> dict[str, Spec]:
         """The dtype and shape of each leaf, dequantized."""
         return {name: leaf.spec for name, leaf in self.leaves.items()}

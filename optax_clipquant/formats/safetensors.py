@@ -27,12 +27,13 @@ from optax_clipquant.formats.dtypes import (
 
 _HEADER_LIMIT = 100_000_000  # bytes, set by the safetensors format
 
-# Other file types that hold models, by their first bytes.
+# Other file types that hold models, by their first bytes. All but gzip's would be too long a header.
+_GZIP = b"\x1f\x8b\x08"
 _FOREIGN = {
     b"GGUF": "a GGUF file: use `optax-clipquant convert`, or optax_clipquant.from_gguf",
     b"\x93NUMPY": "an array of NumPy, .npy: load it with numpy.load",
     b"\x89HDF": "an HDF5 file, such as Keras' .h5: load it with the library that wrote it",
-    b"\x1f\x8b": "compressed by gzip: decompress it first",
+    _GZIP: "compressed by gzip: decompress it first",
     b"version https://git-lfs": "the pointer of Git LFS to a file: run `git lfs pull`",
     b"<": "a page of HTML or XML, as of a failed download",
     **{
@@ -84,7 +85,9 @@ class Reader:
             )
             self._parse(header, 8 + length, size)
         except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-            if length > _HEADER_LIMIT and (kind := self._foreign_kind()):
+            if (length > _HEADER_LIMIT or first.startswith(_GZIP)) and (
+                kind := self._foreign_kind()
+            ):
                 raise ValueError(f"{self.path} is not a safetensors file, but {kind}") from None
             raise ValueError(
                 f"{self.path}: truncated, altered, or not a safetensors file ({error})"

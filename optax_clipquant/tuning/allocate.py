@@ -5,7 +5,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,6 @@ from optax_clipquant.quant.params import (
 )
 from optax_clipquant.quant.quantizers import Quantizer, Uniform
 from optax_clipquant.quant.uses import Calibration, Use, Uses
-
-Q = TypeVar("Q", bound=Quantizer)
 
 
 def allocate_bits(
@@ -97,13 +95,7 @@ def allocate_bits(
         uses = sensitivity.uses if uses is None else uses
     paths = list(select(params, rules[0], where, uses))
     weights = _sensitivities(sensitivity, {path: leaves[path] for path in paths})
-    table = measure(
-        {path: leaves[path] for path in paths},
-        dict.fromkeys(paths, rules),
-        lambda path: (leaves[path], weights[path]),
-        bits_per_param,
-        uses,
-    )
+    table = _measure({path: leaves[path] for path in paths}, rules, weights, bits_per_param, uses)
 
     def rules_of(chosen: np.ndarray) -> dict[str, Quantizer]:
         return {f"^{re.escape(path)}$": rules[i] for path, i in zip(paths, chosen, strict=True)}
@@ -123,7 +115,7 @@ def allocate_bits(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Table:
+class Table:
     """The size and error of each leaf (row) under each choice (column).
 
     Attributes:
@@ -157,74 +149,50 @@ class _Table:
         return _knapsack(self.sizes, errors, self.budget)
 
 
-def allocate(
-    specs: Mapping[str, Any],
-    rules: Mapping[str, Sequence[Q]],
-    read: Callable[[str], tuple[Any, jax.Array]],
-    bits_per_param: float,
-) -> dict[str, Q]:
-    """``allocate_bits`` for leaves that are read one at a time and not kept.
-
-    Args:
-      specs: the leaves by path, or objects with their shape and dtype.
-      rules: the quantizers to choose from by path, the same number for each leaf.
-      read: returns the leaf of a path and the weights of its squared errors.
-      bits_per_param: as for ``allocate_bits``.
-
-    Returns:
-      The quantizer of each leaf, by path.
+def budget_of(sizes: np.ndarray, weights: float, bits_per_param: float) -> int:
+    """The bytes that ``weights`` may take.
 
     Raises:
-      ValueError: the budget is below the smallest size, which is noticed before anything is read; or a
-        leaf is not finite.
+      ValueError: the least of ``sizes``, a row for each leaf, exceed it.
     """
-    chosen = measure(specs, rules, read, bits_per_param).solve()
-    return {
-        path: choices[index] for (path, choices), index in zip(rules.items(), chosen, strict=True)
-    }
-
-
-def measure(
-    specs: Mapping[str, Any],
-    rules: Mapping[str, Sequence[Quantizer]],
-    read: Callable[[str], tuple[Any, jax.Array]],
-    bits_per_param: float,
-    uses: Uses | None = None,
-) -> _Table:
-    """Sizes and errors of all choices, for the arguments of ``allocate``; raises as it does."""
-    sizes = []
-    for path, choices in rules.items():
-        # A leaf without a choice repeats one quantizer, which is measured once.
-        with naming(path):
-            size = {
-                rule: jax.eval_shape(
-                    functools.partial(rule.quantize, use=use_of(uses, path)), specs[path]
-                ).nbytes_packed
-                for rule in dict.fromkeys(choices)
-            }
-        sizes.append([size[rule] for rule in choices])
-    sizes = np.array(sizes)
-    count = sum(math.prod(specs[path].shape) for path in rules)
-    budget = int(bits_per_param * count // 8)
+    budget = int(bits_per_param * weights // 8)
     least = int(sizes.min(1).sum())
     if least > budget:
         raise ValueError(
             f"bits_per_param is {bits_per_param}, but with the scales the smallest choices take "
-            f"{8 * least / max(count, 1):.3f}; raise it, or let more weights share a scale (group_size)"
+            f"{8 * least / max(weights, 1):.3f}; raise it, or let more weights share a scale (group_size)"
         )
-    errors = []
-    for path, choices in rules.items():
-        leaf, weight = read(path)
-        error = {
-            rule: _error(rule, leaf, weight, use_of(uses, path)) for rule in dict.fromkeys(choices)
-        }
-        if not np.all(np.isfinite(list(error.values()))):
-            raise ValueError(
-                f"params leaf {path!r}: its error is not finite, since its weights are not"
+    return budget
+
+
+def _measure(
+    leaves: Mapping[str, Any],
+    rules: Sequence[Quantizer],
+    weights: Mapping[str, jax.Array],
+    bits_per_param: float,
+    uses: Uses | None,
+) -> Table:
+    """Sizes and errors of each rule for each leaf. Raises as ``allocate_bits`` does."""
+    sizes = []
+    for path, leaf in leaves.items():
+        with naming(path):
+            use = use_of(uses, path)
+            sizes.append(
+                [
+                    jax.eval_shape(functools.partial(rule.quantize, use=use), leaf).nbytes_packed
+                    for rule in rules
+                ]
             )
-        errors.append([error[rule] for rule in choices])
-    counts = np.array([math.prod(specs[path].shape) for path in rules], np.float64)
-    return _Table(sizes, np.array(errors, np.float64), counts, budget)
+    sizes = np.array(sizes)
+    counts = np.array([math.prod(np.shape(leaf)) for leaf in leaves.values()], np.float64)
+    budget = budget_of(sizes, counts.sum(), bits_per_param)
+    errors = []
+    for path, leaf in leaves.items():
+        error = [_error(rule, leaf, weights[path], use_of(uses, path)) for rule in rules]
+        if not np.all(np.isfinite(error)):
+            raise ValueError(f"params leaf {path!r}: its error is not finite, nor are its weights")
+        errors.append(error)
+    return Table(sizes, np.array(errors, np.float64), counts, budget)
 
 
 def _sensitivities(

@@ -18,6 +18,7 @@ from optax_clipquant import NormalFloat, QArray, Ternary, Uniform, load
 from optax_clipquant.cli import main as cli
 from optax_clipquant.cli.arguments import rule, size
 from optax_clipquant.cli.rules import Rule, choose
+from optax_clipquant.formats.native.description import Leaf
 
 
 def run(*args) -> int:
@@ -187,3 +188,12 @@ def test_signal_during_startup_exits_quietly(tmp_path, number):
     assert process.returncode == 128 + number
     assert "Traceback" not in error
     assert os.listdir(tmp_path) == ["in"]
+
+
+def test_work_per_tensor_does_not_grow_with_their_number(tmp_path, monkeypatch):
+    calls = []
+    spec = Leaf.spec.fget
+    monkeypatch.setattr(Leaf, "spec", property(lambda leaf: calls.append(leaf) or spec(leaf)))
+    write(tmp_path / "in", {f"w{i}": weights((8, 8)) for i in range(300)})
+    assert run("compress", tmp_path / "in", tmp_path / "small") == 0
+    assert len(calls) < 10 * 300

@@ -90,6 +90,25 @@ def test_saved_tree_is_converted_to_compressed_tensors_with_names(files):
     )
 
 
+def test_files_of_other_runtimes_are_read(files):
+    """A float folder to compressed-tensors, this to GGUF, this to compressed-tensors again: the same codes."""
+    model, like = files / "model", ("--like", files / "like.gguf")
+    quantized = ("--bits", 4, "--to", "compressed-tensors", "--like", model)
+    assert run("convert", model, files / "ct", *quantized) == 0
+    assert run("convert", files / "ct", files / "a.gguf", "--to", "gguf", *like) == 0
+    (files / "names.json").write_text(json.dumps(dict(zip(NAMES, SHAPES, strict=True))))
+    back = ("--to", "compressed-tensors", "--like", model, "--names", files / "names.json")
+    assert run("convert", files / "a.gguf", files / "again", *back) == 0
+    wanted, _ = from_compressed_tensors(files / "ct")
+    found, _ = from_compressed_tensors(files / "again")
+    values = {name: value for name, (_, value) in read(files / "a.gguf").items()}
+    for theirs, ours in zip(NAMES, SHAPES, strict=True):
+        np.testing.assert_array_equal(values[theirs], np.asarray(wanted[ours]))
+        np.testing.assert_array_equal(np.asarray(found[ours]), values[theirs])
+    name = "model.layers.0.self_attn.v_proj.weight"
+    np.testing.assert_array_equal(found[name].qvalue, wanted[name].qvalue)
+
+
 def test_wrong_arguments_are_named_and_nothing_is_written(files, capsys):
     model, like, out = files / "model", files / "like.gguf", files / "out.gguf"
     save(files / "odd.safetensors", quantize_params({"token_embd.weight": weights((12, 64))}, Uniform(4, symmetric=False, channel_axis=0)))  # fmt: skip

@@ -175,7 +175,7 @@ def test_blocks_hold_fewer_rows_the_longer_they_are(shape, bits, group, rows):
 
 def test_only_a_few_blocks_are_made_ahead(threads):
     made = []
-    turns = numpy_grid._in_turn(threads, made.append, range(100))
+    turns = numpy_grid.in_turn(threads, made.append, range(100))
     next(turns)
     assert len(made) <= numpy_grid._AHEAD + 2
     assert len(list(turns)) == 99

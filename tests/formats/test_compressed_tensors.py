@@ -117,6 +117,15 @@ def test_decoded_weights_equal_the_grid(tmp_path, quantizer, bits, dtype):
     assert (tree["a.weight"].zero_point is None) == (q.zero_point is None)
 
 
+def test_rows_of_one_group_are_channels(tmp_path):
+    # 32 contracted weights share a scale, and the grid has no groups.
+    q = Uniform(4, group_size=32).quantize(jnp.asarray(weights((32, 5))))
+    assert q.grid.group is None
+    like = write_like(tmp_path / "like", {"a.weight": (5, 32)})
+    assert to_compressed_tensors(tmp_path / "out", {"a": {"kernel": q}}, like=like) == {"a.weight": "int4"}  # fmt: skip
+    np.testing.assert_array_equal(decoded(tensors_in(tmp_path / "out"), "a", 4), q.dequantize().T)
+
+
 @hypothesis.given(
     rows=st.integers(1, 9),
     runs=st.integers(1, 3),

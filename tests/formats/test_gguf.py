@@ -26,6 +26,8 @@ from optax_clipquant import (
     quantize_weights,
     to_gguf,
 )
+from optax_clipquant.formats.gguf.container import GGUFFile
+from optax_clipquant.formats.gguf.names import gguf_name
 
 gguf = pytest.importorskip("gguf")
 
@@ -246,9 +248,7 @@ def test_hugging_face_names_give_the_same_attention(tmp_path, arch, stacked):
     def score(project, interleaved):
         heads = {name: project(name).reshape(-1, 8) for name in shapes}
         return [
-            rotated(q, interleaved) @ rotated(k, interleaved)
-            if False
-            else rotated(q, interleaved) @ k
+            rotated(q, interleaved) @ k
             for q, k in zip(heads["q"], np.repeat(heads["k"], 2, 0), strict=True)
         ]
 
@@ -262,6 +262,78 @@ def test_hugging_face_names_give_the_same_attention(tmp_path, arch, stacked):
 
     # llama.cpp rotates neighbours in a llama, halves in a Qwen2.
     np.testing.assert_allclose(score(theirs, arch == "llama"), score(ours, False), rtol=1e-4)
+
+
+def test_rows_of_one_block_need_no_groups(tmp_path):
+    # 32 contracted weights share a scale, and the grid has no groups: a kernel, and its transpose.
+    w = jnp.asarray(weights((32, 6)))
+    like = write_like(tmp_path / "like.gguf", {"a": (6, 32), "b": (6, 32)})
+    tree = {
+        "a": Uniform(4, group_size=32).quantize(w),
+        "b": Uniform(8, channel_axis=0, group_size=32).quantize(w.T),
+    }
+    assert tree["a"].grid.group is tree["b"].grid.group is None
+    kinds = to_gguf(tmp_path / "out.gguf", tree, like=like)
+    assert kinds == {"a": "Q4_0", "b": "Q8_0"}
+    found = read(tmp_path / "out.gguf")
+    np.testing.assert_array_equal(found["a"][1], tree["a"].dequantize().T)
+    np.testing.assert_array_equal(found["b"][1], tree["b"].dequantize())
+
+
+def test_rows_of_queries_are_compared_with_those_of_like(tmp_path):
+    w = weights((64, 32))  # 4 heads
+    order = np.arange(64).reshape(4, 2, 8).swapaxes(1, 2).ravel()
+    tree = {"model/layers/0/self_attn/q_proj/weight": Uniform(4, channel_axis=0, group_size=32).quantize(jnp.asarray(w))}  # fmt: skip
+    kind = gguf.GGMLQuantizationType.F32
+    name = "blk.0.attn_q.weight"
+    for content, fits in ((w[order], True), (weights((64, 32), seed=1), True), (w, False)):
+        like = write_like(tmp_path / "like.gguf", {}, **{name: (content, kind)})
+        if fits:
+            to_gguf(tmp_path / "out.gguf", tree, like=like)
+            found = read(tmp_path / "out.gguf")[name][1]
+            np.testing.assert_array_equal(
+                found, np.asarray(next(iter(tree.values())).dequantize())[order]
+            )
+        else:
+            with pytest.raises(ValueError, match=r"like.gguf are in Hugging Face's order"):
+                to_gguf(tmp_path / "out.gguf", tree, like=like)
+
+
+def test_experts_are_one_tensor(tmp_path):
+    """``[experts, in, out]``, and those of all layers in a leaf."""
+    for kernels, layer in (((3, 32, 16), "0/"), ((2, 3, 32, 16), "")):
+        path = f"model/layers/{layer}mlp/experts/up_proj/kernel"
+        channels = (0, -1) if layer else (0, 1, -1)
+        q = Uniform(4, channel_axis=channels, group_size=32).quantize(jnp.asarray(weights(kernels)))
+        names = [f"blk.{i}.ffn_up_exps.weight" for i in range(1 if layer else 2)]
+        like = write_like(
+            tmp_path / "like.gguf", dict.fromkeys(names, (3, 16, 32)), arch="qwen2moe"
+        )
+        kinds = to_gguf(tmp_path / "out.gguf", {path: q}, like=like)
+        assert kinds == dict.fromkeys(names, "Q4_0")
+        found = read(tmp_path / "out.gguf")
+        values = np.asarray(q.dequantize()).reshape(-1, 3, 32, 16)
+        for name, value in zip(names, values, strict=True):
+            np.testing.assert_array_equal(found[name][1], value.swapaxes(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("arch", "modules"),
+    [
+        ("llama", "self_attn.q_proj self_attn.o_proj mlp.gate_proj mlp.down_proj input_layernorm post_attention_layernorm block_sparse_moe.gate block_sparse_moe.experts.w1 block_sparse_moe.experts.w2 block_sparse_moe.experts.w3"),
+        ("qwen3", "self_attn.q_norm self_attn.k_norm self_attn.k_proj self_attn.v_proj mlp.up_proj"),
+        ("qwen2moe", "mlp.gate mlp.experts.gate_proj mlp.experts.up_proj mlp.experts.down_proj mlp.shared_expert_gate mlp.shared_expert.gate_proj mlp.shared_expert.down_proj mlp.shared_expert.up_proj"),
+    ],
+    ids=lambda x: x.split()[0],
+)  # fmt: skip
+def test_names_are_those_of_the_package_gguf(tmp_path, arch, modules):
+    number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    theirs = gguf.get_tensor_name_map(number, 2)
+    for module in ["model.embed_tokens", "model.norm", "lm_head"] + [f"model.layers.1.{m}" for m in modules.split()]:  # fmt: skip
+        like = write_like(tmp_path / "like.gguf", {"other": (1, 32)}, arch=arch)
+        with GGUFFile(like) as file:
+            name, is_theirs = gguf_name(module + ".weight", file)
+        assert (name, is_theirs) == (f"{theirs.get_name(module)}.weight", True)
 
 
 def test_given_names_are_used_unchanged(tmp_path):

@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
+from optax_clipquant.formats.checkpoint import files_of
+
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth")
 _WEIGHTS += (".gguf", ".h5", ".msgpack", ".onnx")
 
@@ -15,27 +17,29 @@ _WEIGHTS += (".gguf", ".h5", ".msgpack", ".onnx")
 def read_config(folder: str) -> dict[str, Any]:
     if not os.path.isdir(folder):
         raise NotADirectoryError(f"{folder} is not a folder; name that of a Hugging Face model")
-    path = os.path.join(folder, "config.json")
+    return read_object(os.path.join(folder, "config.json"))
+
+
+def read_object(path: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+      OSError: it cannot be opened.
+      ValueError: it holds something else.
+    """
     with open(path, encoding="utf-8") as file:
         try:
-            config = json.load(file)
-        except ValueError as error:
+            content = json.load(file)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON ({error})") from error
-    if not isinstance(config, dict):
+    if not isinstance(content, dict):
         raise ValueError(f"{path} is not a JSON object")
-    return config
+    return content
 
 
 def shards_of(folder: str) -> dict[str, str]:
     """The paths of the weight files, by file name."""
-    index = os.path.join(folder, "model.safetensors.index.json")
-    names = ["model.safetensors"]
-    if os.path.exists(index):
-        with open(index, encoding="utf-8") as file:
-            names = sorted(set(json.load(file)["weight_map"].values()))
-        if any(os.path.basename(name) != name for name in names):
-            raise ValueError(f"{index} names files outside its folder")
-    return {name: os.path.join(folder, name) for name in names}
+    return {os.path.basename(path): path for path in files_of(folder)}
 
 
 def is_weights(name: str) -> bool:

@@ -19,6 +19,7 @@ import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple, Self
 
+import ml_dtypes
 import numpy as np
 
 from optax_clipquant.formats.safetensors import bytes_of, replacing
@@ -31,10 +32,17 @@ _SCALARS: dict[int, str] = dict(
 )
 _MAX_AXES = 4  # the limit of ggml
 
+PLAIN = {
+    kind: np.dtype(dtype)
+    for kind, dtype in {
+        **{"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64},
+        **{"I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64},
+    }.items()
+}
+"""The types that are not blocks."""
 # Elements per block, and bytes per block.
 SIZES = {
-    **{"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "F64": (1, 8)},
-    **{"I8": (1, 1), "I16": (1, 2), "I32": (1, 4), "I64": (1, 8)},
+    **{kind: (1, dtype.itemsize) for kind, dtype in PLAIN.items()},
     **{"Q4_0": (32, 18), "Q5_0": (32, 22), "Q8_0": (32, 34), "TQ2_0": (256, 66)},
 }
 _IDS = {

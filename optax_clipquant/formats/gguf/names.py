@@ -12,11 +12,11 @@ import re
 
 import numpy as np
 
-from optax_clipquant.formats.gguf.container import GGUFFile
-from optax_clipquant.formats.leaves import dotted
+from optax_clipquant.formats.gguf.container import PLAIN, GGUFFile
+from optax_clipquant.formats.leaves import Rows, dotted
 
-# In GGUF, Mistral is a llama.
-_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+# In GGUF, Mistral and Mixtral are llamas.
+_ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen2moe", "qwen3moe")
 
 _MODEL = {
     "model.embed_tokens": "token_embd",
@@ -35,6 +35,19 @@ _LAYER = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    # Of experts, leaves [experts, in, out] and the router.
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    "block_sparse_moe.gate": "ffn_gate_inp",
+    "block_sparse_moe.experts.w1": "ffn_gate_exps",
+    "block_sparse_moe.experts.w2": "ffn_down_exps",
+    "block_sparse_moe.experts.w3": "ffn_up_exps",
 }
 
 
@@ -47,6 +60,8 @@ def gguf_name(path: str, like: GGUFFile) -> tuple[str, bool]:
     if path in like.tensors or name in like.tensors:
         return (path if path in like.tensors else name), False
     module, _, kind = name.rpartition(".")
+    if ".experts." in module + "." and kind not in ("weight", "bias"):
+        module, kind = name, "weight"  # experts are seldom modules
     found = None
     if module in _MODEL:
         found = _MODEL[module]
@@ -81,3 +96,27 @@ def row_order(name: str, rows: int, like: GGUFFile) -> np.ndarray | None:
                 )
             return np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).ravel()
     return None
+
+
+def check_order(rows: Rows, name: str, like: GGUFFile) -> None:
+    """Compares ``rows``, in the order of ``row_order``, with those of ``like``.
+
+    Raises:
+      ValueError: these are floats that are much nearer to the rows in Hugging Face's order: so ``like``
+        is not in the order of its architecture.
+    """
+    kind = like.tensors[name].kind
+    # A stack is in one order, and to decode it for each layer would take long.
+    if rows.order is None or kind not in PLAIN or rows.layer not in (None, 0):
+        return
+    theirs = like.read(name).view(PLAIN[kind]).reshape(rows.shape).astype(np.float32)
+    ours = rows.values().astype(np.float32)
+    unordered = np.empty_like(ours)
+    unordered[rows.order] = ours
+    error, error_unordered = (np.mean(np.square(x - theirs)) for x in (ours, unordered))
+    if error_unordered < error / 2:
+        raise ValueError(
+            f"leaf {rows.leaf.path!r}: the rows of {name!r} in {like.path} are in Hugging Face's order of "
+            "queries and keys, not in that of a llama in GGUF; convert `like` again, or give `names`, by "
+            "which rows stay where they are"
+        )

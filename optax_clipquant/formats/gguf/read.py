@@ -5,18 +5,12 @@ import os
 from typing import Any
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from optax_clipquant.formats.gguf.blocks import BLOCKS, decode
-from optax_clipquant.formats.gguf.container import SIZES, GGUFFile
+from optax_clipquant.formats.gguf.container import PLAIN, SIZES, GGUFFile
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.qarray import QArray
-
-_PLAIN = {
-    **{"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64},
-    **{"I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64},
-}
 
 
 def from_gguf(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -55,8 +49,8 @@ def from_gguf(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, A
 def _leaf(file: GGUFFile, name: str) -> Any:
     kind, shape = file.tensors[name]
     content = file.read(name)
-    if kind in _PLAIN:
-        array = content.view(_PLAIN[kind]).reshape(shape)
+    if kind in PLAIN:
+        array = content.view(PLAIN[kind]).reshape(shape)
         # JAX would truncate 64 bits to 32.
         return jnp.asarray(array) if array.itemsize <= 4 else array
     if kind not in BLOCKS:

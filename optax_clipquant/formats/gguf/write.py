@@ -6,13 +6,12 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Literal, get_args
 
-import ml_dtypes
 import numpy as np
 
 from optax_clipquant._tree import PyTree
 from optax_clipquant.formats.gguf.blocks import BLOCKS, encode
-from optax_clipquant.formats.gguf.container import GGUFFile, Tensor, uint32, writing
-from optax_clipquant.formats.gguf.names import gguf_name, row_order
+from optax_clipquant.formats.gguf.container import PLAIN, GGUFFile, Tensor, uint32, writing
+from optax_clipquant.formats.gguf.names import check_order, gguf_name, row_order
 from optax_clipquant.formats.leaves import (
     Leaf,
     Names,
@@ -26,13 +25,8 @@ from optax_clipquant.quant.grid import Grid
 
 Float = Literal["float16", "bfloat16", "float32"]
 
-_KINDS = {
-    **{np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(np.float64): "F64"},
-    **{np.dtype(ml_dtypes.bfloat16): "BF16", np.dtype(np.int8): "I8", np.dtype(np.int16): "I16"},
-    **{np.dtype(np.int32): "I32", np.dtype(np.int64): "I64"},
-}
-_DTYPES = {kind: dtype for dtype, kind in _KINDS.items()}
-_HELD = tuple(_DTYPES[kind] for kind in ("F32", "F16", "BF16"))  # those that float32 holds exactly
+_KINDS = {dtype: kind for kind, dtype in PLAIN.items()}
+_HELD = tuple(PLAIN[kind] for kind in ("F32", "F16", "BF16"))  # those that float32 holds exactly
 # Values of llama.cpp's llama_ftype.
 _FILE_TYPES = {
     **{"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "Q5_0": 8, "BF16": 32, "TQ2_0": 37},
@@ -82,9 +76,10 @@ def to_gguf(
         its leading axis.
 
         By default, and for paths that a mapping lacks, a path is a name with ``/`` for ``.``; or, for a
-        llama, Mistral, Qwen2 or Qwen3, the name in Hugging Face's model
+        llama, Mistral, Mixtral, Qwen2 or Qwen3, the name in Hugging Face's model
         (``"model/layers/0/self_attn/q_proj/kernel"``, without the number for stacked layers). The rows of
-        queries and keys are then put in GGUF's order, where the architecture has another.
+        queries and keys are then put in GGUF's order, where the architecture has another. A leaf
+        ``[experts, in, out]`` of ``mlp/experts`` is the tensor of all experts.
       otherwise: the dtype in which to write the dequantized values of leaves that no type holds exactly.
 
     Returns:
@@ -93,7 +88,8 @@ def to_gguf(
     Raises:
       OSError: a file cannot be opened.
       ValueError: no type holds a grid exactly (zero points, a codebook, other groups), or float16 its
-        scales; ``like`` lacks a leaf, or has it with another shape; or ``like`` is not a GGUF file. The
+        scales; ``like`` lacks a leaf, or has it with another shape, or with the
+        rows of queries or keys in Hugging Face's order; or ``like`` is not a GGUF file. The
         message names the leaf, its grid and the nearest grid that fits.
 
     References:
@@ -165,6 +161,7 @@ def _placed(leaves: Mapping[str, Leaf], source: GGUFFile, names: Names | None) -
         if rows.leaf.path in theirs:
             order = row_order(name, rows.shape[0], source)
             placed[name] = dataclasses.replace(rows, order=order)
+            check_order(placed[name], name, source)
     return placed
 
 
@@ -250,7 +247,7 @@ def _content(rows: Rows, kind: str) -> Iterator[np.ndarray]:
     for first in range(0, values.size, _CHUNK):
         part = values[first : first + _CHUNK]
         with np.errstate(over="ignore"):
-            cast = part.astype(_DTYPES[kind])
+            cast = part.astype(PLAIN[kind])
         if kind == "F16" and not np.array_equal(np.isfinite(cast), np.isfinite(part)):
             largest = np.abs(part[np.isfinite(part)]).max()
             raise ValueError(

@@ -1,0 +1,244 @@
+"""``--budget``: the bits of each tensor, from the errors of all widths.
+
+It needs JAX, and is imported where it is needed.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_clipquant.cli.numpy_grid import Threads, in_turn
+from optax_clipquant.cli.rules import FLOAT8, WIDTHS, Rule, scale_layout
+from optax_clipquant.cli.search import buffer_for, check_platform, quantizer_of
+from optax_clipquant.cli.terminal import Progress
+from optax_clipquant.formats.checkpoint import Checkpoint
+from optax_clipquant.formats.dtypes import nbytes
+from optax_clipquant.quant.quantizers import Quantizer
+from optax_clipquant.tuning.allocate import Table, budget_of
+
+_BLOCK = 2**17  # weights: they stay in a cache
+_COMPILATION = (
+    10**8
+)  # weights that are measured in the time that the programs of a length take to compile
+_SAMPLE = 2**20  # weights, beyond which a tensor's error is estimated from some of its rows
+_LONGEST = 2**20  # weights, beyond which a row's error is estimated from some of them
+
+Key = tuple[Quantizer, np.dtype, int]
+"""What a program depends on: the quantizer of rows, the dtype of the weights, and the length of a row."""
+Program = Callable[[Quantizer, np.ndarray], tuple[jax.Array, jax.Array]]
+Programs = Mapping[Key, concurrent.futures.Future[Program]]
+
+
+def allocate_rules(
+    source: Checkpoint, rules: Mapping[str, Rule], budget: float, progress: Progress
+) -> dict[str, Rule]:
+    """``rules`` with the bits of the least squared error within a budget, where they leave them open.
+
+    Raises:
+      ValueError: the budget is below the smallest size, which shows before anything is read; or as
+        ``measure`` does.
+    """
+    check_platform()
+    sizes = [
+        _padded([rule.packed_bytes(source.specs[name], bits) for bits in rule.widths])
+        for name, rule in rules.items()
+    ]
+    sizes = np.array(sizes)
+    counts = np.array([math.prod(source.specs[name][1]) for name in rules], np.float64)
+    limit = budget_of(sizes, counts.sum(), budget)
+    errors = np.array([_padded(e) for e in measure(source, rules, progress).values()])
+    with _quiet():
+        chosen = Table(sizes, errors, counts, limit).solve()
+    return {
+        name: rule if len(rule.widths) == 1 else rule._replace(bits=rule.widths[index])
+        for (name, rule), index in zip(rules.items(), chosen, strict=True)
+    }
+
+
+def measure(
+    source: Checkpoint, rules: Mapping[str, Rule], progress: Progress
+) -> dict[str, np.ndarray]:
+    """The sum of squared errors of each tensor at each of its rule's widths.
+
+    Weights that share a scale are laid out as a row, so that tensors share programs, whose compilation
+    takes most of the time where shapes are many. Then rows are lengthened to one of a few lengths by
+    repeating some of their weights. Rows and tensors of more than a million weights are sampled.
+
+    Raises:
+      ValueError: a tensor has weights that are not finite.
+    """
+    lengths = {name: _length(source.specs[name][1], rule) for name, rule in rules.items()}
+    weights: dict[int, int] = collections.Counter()
+    for name, length in lengths.items():
+        weights[length] += min(math.prod(source.specs[name][1]), _SAMPLE)
+    common = _common_lengths(weights)
+    keys = {
+        name: [
+            (quantizer, _dtype(source, name), common[lengths[name]])
+            for quantizer in _row_quantizers(rule)
+        ]
+        for name, rule in rules.items()
+    }
+    buffer, found = buffer_for(source, rules), {}
+    with Threads(2) as compiler, Threads(2) as runner:
+        programs = {key: compiler.submit(_lower(key).compile) for key in set().union(*keys.values())}  # fmt: skip
+        for name, rule in rules.items():
+            w = source.read(name, buffer).astype(_dtype(source, name), copy=False)
+            found[name] = _errors(w, rule, keys[name], programs, runner)
+            if not np.isfinite(found[name]).all():
+                raise ValueError(
+                    f"tensor {name!r} has weights that are infinite or NaN; mend them, or keep it by --rule"
+                )
+            progress(nbytes(*source.specs[name]))
+    return found
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps what the solver's C++ prints out of stdout, which may be for JSON."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    with open(os.devnull, "wb") as null:
+        os.dup2(null.fileno(), 1)
+    try:
+        yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+
+
+def _padded(choices: Any) -> list[Any]:
+    """As many for each tensor. The same again is no choice."""
+    return [*choices, *[choices[-1]] * (len(WIDTHS) - len(choices))]
+
+
+def _dtype(source: Checkpoint, name: str) -> np.dtype:
+    dtype, _ = source.specs[name]
+    assert isinstance(dtype, np.dtype)
+    return np.dtype(np.float32) if dtype in FLOAT8 else dtype
+
+
+def _row_quantizers(rule: Rule) -> list[Quantizer]:
+    """The quantizer of each width, for rows."""
+    as_rows = rule._replace(channel_axis=0, group_size=None)
+    return [quantizer_of(as_rows, bits) for bits in rule.widths]
+
+
+def _length(shape: tuple[int, ...], rule: Rule) -> int:
+    """How many weights share a scale."""
+    axes, _, group = scale_layout(shape, rule.channel_axis, rule.group_size)
+    length = math.prod(shape[axis] for axis in axes) * (1 if group is None else group[1])
+    return min(max(length, 1), _LONGEST)
+
+
+def _common_lengths(weights: Mapping[int, int]) -> dict[int, int]:
+    """The length to which rows of each length are lengthened, so that it takes the least time.
+
+    ``weights`` counts the weights in rows of each length.
+    """
+    lengths = sorted(weights)
+    # By how many of the shortest are dealt with: the cost, and how many before the last common length.
+    best: list[tuple[float, int]] = [(0.0, 0)]
+    for last, common in enumerate(lengths, 1):
+        costs = []
+        cost = float(_COMPILATION)
+        for first in range(last - 1, -1, -1):
+            cost += weights[lengths[first]] * common / lengths[first]
+            costs.append((best[first][0] + cost, first))
+        best.append(min(costs))
+    found, last = {}, len(lengths)
+    while last:
+        first = best[last][1]
+        found |= dict.fromkeys(lengths[first:last], lengths[last - 1])
+        last = first
+    return found
+
+
+def _lower(key: Key) -> jax.stages.Lowered:
+    quantizer, dtype, width = key
+    block = jax.ShapeDtypeStruct((max(_BLOCK // width, 1), width), dtype)
+    return _squared_error.lower(quantizer, block)
+
+
+@jax.jit
+def _squared_error(quantizer: Quantizer, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The sum of squared errors, in units of the square of the largest weight; and that weight."""
+    w = rows.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(w))
+    unit = jnp.where(largest == 0, 1, largest)
+    error = quantizer.quantize(rows).dequantize().astype(jnp.float32) - w
+    return jnp.sum(jnp.square(error / unit)), unit
+
+
+def _errors(
+    w: np.ndarray, rule: Rule, keys: list[Key], programs: Programs, threads: Threads
+) -> np.ndarray:
+    """The sum of squared errors of a tensor at each width."""
+    measured = [(programs[key].result(), key[0]) for key in keys]
+    width = keys[0][-1]
+
+    def of_block(block: np.ndarray) -> np.ndarray:
+        found = [program(quantizer, block) for program, quantizer in measured]
+        return np.array([float(error) * float(unit) ** 2 for error, unit in found])
+
+    total = np.zeros(len(keys))
+    for rows in _rows(w, rule):
+        count, length = rows.shape
+        step = max(_BLOCK // width, 1)
+        most = max(_SAMPLE // (step * length), 1) * step
+        rng = np.random.default_rng(0)
+        factor = length / width
+        if count > most:
+            # Errors of rows go with the squares of their largest weights, which are known of all.
+            squares = np.square(np.maximum(rows.max(1), -rows.min(1)).astype(np.float64))
+            sample = np.sort(rng.choice(count, most, replace=False))
+            rows, part = rows[sample], squares[sample].sum()
+            factor *= squares.sum() / part if part else count / most
+        if length > width:
+            # With the extremes, which scales depend on.
+            sample = rows[:, rng.choice(length, width, replace=False)]
+            sample[:, 0], sample[:, 1] = rows.max(1), rows.min(1)
+            rows = sample
+        total += factor * sum(in_turn(threads, of_block, _blocks(rows, step, width)))
+    return total
+
+
+def _blocks(rows: np.ndarray, step: int, width: int) -> Iterator[np.ndarray]:
+    """Some of the rows at a time, repeated along their length, and followed by rows of zeros."""
+    length = rows.shape[1]
+    for first in range(0, len(rows), step):
+        part = rows[first : first + step]
+        block = np.zeros((step, width), rows.dtype)
+        block[: len(part)] = part if length == width else part[:, np.arange(width) % length]
+        yield block
+
+
+def _rows(w: np.ndarray, rule: Rule) -> Iterator[np.ndarray]:
+    """``[scales, weights of a scale]``: all of ``w``, the last groups apart where they are shorter."""
+    axes, _, group = scale_layout(w.shape, rule.channel_axis, rule.group_size)
+    if group is None:
+        yield _as_rows(w, axes)
+        return
+    axis, size = group[0] + w.ndim, group[1]
+    whole = w.shape[axis] // size * size
+    before = (slice(None),) * axis
+    for part in (w[(*before, slice(whole))], w[(*before, slice(whole, None))]):
+        run = min(size, part.shape[axis])
+        if part.size:
+            split = part.reshape(*w.shape[:axis], -1, run, *w.shape[axis + 1 :])
+            yield _as_rows(split, (axis + 1, *(a + (a > axis) for a in axes)))
+
+
+def _as_rows(w: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    kept = [axis for axis in range(w.ndim) if axis not in axes]
+    length = math.prod(w.shape[axis] for axis in axes)
+    return w.transpose(*kept, *axes).reshape(-1, max(length, 1)) if w.size else np.zeros((0, 1), w.dtype)  # fmt: skip

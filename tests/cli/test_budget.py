@@ -1,0 +1,111 @@
+"""The errors by which ``--budget`` chooses, against the quantizers themselves."""
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from helpers import weights
+
+from optax_clipquant import Uniform, allocate_bits, quantize_params
+from optax_clipquant.cli import budget
+from optax_clipquant.cli.rules import Rule
+from optax_clipquant.formats.checkpoint import Checkpoint
+
+
+def squared_error(tree, rules) -> float:
+    q = quantize_params(tree, rules)
+    return sum(
+        float(np.sum(np.square(np.asarray(q[name].dequantize(), np.float64) - w)))
+        for name, w in tree.items()
+    )
+
+
+# With a shorter last group; in runs of a convolution's axes; of columns; of a whole tensor, which is sampled.
+LAYOUTS = {
+    "channels": ((300, 64), {"channel_axis": 0}, 1e-5),
+    "groups": ((200, 90), {"channel_axis": 0, "group_size": 40}, 0.03),
+    "convolution": ((64, 24, 3, 3), {"channel_axis": 0, "group_size": 36}, 1e-5),
+    "columns": ((48, 300), {"channel_axis": -1}, 1e-5),
+    "tensor": ((300, 500), {"channel_axis": None}, 0.03),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_errors_are_those_of_the_quantizer(tmp_path, monkeypatch, layout):
+    monkeypatch.setattr(budget, "_BLOCK", 2**10)
+    monkeypatch.setattr(budget, "_LONGEST", 2**14)
+    shape, where, tolerance = LAYOUTS[layout]
+    # Channels of all sizes, in one file: each must count by its own.
+    w = weights(shape) * np.exp(weights((shape[0],) + (1,) * (len(shape) - 1), seed=1))
+    tree = {"w": w.astype(np.float32)}
+    safetensors.numpy.save_file(tree, tmp_path / "in")
+    with Checkpoint(tmp_path / "in") as source:
+        (found,) = budget.measure(source, {"w": Rule(4, **where)}, lambda n: None)["w"]
+    wanted = squared_error(tree, Uniform(4, **where))
+    assert found == pytest.approx(wanted, rel=tolerance)
+
+
+def test_rows_are_lengthened_to_few_lengths(tmp_path):
+    tree = {f"w{n}": weights((400, n), seed=n) for n in (50, 64, 70)}
+    safetensors.numpy.save_file(tree, tmp_path / "in")
+    rules = dict.fromkeys(tree, Rule(4))
+    with Checkpoint(tmp_path / "in") as source, pytest.MonkeyPatch.context() as patch:
+        lowered = []
+        patch.setattr(budget, "_lower", lambda key, lower=budget._lower: lowered.append(key) or lower(key))  # fmt: skip
+        found = budget.measure(source, rules, lambda n: None)
+    assert {length for _, _, length in lowered} == {70}
+    for name, w in tree.items():
+        wanted = squared_error({name: w}, Uniform(4, channel_axis=0))
+        assert found[name] == pytest.approx([wanted], rel=0.03)
+
+
+def test_lengths_are_shared_where_that_saves_time():
+    few, many = 10**5, 10**9
+    assert budget._common_lengths({64: few, 70: few, 4096: few}) == {64: 4096, 70: 4096, 4096: 4096}
+    assert budget._common_lengths({64: many, 70: few, 4096: many}) == {64: 64, 70: 4096, 4096: 4096}
+    assert budget._common_lengths({}) == {}
+
+
+def test_large_tensors_are_sampled(tmp_path, monkeypatch):
+    monkeypatch.setattr(budget, "_BLOCK", 2**10)
+    monkeypatch.setattr(budget, "_SAMPLE", 2**13)
+    # Rows of four sizes in turn.
+    w = weights((1600, 64)) * np.tile([1.0, 10.0, 0.1, 5.0], 400)[:, None]
+    tree = {"w": w.astype(np.float32)}
+    safetensors.numpy.save_file(tree, tmp_path / "in")
+    with Checkpoint(tmp_path / "in") as source:
+        (found,) = budget.measure(source, {"w": Rule(4)}, lambda n: None)["w"]
+    assert found == pytest.approx(squared_error(tree, Uniform(4, channel_axis=0)), rel=0.05)
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path):
+    safetensors.numpy.save_file({"w": np.full((8, 8), np.nan, np.float32)}, tmp_path / "in")
+    with (
+        Checkpoint(tmp_path / "in") as source,
+        pytest.raises(ValueError, match="'w' has weights that are infinite or NaN"),
+    ):
+        budget.measure(source, {"w": Rule(4)}, lambda n: None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_the_allocation_is_as_good_as_the_exact_one(tmp_path, group_size):
+    shapes = [(64, 48), (96, 64), (32, 24, 3, 3), (200, 100), (17, 300), (64, 64), (128, 27), (40, 512)]  # fmt: skip
+    rng = np.random.default_rng(0)
+    tree = {
+        f"w{i}": (rng.standard_t(5, shape) * np.exp(rng.normal())).astype(np.float32)
+        for i, shape in enumerate(shapes * 2)
+    }
+    safetensors.numpy.save_file(tree, tmp_path / "in")
+    rules = dict.fromkeys(tree, Rule(group_size=group_size))
+    for limit in (3.5, 4.5, 6.0):
+        with Checkpoint(tmp_path / "in") as source:
+            found = budget.allocate_rules(source, rules, limit, lambda n: None)
+        ours = {f"^{n}$": Uniform(r.width, channel_axis=0, group_size=group_size) for n, r in found.items()}  # fmt: skip
+        ones = {name: np.ones((1,) * w.ndim, np.float32) for name, w in tree.items()}
+        exact = allocate_bits(
+            tree,
+            ones,
+            bits_per_param=limit,
+            quantizer=lambda bits: Uniform(bits, channel_axis=0, group_size=group_size),
+        )
+        assert squared_error(tree, ours) <= 1.01 * squared_error(tree, exact)

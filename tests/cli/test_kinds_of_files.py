@@ -1,0 +1,189 @@
+"""The table of ``cli/FILES.md``: each kind of file, and what the commands say of it.
+
+``python tests/cli/test_kinds_of_files.py`` writes the table anew.
+"""
+
+import contextlib
+import gzip
+import io
+import json
+import os
+import pathlib
+import re
+import struct
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from optax_clipquant.cli.main import main
+from optax_clipquant.formats.safetensors import writing
+
+PAGE = pathlib.Path(__file__).parents[2] / "optax_clipquant" / "cli" / "FILES.md"
+W = np.linspace(-1, 1, 64 * 64, dtype=np.float32).reshape(64, 64)
+
+
+def write(path: pathlib.Path, **tensors: np.ndarray) -> None:
+    named = {name.replace("__", "."): x for name, x in tensors.items()}
+    specs = {name: (x.dtype, x.shape) for name, x in named.items()}
+    with writing(path, specs, {}) as file:
+        for name, x in named.items():
+            file.put(name, x)
+
+
+def content(**tensors: np.ndarray) -> bytes:
+    return safetensors.numpy.save(tensors)
+
+
+def small(path: pathlib.Path) -> None:
+    """A file of ``compress``."""
+    write(path.with_name("float"), w=W)
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main(["compress", str(path.with_name("float")), str(path)]) == 0
+    path.with_name("float").unlink()
+
+
+def altered(place: Callable[[bytes], int]) -> Callable[[pathlib.Path], None]:
+    """A file of ``compress`` with another byte."""
+
+    def make(path: pathlib.Path) -> None:
+        small(path)
+        data = bytearray(path.read_bytes())
+        data[place(bytes(data))] ^= 1
+        path.write_bytes(data)
+
+    return make
+
+
+def folder(path: pathlib.Path, missing: bool = False) -> None:
+    path.mkdir()
+    write(path / "a.safetensors", v=W)
+    if not missing:
+        write(path / "b.safetensors", w=W)
+    index = {"weight_map": {"v": "a.safetensors", "w": "b.safetensors"}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def compressed_tensors(path: pathlib.Path) -> None:
+    path.mkdir()
+    args = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    groups = {"group_0": {"targets": ["Linear"], "weights": args}}
+    config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}  # fmt: skip
+    (path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    packed = np.zeros((64, 16), np.int32)
+    shape = np.array([64, 64])
+    write(path / "model.safetensors", m__weight_packed=packed, m__weight_scale=W[:, :1], m__weight_shape=shape)  # fmt: skip
+
+
+def npz() -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, w=np.ones(3))
+    return buffer.getvalue()
+
+
+def torch_zip() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        file.writestr("archive/data.pkl", b"x" * 50)
+    return buffer.getvalue()
+
+
+def gguf(name: bytes = b"w") -> bytes:
+    header = b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + struct.pack("<Q", len(name)) + name
+    header += struct.pack("<IQQIQ", 2, 64, 64, 0, 0)
+    return header + bytes(-len(header) % 32) + W.tobytes()
+
+
+F8 = ml_dtypes.float8_e4m3fn
+NAN = np.where(W > 0.99, np.nan, W)
+# What makes a file of the kind, or its bytes.
+KINDS: dict[str, Callable[[pathlib.Path], object] | bytes] = {
+    "float weights": lambda path: write(path, w=W, norm=W[0]),
+    "float weights in shards": folder,
+    "weights of `compress`": small,
+    "float8 with scales of blocks": lambda path: write(path, m__weight=W.astype(F8), m__weight_scale_inv=W[:1, :1], n__weight=W),
+    "GPTQ": lambda path: write(path, m__qweight=np.zeros((8, 64), np.int32), m__qzeros=np.zeros((1, 8), np.int32), m__scales=W[:1].astype(np.float16)),
+    "a folder of compressed-tensors": compressed_tensors,
+    "a dtype that NumPy lacks": lambda path: path.write_bytes((lambda h: struct.pack("<Q", len(h)) + h + bytes(8))(b'{"x":{"dtype":"F4","shape":[2,8],"data_offsets":[0,8]}}')),
+    "norms and biases alone": lambda path: write(path, norm=W[0]),
+    "weights that are NaN": lambda path: write(path, w=NAN.astype(np.float32)),
+    "GGUF": gguf(),
+    "GGUF, cut off": gguf()[:-1],
+    "NumPy, `.npy`": b"\x93NUMPY\x01\x00v\x00{'descr'" + bytes(50),
+    "NumPy, `.npz`": npz(),
+    "PyTorch, `.pt` or `.bin`": torch_zip(),
+    "PyTorch before 1.6, or a pickle": b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + bytes(50),
+    "Keras, `.h5`": b"\x89HDF\r\n\x1a\n" + bytes(64),
+    "compressed by gzip": gzip.compress(content(w=W), mtime=0),
+    "a pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n",
+    "a failed download": b"<!DOCTYPE html><html></html>",
+    "an empty file": b"",
+    "float weights, cut off": content(w=W)[:-1],
+    "of `compress`, a weight altered": altered(lambda data: len(data) - 200),
+    "of `compress`, the header altered": altered(lambda data: data.index(b"grids") - 20),
+    "an index without its shards": lambda path: folder(path, missing=True),
+    "a folder without a checkpoint": lambda path: path.mkdir(),
+    "a pipe": lambda path: os.mkfifo(path),
+    "nothing": lambda path: None,
+}  # fmt: skip
+COMMANDS = {
+    "inspect": ["inspect"],
+    "compress": ["compress"],
+    "decompress": ["decompress"],
+    "convert --to safetensors": ["convert", "--to", "safetensors"],
+}
+
+
+def answer(kind: str, command: str) -> str:
+    """Exit status and message."""
+    with tempfile.TemporaryDirectory() as place:
+        path, out = pathlib.Path(place) / "IN", pathlib.Path(place) / "OUT"
+        make = KINDS[kind]
+        path.write_bytes(make) if isinstance(make, bytes) else make(path)
+        args = [*COMMANDS[command], str(path), *([] if command == "inspect" else [str(out)])]
+        stdout, stderr = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            code = main(args)
+        told = stderr.getvalue()
+        assert told.count("\n") == (code != 0), told
+        assert out.exists() == (code == 0 and command != "inspect")
+        if code == 0:
+            kept = re.search(r"left as they are: (.*)", stdout.getvalue())
+            return "done" + (f"; left as they are: {kept[1]}" if kept else "")
+        text = told.removeprefix("optax-clipquant: error: ").strip()
+        return f"{code}: " + text.replace(str(path), "IN").replace(str(out), "OUT")
+
+
+def section(kind: str) -> str:
+    said: dict[str, list[str]] = {}
+    for command in COMMANDS:
+        said.setdefault(answer(kind, command), []).append(f"`{command}`")
+    rows = [f"| {', '.join(names)} | {text.replace('|', chr(92) + '|')} |" for text, names in said.items()]  # fmt: skip
+    return "\n".join([f"### {kind[0].upper()}{kind[1:]}", "", "| command | says |", "|---|---|", *rows, ""])  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_page_has_what_the_commands_say(kind):
+    assert section(kind) in PAGE.read_text()
+
+
+def test_the_page_has_no_other_kinds():
+    assert PAGE.read_text().count("### ") == len(KINDS)
+
+
+INTRO = """# What the commands say of each kind of file
+
+`IN` is the file, `OUT` a new one. "Done" is exit status 0; else the status stands before the message, which is
+one line on stderr, and no `OUT` is written. `tests/cli/test_kinds_of_files.py` makes each kind of file, asks the
+commands, and compares this page with what they say.
+
+"""
+
+if __name__ == "__main__":
+    PAGE.write_text(INTRO + "\n".join(map(section, KINDS)))
+    sys.exit()
