@@ -14,8 +14,8 @@ from optax_clipquant.analysis.compensation.quantizing import Quantizing
 from optax_clipquant.analysis.compensation.squares import InputSquares
 from optax_clipquant.analysis.compensation.streams import Segments
 from optax_clipquant.analysis.trace import trace_weights
-from optax_clipquant.quant.params import Rules, Where, select
 from optax_clipquant.quant.qarray import is_qarray
+from optax_clipquant.quant.selection import Rules, Where, select
 from optax_clipquant.quant.uses import KINDS, Calibration, Use, Uses
 
 if TYPE_CHECKING:
@@ -249,6 +249,7 @@ def quantize_calibrated(
         treedef.unflatten([x for _, x in flat]),
         quantizer,
         where or (lambda path, _: path in known and known[path].is_weight),
+        known,
     )
     leaves = Leaves({path: x for (path, _), x in zip(flat, values, strict=True) if path in chosen})
     program = Program(

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_clipquant._tree import PyTree
+from optax_clipquant._tree import PyTree, is_float0
 
 
 def squared_gradients(
@@ -28,7 +28,7 @@ def squared_gradients(
       batches: the batches.
 
     Returns:
-      A tree of float32 arrays.
+      A tree of float32 arrays, zeros where params are integers.
 
     Raises:
       ValueError: there are no batches.
@@ -42,8 +42,10 @@ def squared_gradients(
 
     @jax.jit
     def add(total: PyTree, batch: Any) -> PyTree:
-        grads = jax.grad(loss)(params, batch)
-        return jax.tree.map(lambda t, g: t + jnp.square(g.astype(jnp.float32)), total, grads)
+        grads = jax.grad(loss, allow_int=True)(params, batch)
+        return jax.tree.map(
+            lambda t, g: t if is_float0(g) else t + jnp.square(g.astype(jnp.float32)), total, grads
+        )
 
     total = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
     count = 0

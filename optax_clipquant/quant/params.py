@@ -1,24 +1,19 @@
-"""Quantizing a tree of params, and the rules that choose the quantizer of each leaf."""
+"""Trees of params: quantized, and dequantized."""
 
-import collections
-import contextlib
-import difflib
-import re
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.core import Tracer
 
 from optax_clipquant._tree import PyTree, flatten_with_path, path_of
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.qarray import QArray, is_qarray
-from optax_clipquant.quant.quantizers import Quantizer, Uniform
-from optax_clipquant.quant.uses import Calibration, Use, Uses, names_a_weight
-
-Rules = Quantizer | Mapping[str, Quantizer | None]
-Where = Callable[[str, Any], bool]
+from optax_clipquant.quant.quantizers import Uniform
+from optax_clipquant.quant.selection import Rules, Where, naming, select, use_of
+from optax_clipquant.quant.uses import Calibration, Uses
 
 
 def quantize_params(
@@ -57,6 +52,11 @@ def quantize_params(
 
     Returns:
       The tree with ``QArray`` leaves, of the same shapes and dtypes.
+
+    Warns:
+      UserWarning: a selected leaf stays as it is, since quantized it would not be smaller or its dtype
+        (float4, float6, float8_e8m0fnu) holds codes or scales already. Or outside ``jax.jit`` and without
+        ``uses``, all weights of a slice along the first axis become zero.
 
     Raises:
       ValueError: no leaf is selected, an expression matches no path, a leaf lacks an axis that its
@@ -100,9 +100,49 @@ def quantize_params(
                 leaf, key=leaf_key, use=use_of(uses, path), importance=moments.get(path)
             )
 
-    return treedef.unflatten(
+    quantized = [
         quantize_leaf(index, leaf, path_of(path)) for index, (path, leaf) in enumerate(leaves)
-    )
+    ]
+    if uses is None:
+        _warn_of_lost_slices(
+            {
+                path_of(path): (leaf, q)
+                for (path, leaf), q in zip(leaves, quantized, strict=True)
+                if path_of(path) in chosen
+            }
+        )
+    return treedef.unflatten(quantized)
+
+
+def _warn_of_lost_slices(leaves: Mapping[str, tuple[Any, QArray]]) -> None:
+    """Warns where a layer, or what else lies along the first axis, is lost to a scale that it shares.
+
+    Not inside ``jax.jit``, where no value is known. Rows of a few weights are left out: small ones among
+    them round to zero in any net.
+    """
+    lost = {}
+    for path, (w, q) in leaves.items():
+        slices = q.shape[0] if q.ndim else 0
+        shared = q.ndim and q.scale.shape[0] < slices
+        many = q.ndim >= 3 or (q.ndim == 2 and q.shape[1] >= 32)
+        if shared and many and not isinstance(q.qvalue, Tracer):
+            lost[path] = _lost_slices(w, q), slices
+    found = {path: (int(count), slices) for path, (count, slices) in lost.items() if count}
+    if found:
+        warnings.warn(
+            "all weights become zero in "
+            + ", ".join(f"{count} of {n} slices of {path!r}" for path, (count, n) in found.items())
+            + " along its first axis, whose slices share scales with far larger ones. Are they layers, "
+            "experts or rows of an embedding? uses=trace_weights(fn, params, *args) gives each its scales",
+            stacklevel=3,
+        )
+
+
+@jax.jit
+def _lost_slices(w: jax.Array, q: QArray) -> jax.Array:
+    """In how many slices along the first axis ``w`` is not zero and ``q`` is."""
+    axes = tuple(range(1, q.ndim))
+    return jnp.sum(jnp.any(w != 0, axes) & ~jnp.any(q.dequantize() != 0, axes))
 
 
 def dequantize_params(qparams: PyTree, dtype: Any = None) -> PyTree:
@@ -134,137 +174,3 @@ def leaves_of(tree: PyTree) -> Iterator[tuple[str, Any]]:
 
 def is_quantized(x: Any) -> bool:
     return isinstance(x, (Grid, QArray))
-
-
-@contextlib.contextmanager
-def naming(path: str) -> Iterator[None]:
-    """Adds the leaf's path to a ``ValueError`` raised inside."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"params leaf {path!r}: {error}") from error
-
-
-def select(
-    params: PyTree, quantizer: Rules, where: Where | None, uses: Uses | None = None
-) -> dict[str, Quantizer]:
-    """The quantizer of each selected leaf, by path; raises as ``quantize_params`` does."""
-    check_rules(quantizer)
-    leaves = [
-        (path_of(path), leaf)
-        for path, leaf in flatten_with_path(params, is_leaf=is_qarray)[0]
-        if not is_qarray(leaf)
-    ]
-    if uses is not None:
-        _check_traced(uses, leaves)
-        where = where or (lambda path, leaf: _is_float(leaf) and uses[path].is_weight)
-    eligible = [(path, leaf) for path, leaf in leaves if (where or is_weight)(path, leaf)]
-    if not isinstance(quantizer, Quantizer):
-        _check_found(quantizer, [path for path, _ in leaves], [path for path, _ in eligible])
-    chosen = {}
-    times = collections.Counter(path for path, _ in leaves)
-    for path, leaf in eligible:
-        rule = rule_for(path, quantizer)
-        if rule is None:
-            continue
-        if times[path] > 1:
-            raise ValueError(
-                f"params have two leaves with the path {path!r}, as {{'a': {{'b': ...}}, 'a/b': ...}} "
-                "would; rename one"
-            )
-        dtype = getattr(leaf, "dtype", None)
-        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(
-                f"params leaf {path!r} was selected, but has dtype {dtype}; only real floating "
-                "leaves can be quantized: exclude it with `where`"
-            )
-        chosen[path] = rule
-    if not chosen:
-        shown = ", ".join(f"{path} {getattr(leaf, 'shape', '')}" for path, leaf in leaves[:8])
-        raise ValueError(
-            "no leaf of params is selected for quantization. By default these are "
-            + (
-                "floating leaves with at least 2 axes not named bias or scale"
-                if uses is None
-                else "those in a dot, a convolution or a lookup, which print(uses) shows"
-            )
-            + "; choose others with `where`. "
-            f"The leaves: {shown or 'none'}"
-        )
-    return chosen
-
-
-def rule_for(path: str, rules: Rules) -> Quantizer | None:
-    """The quantizer of the first rule that matches ``path``, or None."""
-    if isinstance(rules, Quantizer):
-        return rules
-    return next((rule for pattern, rule in rules.items() if re.search(pattern, path)), None)
-
-
-def is_weight(path: str, leaf: Any) -> bool:
-    """Whether a leaf is quantized by default, where neither ``where`` nor ``uses`` is given."""
-    return _is_float(leaf) and leaf.ndim >= 2 and names_a_weight(path)
-
-
-def _is_float(leaf: Any) -> bool:
-    return jnp.issubdtype(getattr(leaf, "dtype", jnp.int32), jnp.floating)
-
-
-def use_of(uses: Uses | None, path: str) -> Use | None:
-    """The ``Use`` to fit a leaf with: None unless it is in a dot, a convolution or a lookup."""
-    use = None if uses is None else uses[path]
-    return use if use is not None and use.kinds & {"dot", "conv", "lookup"} else None
-
-
-def _check_traced(uses: Uses, leaves: list[tuple[str, Any]]) -> None:
-    """Raises if ``uses`` was traced with other params."""
-    for path, leaf in leaves:
-        if path not in uses and _is_float(leaf):
-            nearest = difflib.get_close_matches(path, list(uses), n=3, cutoff=0)
-            raise ValueError(
-                f"uses has no leaf {path!r}, which params have (the nearest: {', '.join(nearest)}); "
-                "give trace_weights the same tree"
-            )
-        traced = uses.shapes.get(path)
-        if traced is not None and traced != np.shape(leaf):
-            raise ValueError(
-                f"params leaf {path!r} has shape {np.shape(leaf)}, and was traced with {traced}; trace "
-                "the function with params of the same shapes"
-            )
-
-
-def check_rules(quantizer: Any) -> None:
-    """Raises if ``quantizer`` is neither a quantizer nor a mapping to quantizers."""
-    if isinstance(quantizer, Quantizer):
-        return
-    if not isinstance(quantizer, Mapping):
-        raise TypeError(
-            f"quantizer must be a Quantizer or a mapping from regular expressions to Quantizers, got {quantizer!r}"
-        )
-    for pattern, rule in quantizer.items():
-        if not (rule is None or isinstance(rule, Quantizer)):
-            raise TypeError(f"quantizer[{pattern!r}] must be a Quantizer or None, got {rule!r}")
-        if not isinstance(pattern, str):
-            raise TypeError(f"quantizer has the key {pattern!r}; give a regular expression as text")
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
-
-
-def _check_found(
-    rules: Mapping[str, Quantizer | None], paths: list[str], eligible: list[str]
-) -> None:
-    for pattern, rule in rules.items():
-        found = [path for path in paths if re.search(pattern, path)]
-        if not found:
-            nearest = difflib.get_close_matches(pattern, paths, n=5, cutoff=0) or ["none"]
-            raise ValueError(
-                f"the expression {pattern!r} matches no path of params; the nearest paths: "
-                + ", ".join(nearest)
-            )
-        if rule is not None and not any(path in eligible for path in found):
-            raise ValueError(
-                f"the expression {pattern!r} matches only leaves that are not to be quantized "
-                f"({', '.join(found[:5])}); select them with `where`"
-            )

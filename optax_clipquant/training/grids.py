@@ -17,16 +17,8 @@ from optax_clipquant._tree import (
     unboxed,
 )
 from optax_clipquant.quant.grid import Grid
-from optax_clipquant.quant.params import (
-    Rules,
-    Where,
-    is_quantized,
-    leaves_of,
-    naming,
-    rule_for,
-    select,
-    use_of,
-)
+from optax_clipquant.quant.params import is_quantized, leaves_of
+from optax_clipquant.quant.selection import Rules, Where, naming, rule_for, select, use_of
 from optax_clipquant.quant.uses import Use, Uses
 
 
@@ -35,6 +27,10 @@ def init_grids(
 ) -> PyTree:
     params = unboxed(params)
     chosen = select(params, quantizer, where, uses)
+    if not chosen:
+        raise ValueError(
+            "no leaf of params would become smaller by this quantizer; give it fewer bits or larger groups"
+        )
 
     def fit(path: str, p: jax.Array) -> Grid | None:
         if path not in chosen:

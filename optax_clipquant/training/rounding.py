@@ -8,7 +8,8 @@ import optax
 
 from optax_clipquant._tree import PyTree, on_shapes
 from optax_clipquant.quant.grid import Grid
-from optax_clipquant.quant.params import Rules, Where, check_rules, leaves_of, use_of
+from optax_clipquant.quant.params import leaves_of
+from optax_clipquant.quant.selection import Rules, Where, check_rules, use_of
 from optax_clipquant.quant.uses import Uses
 from optax_clipquant.training.grids import difference, init_grids, level_of, map_quantized, refit
 from optax_clipquant.training.latent import straight_through

@@ -16,9 +16,10 @@ from optax_clipquant._tree import (
 )
 from optax_clipquant.gradients.clip import Bound, clip_by_value
 from optax_clipquant.quant.grid import Grid
-from optax_clipquant.quant.params import Rules, Where, check_rules, leaves_of, use_of
+from optax_clipquant.quant.params import leaves_of
 from optax_clipquant.quant.qarray import QArray
 from optax_clipquant.quant.quantizers import Uniform
+from optax_clipquant.quant.selection import Rules, Where, check_rules, use_of
 from optax_clipquant.quant.uses import Uses
 from optax_clipquant.training import residual
 from optax_clipquant.training.grids import difference, init_grids, level_of, map_quantized, refit

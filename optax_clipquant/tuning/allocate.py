@@ -11,16 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_clipquant.quant.params import (
-    PyTree,
-    Where,
-    leaves_of,
-    naming,
-    quantize_params,
-    select,
-    use_of,
-)
+from optax_clipquant.quant.params import PyTree, leaves_of, quantize_params
 from optax_clipquant.quant.quantizers import Quantizer, Uniform
+from optax_clipquant.quant.selection import Where, naming, select, use_of
 from optax_clipquant.quant.uses import Calibration, Use, Uses
 
 
@@ -93,7 +86,8 @@ def allocate_bits(
     leaves = dict(leaves_of(params))
     if isinstance(sensitivity, Calibration):
         uses = sensitivity.uses if uses is None else uses
-    paths = list(select(params, rules[0], where, uses))
+    # Leaves that the largest width would not make smaller stay float under all.
+    paths = list(select(params, rules[int(np.argmax(choices))], where, uses))
     weights = _sensitivities(sensitivity, {path: leaves[path] for path in paths})
     table = _measure({path: leaves[path] for path in paths}, rules, weights, bits_per_param, uses)
 
