@@ -1,9 +1,9 @@
 """A character-level language model: automatic clipping bounds, and optimizer state in 8 and 4 bits.
 
-A small transformer learns a text, first with SGD with momentum at a learning rate that is too high for
-it, with four kinds of clipping; then with AdamW at a good learning rate, with the state in float, in 8 and
-in 4 bits per number, and with the weights on a 4-bit grid too. All runs of a seed share initial values and
-batches.
+A small transformer, whose blocks are scanned over stacked weights, learns a text, first with SGD with
+momentum at a learning rate that is too high for it, with four kinds of clipping; then with AdamW at a good
+learning rate, with the state in float, in 8 and in 4 bits per number, and with the weights on a 4-bit grid
+too. All runs of a seed share initial values and batches.
 
     python examples/char_lm.py                      # the topics of Python's help(), one seed
     python examples/char_lm.py --text FILE --seeds 3
@@ -32,6 +32,7 @@ from flax.training.train_state import TrainState
 
 from optax_clipquant import (
     Uniform,
+    Uses,
     clip_by_quantile,
     clip_by_value,
     clip_by_zscore,
@@ -45,6 +46,7 @@ from optax_clipquant import (
     quantize_weights,
     save,
     softness_schedule,
+    trace_weights,
 )
 
 LENGTH = 96  # characters in a window
@@ -56,11 +58,11 @@ REPORT = 10  # steps between two updates of the progress bar
 
 class Block(nn.Module):
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
         attention = nn.MultiHeadDotProductAttention(num_heads=HEADS)
         x = x + attention(nn.LayerNorm()(x), mask=mask)
         hidden = nn.gelu(nn.Dense(4 * WIDTH)(nn.LayerNorm()(x)))
-        return x + nn.Dense(WIDTH)(hidden)
+        return x + nn.Dense(WIDTH)(hidden), None
 
 
 class Transformer(nn.Module):
@@ -72,8 +74,14 @@ class Transformer(nn.Module):
         x = nn.Embed(self.vocabulary, WIDTH)(tokens)
         x = x + self.param("positions", nn.initializers.normal(0.02), (LENGTH, WIDTH))[None]
         mask = nn.make_causal_mask(tokens)
-        for _ in range(BLOCKS):
-            x = Block()(x, mask)
+        blocks = nn.scan(
+            Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=BLOCKS,
+        )
+        x, _ = blocks(name="blocks")(x, mask)
         return nn.Dense(self.vocabulary)(nn.LayerNorm()(x))
 
 
@@ -123,6 +131,14 @@ def model_of(vocabulary: int) -> Transformer:
     return Transformer(vocabulary)
 
 
+@functools.cache
+def uses_of(vocabulary: int) -> Uses:
+    """What the model does with its params: of the stacked kernels, each layer gets its own scales."""
+    model, tokens = model_of(vocabulary), jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    return trace_weights(lambda p, tokens: model.apply({"params": p}, tokens), params, tokens)
+
+
 @functools.partial(jax.jit, donate_argnums=0)
 def train_step(state: TrainState, windows: jax.Array) -> tuple[TrainState, jax.Array]:
     loss, grads = jax.value_and_grad(lambda p: loss_of(state.apply_fn, p, windows))(state.params)
@@ -166,7 +182,7 @@ def clipping_runs(c: float) -> list[Run]:
     ]
 
 
-def state_runs(steps: int) -> list[Run]:
+def state_runs(steps: int, uses: Uses) -> list[Run]:
     def shrunk(bits: int) -> Any:
         return lambda schedule: optax.chain(
             clip_by_quantile(), quantize_state(optax.adamw(schedule), bits=bits, block_size=128)
@@ -176,7 +192,7 @@ def state_runs(steps: int) -> list[Run]:
         return optax.chain(
             clip_by_quantile(),
             quantize_state(optax.adamw(schedule), block_size=128),
-            quantize_weights(GRID, softness=softness, residual_bits=8),
+            quantize_weights(GRID, softness=softness, uses=uses, residual_bits=8),
         )
 
     annealed = functools.partial(all_three, softness=softness_schedule(0, steps * 3 // 4))
@@ -196,7 +212,7 @@ def train(
     model = model_of(text.vocabulary)
     params = model.init(jax.random.key(seed), text.validation[:1, :-1])["params"]
     if run.on_grid:
-        params = dequantize_params(quantize_params(params, GRID))
+        params = dequantize_params(quantize_params(params, GRID, uses=uses_of(text.vocabulary)))
     schedule = optax.warmup_cosine_decay_schedule(0, rate, args.warmup, args.steps)
     state = TrainState.create(apply_fn=model.apply, params=params, tx=run.make(schedule))
     losses, fractions = [], []
@@ -384,7 +400,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     plans = {
         "clipping": ("SGD at a rate that is too high", clipping_runs(args.c), args.high_rate),
-        "state": ("AdamW with its state in bytes", state_runs(args.steps), args.rate),
+        "state": (
+            "AdamW with its state in bytes",
+            state_runs(args.steps, uses_of(text.vocabulary)),
+            args.rate,
+        ),
     }
     parts = {name: plan for name, plan in plans.items() if args.part in (None, name)}
     total = sum(len(runs) for _, runs, _ in parts.values()) * args.seeds * args.steps
