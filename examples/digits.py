@@ -32,6 +32,7 @@ from optax_clipquant import (
     Quantizer,
     Ternary,
     Uniform,
+    Uses,
     ZScore,
     bits_per_param,
     clip_by_value,
@@ -45,6 +46,7 @@ from optax_clipquant import (
     round_weights,
     save,
     summarize,
+    trace_weights,
 )
 
 EVERY = 50  # steps between two points of the plot
@@ -57,6 +59,14 @@ class Net(nn.Module):
         x = nn.relu(nn.Conv(64, (3, 3), strides=2)(x))
         x = nn.relu(nn.Dense(64)(x.reshape(len(x), -1)))
         return nn.Dense(10)(x)
+
+
+@functools.cache
+def uses_of_net() -> Uses:
+    """Which params are kernels, and along which axes these are summed over."""
+    images = jax.ShapeDtypeStruct((1, 8, 8), jnp.float32)
+    params = jax.eval_shape(Net().init, jax.random.key(0), images)["params"]
+    return trace_weights(lambda p, x: Net().apply({"params": p}, x), params, images)
 
 
 def load_data() -> tuple[jax.Array, ...]:
@@ -118,7 +128,7 @@ def run(
     train_x, train_y, test_x, test_y = data
     params = Net().init(jax.random.key(args.seed), train_x[:1])["params"]
     if quantizer is not None:
-        params = dequantize_params(quantize_params(params, quantizer))
+        params = dequantize_params(quantize_params(params, quantizer, uses=uses_of_net()))
     schedule = optax.cosine_decay_schedule(2e-3, args.steps)
     tx = optax.chain(clip_by_value(args.c), optax.adamw(schedule), last)
     state = TrainState.create(apply_fn=Net().apply, params=params, tx=tx)
@@ -207,10 +217,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     runs: dict[str, tuple[optax.GradientTransformation, Quantizer | None]] = {
         "float": (optax.identity(), None),
-        label: (quantize_weights(args.made), args.made),
+        label: (quantize_weights(args.made, uses=uses_of_net()), args.made),
     }
     if args.in_place:
-        runs[f"{label}, in place"] = (round_weights(args.made), args.made)
+        runs[f"{label}, in place"] = (round_weights(args.made, uses=uses_of_net()), args.made)
 
     table = rich.table.Table(
         title=f"scikit-learn digits, {args.steps} steps, c = {args.c}, seed {args.seed}",

@@ -35,6 +35,7 @@ from optax_clipquant import (
     Quantizer,
     Ternary,
     Uniform,
+    Uses,
     bits_per_param,
     clip_by_value,
     dequantize_params,
@@ -44,6 +45,7 @@ from optax_clipquant import (
     quantize_weights,
     save,
     softness_schedule,
+    trace_weights,
 )
 
 DEBIAN = pathlib.Path("/usr/share/datasets/fashion-mnist")
@@ -198,7 +200,8 @@ def train(
     batches = batches_of(args.seed, len(data[0]), min(args.batch, len(data[0])), args.epochs)
     params = setting.model.init(jax.random.key(args.seed), data[0][:1])["params"]
     schedule = optax.cosine_decay_schedule(setting.rate, len(batches))
-    last = on_the_grid(width, len(batches), args.hard)
+    uses = trace_weights(lambda p, x: setting.model.apply({"params": p}, x), params, data[0][:1])
+    last = on_the_grid(width, len(batches), args.hard, uses)
     tx = optax.chain(clip_by_value(args.c), optax.adam(schedule), last)
     state = TrainState.create(apply_fn=setting.model.apply, params=params, tx=tx)
     task = progress.add_task(name_of(width), total=len(batches), note="")
@@ -211,7 +214,7 @@ def train(
     return state, float(jnp.mean(jnp.array(fractions)))
 
 
-def on_the_grid(width: str, steps: int, hard: bool) -> optax.GradientTransformation:
+def on_the_grid(width: str, steps: int, hard: bool, uses: Uses) -> optax.GradientTransformation:
     """The last transform of the chain. At 3 bits and below, the weights approach the levels gradually."""
     quantizer = WIDTHS[width]
     if quantizer is None:
@@ -219,8 +222,8 @@ def on_the_grid(width: str, steps: int, hard: bool) -> optax.GradientTransformat
     # It takes about three steps on the levels until the params equal them exactly.
     end = min(round(0.75 * steps), steps - 5)
     if hard or width in ("4", "8") or end < 1:
-        return quantize_weights(quantizer)
-    return quantize_weights(quantizer, softness=softness_schedule(0, end))
+        return quantize_weights(quantizer, uses=uses)
+    return quantize_weights(quantizer, softness=softness_schedule(0, end), uses=uses)
 
 
 def name_of(width: str) -> str:

@@ -17,6 +17,7 @@ from optax_clipquant._tree import (
     unboxed,
 )
 from optax_clipquant.quant.grid import Grid
+from optax_clipquant.quant.groups import groups_of
 from optax_clipquant.quant.params import is_quantized, leaves_of
 from optax_clipquant.quant.selection import Rules, Where, naming, rule_for, select, use_of
 from optax_clipquant.quant.uses import Use, Uses
@@ -131,11 +132,9 @@ def map_quantized(
 
 
 def fits(grid: Grid, shape: tuple[int, ...]) -> bool:
-    """Whether the scales of ``grid`` fit an array of this shape."""
-    if grid.scale.ndim != len(shape):
+    """Whether ``grid`` can belong to an array of this shape, as far as its scales tell."""
+    try:
+        groups_of(shape, grid.scale.shape, grid.group)
+    except ValueError:
         return False
-    extents: list[tuple[int, ...]] = [(1, n) for n in shape]
-    if grid.group is not None:
-        axis, size = grid.group
-        extents[axis] = (-(-shape[axis] // size),)
-    return all(n in allowed for n, allowed in zip(grid.scale.shape, extents, strict=True))
+    return True

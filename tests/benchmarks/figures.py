@@ -59,6 +59,7 @@ def commands(args: argparse.Namespace) -> dict[str, list[str]]:
         "optimizer_state": [*(["--repeats", "1"] if quick else []), *torch],
         "cli": ["--layers", "2", "--repeats", "1"] if quick else [],
         "sweep": ["--steps", "30", "--repeats", "1"] if quick else [],
+        "shapes": [],
         "long": ["--steps", "200", "--leaves", "10"] if quick else leaves,
     }
     if args.data_dir and not quick:
