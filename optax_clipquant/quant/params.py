@@ -115,10 +115,10 @@ def quantize_params(
 
 
 def _warn_of_lost_slices(leaves: Mapping[str, tuple[Any, QArray]]) -> None:
-    """Warns where a layer, or what else lies along the first axis, is lost to a scale that it shares.
+    """Warns of slices along the first axis, such as layers, that become zero because they share scales.
 
-    Not inside ``jax.jit``, where no value is known. Rows of a few weights are left out: small ones among
-    them round to zero in any net.
+    Values are known only outside ``jax.jit``. Rows with few weights are skipped: some of those round to
+    zero in any net.
     """
     lost = {}
     for path, (w, q) in leaves.items():
@@ -132,15 +132,15 @@ def _warn_of_lost_slices(leaves: Mapping[str, tuple[Any, QArray]]) -> None:
         warnings.warn(
             "all weights become zero in "
             + ", ".join(f"{count} of {n} slices of {path!r}" for path, (count, n) in found.items())
-            + " along its first axis, whose slices share scales with far larger ones. Are they layers, "
-            "experts or rows of an embedding? uses=trace_weights(fn, params, *args) gives each its scales",
+            + " along its first axis, because slices share scales with far larger ones. If they are layers, "
+            "experts or rows of an embedding, uses=trace_weights(fn, params, *args) gives each its own scales",
             stacklevel=3,
         )
 
 
 @jax.jit
 def _lost_slices(w: jax.Array, q: QArray) -> jax.Array:
-    """In how many slices along the first axis ``w`` is not zero and ``q`` is."""
+    """The number of slices along the first axis in which ``q`` is all zero and ``w`` is not."""
     axes = tuple(range(1, q.ndim))
     return jnp.sum(jnp.any(w != 0, axes) & ~jnp.any(q.dequantize() != 0, axes))
 

@@ -27,8 +27,8 @@ def select(
 ) -> dict[str, Quantizer]:
     """The quantizer of each selected leaf, by path; raises as ``quantize_params`` does.
 
-    Leaves that would not become smaller, and those of dtypes that are no numbers to round (float4,
-    float6, float8_e8m0fnu, which are codes and scales already), are left out, with a warning.
+    Leaves that would not become smaller, and leaves of dtypes that hold codes or scales already (float4,
+    float6, float8_e8m0fnu), are left out, with a warning.
     """
     check_rules(quantizer)
     leaves = [
@@ -83,8 +83,8 @@ def select(
     if why:
         more = f", and {len(why) - 8} more" if len(why) > 8 else ""
         warnings.warn(
-            f"these leaves are left as they are: {'; '.join(why[:8])}{more}. `where`, or a rule None, "
-            "leaves them without this word",
+            f"these leaves are left as they are: {'; '.join(why[:8])}{more}. To silence this, exclude them "
+            "with `where`, or with None as their rule",
             stacklevel=4,
         )
     return kept
@@ -169,12 +169,12 @@ def _check_found(
         if not found:
             nearest = difflib.get_close_matches(pattern, paths, n=5, cutoff=0) or ["none"]
             raise ValueError(
-                f"the expression {pattern!r} is found in no path of params; the nearest paths: "
+                f"the expression {pattern!r} matches no path of params; the nearest paths: "
                 + ", ".join(nearest)
             )
         if rule is not None and not any(path in eligible for path in found):
             raise ValueError(
-                f"the expression {pattern!r} is found only in leaves that are not to be quantized "
+                f"the expression {pattern!r} matches only leaves that are not to be quantized "
                 f"({', '.join(found[:5])}); select them with `where`"
             )
 
