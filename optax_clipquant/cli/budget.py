@@ -1,6 +1,6 @@
-"""``--budget``: the bits of each tensor, from the errors of all widths.
+"""``--budget``: chooses the bits of each tensor from its errors at all widths.
 
-It needs JAX, and is imported where it is needed.
+It needs JAX, and is imported only where needed.
 """
 
 import collections
@@ -25,15 +25,14 @@ from optax_clipquant.formats.dtypes import nbytes
 from optax_clipquant.quant.quantizers import Quantizer
 from optax_clipquant.tuning.allocate import Table, budget_of
 
-_BLOCK = 2**17  # weights: they stay in a cache
-_COMPILATION = (
-    10**8
-)  # weights that are measured in the time that the programs of a length take to compile
-_SAMPLE = 2**20  # weights, beyond which a tensor's error is estimated from some of its rows
-_LONGEST = 2**20  # weights, beyond which a row's error is estimated from some of them
+_BLOCK = 2**17  # weights that fit a cache
+# Weights that can be measured in the time it takes to compile the programs for one length.
+_COMPILATION = 10**8
+_SAMPLE = 2**20  # weights; the error of a larger tensor is estimated from a sample of its rows
+_LONGEST = 2**20  # weights; the error of a longer row is estimated from a sample of its weights
 
 Key = tuple[Quantizer, np.dtype, int]
-"""What a program depends on: the quantizer of rows, the dtype of the weights, and the length of a row."""
+"""The key of a compiled program: the quantizer of rows, the dtype of the weights, and the length of a row."""
 Program = Callable[[Quantizer, np.ndarray], tuple[jax.Array, jax.Array]]
 Programs = Mapping[Key, concurrent.futures.Future[Program]]
 
@@ -41,10 +40,10 @@ Programs = Mapping[Key, concurrent.futures.Future[Program]]
 def allocate_rules(
     source: Checkpoint, rules: Mapping[str, Rule], budget: float, progress: Progress
 ) -> dict[str, Rule]:
-    """``rules`` with the bits of the least squared error within a budget, where they leave them open.
+    """``rules`` with open bits filled in, for the least squared error within a budget.
 
     Raises:
-      ValueError: the budget is below the smallest size, which shows before anything is read; or as
+      ValueError: the budget is below the smallest size, which is noticed before anything is read; or as
         ``measure`` does.
     """
     check_platform()
@@ -70,7 +69,7 @@ def measure(
     """The sum of squared errors of each tensor at each of its rule's widths.
 
     Weights that share a scale are laid out as a row, so that tensors share programs, whose compilation
-    takes most of the time where shapes are many. Then rows are lengthened to one of a few lengths by
+    would take most of the time with many shapes. Rows are then lengthened to one of a few lengths by
     repeating some of their weights. Rows and tensors of more than a million weights are sampled.
 
     Raises:
@@ -96,7 +95,7 @@ def measure(
             found[name] = _errors(w, rule, keys[name], programs, runner)
             if not np.isfinite(found[name]).all():
                 raise ValueError(
-                    f"tensor {name!r} has weights that are infinite or NaN; mend them, or keep it by --rule"
+                    f"tensor {name!r} has weights that are infinite or NaN; fix them, or keep it with --rule"
                 )
             progress(nbytes(*source.specs[name]))
     return found
@@ -104,7 +103,7 @@ def measure(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps what the solver's C++ prints out of stdout, which may be for JSON."""
+    """Keeps the output of the solver's C++ code out of stdout, which may be for JSON."""
     sys.stdout.flush()
     stdout = os.dup(1)
     with open(os.devnull, "wb") as null:
@@ -117,7 +116,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _padded(choices: Any) -> list[Any]:
-    """As many for each tensor. The same again is no choice."""
+    """Repeats the last choice, to the same number for every tensor."""
     return [*choices, *[choices[-1]] * (len(WIDTHS) - len(choices))]
 
 
@@ -134,19 +133,19 @@ def _row_quantizers(rule: Rule) -> list[Quantizer]:
 
 
 def _length(shape: tuple[int, ...], rule: Rule) -> int:
-    """How many weights share a scale."""
+    """The number of weights that share a scale."""
     axes, _, group = scale_layout(shape, rule.channel_axis, rule.group_size)
     length = math.prod(shape[axis] for axis in axes) * (1 if group is None else group[1])
     return min(max(length, 1), _LONGEST)
 
 
 def _common_lengths(weights: Mapping[int, int]) -> dict[int, int]:
-    """The length to which rows of each length are lengthened, so that it takes the least time.
+    """The length to extend rows of each length to, for the least time of compilation and measurement.
 
     ``weights`` counts the weights in rows of each length.
     """
     lengths = sorted(weights)
-    # By how many of the shortest are dealt with: the cost, and how many before the last common length.
+    # For each number of shortest lengths: the least cost, and how many come before the last common length.
     best: list[tuple[float, int]] = [(0.0, 0)]
     for last, common in enumerate(lengths, 1):
         costs = []
@@ -171,7 +170,7 @@ def _lower(key: Key) -> jax.stages.Lowered:
 
 @jax.jit
 def _squared_error(quantizer: Quantizer, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The sum of squared errors, in units of the square of the largest weight; and that weight."""
+    """The sum of squared errors, in units of the square of the largest weight, and that weight."""
     w = rows.astype(jnp.float32)
     largest = jnp.max(jnp.abs(w))
     unit = jnp.where(largest == 0, 1, largest)
@@ -198,13 +197,13 @@ def _errors(
         rng = np.random.default_rng(0)
         factor = length / width
         if count > most:
-            # Errors of rows go with the squares of their largest weights, which are known of all.
+            # Errors of rows scale with the squares of their largest weights, which are known for all rows.
             squares = np.square(np.maximum(rows.max(1), -rows.min(1)).astype(np.float64))
             sample = np.sort(rng.choice(count, most, replace=False))
             rows, part = rows[sample], squares[sample].sum()
             factor *= squares.sum() / part if part else count / most
         if length > width:
-            # With the extremes, which scales depend on.
+            # The sample includes the extremes, which scales depend on.
             sample = rows[:, rng.choice(length, width, replace=False)]
             sample[:, 0], sample[:, 1] = rows.max(1), rows.min(1)
             rows = sample
@@ -213,7 +212,7 @@ def _errors(
 
 
 def _blocks(rows: np.ndarray, step: int, width: int) -> Iterator[np.ndarray]:
-    """Some of the rows at a time, repeated along their length, and followed by rows of zeros."""
+    """Blocks of ``step`` rows, repeated along their length to ``width``, and padded with rows of zeros."""
     length = rows.shape[1]
     for first in range(0, len(rows), step):
         part = rows[first : first + step]
@@ -223,7 +222,7 @@ def _blocks(rows: np.ndarray, step: int, width: int) -> Iterator[np.ndarray]:
 
 
 def _rows(w: np.ndarray, rule: Rule) -> Iterator[np.ndarray]:
-    """``[scales, weights of a scale]``: all of ``w``, the last groups apart where they are shorter."""
+    """``w`` as ``[scales, weights per scale]``, with the last groups separately if they are shorter."""
     axes, _, group = scale_layout(w.shape, rule.channel_axis, rule.group_size)
     if group is None:
         yield _as_rows(w, axes)

@@ -34,7 +34,7 @@ _NORMAL = np.float32(2.0**-126)  # below it, XLA flushes to 0
 
 
 class Coder(Protocol):
-    """What quantizes a tensor, such as ``Absmax``."""
+    """An object that quantizes a tensor, such as ``Absmax``."""
 
     @property
     def leaf(self) -> Leaf: ...

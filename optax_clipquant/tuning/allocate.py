@@ -184,7 +184,9 @@ def _measure(
     for path, leaf in leaves.items():
         error = [_error(rule, leaf, weights[path], use_of(uses, path)) for rule in rules]
         if not np.all(np.isfinite(error)):
-            raise ValueError(f"params leaf {path!r}: its error is not finite, nor are its weights")
+            raise ValueError(
+                f"params leaf {path!r}: its error is not finite, since its weights are not"
+            )
         errors.append(error)
     return Table(sizes, np.array(errors, np.float64), counts, budget)
 

@@ -1,4 +1,4 @@
-"""The errors by which ``--budget`` chooses, against the quantizers themselves."""
+"""The errors that ``--budget`` chooses by, against those of the quantizers."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def squared_error(tree, rules) -> float:
     )
 
 
-# With a shorter last group; in runs of a convolution's axes; of columns; of a whole tensor, which is sampled.
+# A shorter last group, runs along a convolution's axes, columns, and a whole tensor, which is sampled.
 LAYOUTS = {
     "channels": ((300, 64), {"channel_axis": 0}, 1e-5),
     "groups": ((200, 90), {"channel_axis": 0, "group_size": 40}, 0.03),
@@ -30,11 +30,11 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_errors_are_those_of_the_quantizer(tmp_path, monkeypatch, layout):
+def test_errors_match_the_quantizer(tmp_path, monkeypatch, layout):
     monkeypatch.setattr(budget, "_BLOCK", 2**10)
     monkeypatch.setattr(budget, "_LONGEST", 2**14)
     shape, where, tolerance = LAYOUTS[layout]
-    # Channels of all sizes, in one file: each must count by its own.
+    # Channels of very different magnitude in one file: each must count by its magnitude.
     w = weights(shape) * np.exp(weights((shape[0],) + (1,) * (len(shape) - 1), seed=1))
     tree = {"w": w.astype(np.float32)}
     safetensors.numpy.save_file(tree, tmp_path / "in")
@@ -44,7 +44,7 @@ def test_errors_are_those_of_the_quantizer(tmp_path, monkeypatch, layout):
     assert found == pytest.approx(wanted, rel=tolerance)
 
 
-def test_rows_are_lengthened_to_few_lengths(tmp_path):
+def test_rows_are_extended_to_few_lengths(tmp_path):
     tree = {f"w{n}": weights((400, n), seed=n) for n in (50, 64, 70)}
     safetensors.numpy.save_file(tree, tmp_path / "in")
     rules = dict.fromkeys(tree, Rule(4))
@@ -58,7 +58,7 @@ def test_rows_are_lengthened_to_few_lengths(tmp_path):
         assert found[name] == pytest.approx([wanted], rel=0.03)
 
 
-def test_lengths_are_shared_where_that_saves_time():
+def test_lengths_are_merged_where_that_saves_time():
     few, many = 10**5, 10**9
     assert budget._common_lengths({64: few, 70: few, 4096: few}) == {64: 4096, 70: 4096, 4096: 4096}
     assert budget._common_lengths({64: many, 70: few, 4096: many}) == {64: 64, 70: 4096, 4096: 4096}
@@ -68,7 +68,7 @@ def test_lengths_are_shared_where_that_saves_time():
 def test_large_tensors_are_sampled(tmp_path, monkeypatch):
     monkeypatch.setattr(budget, "_BLOCK", 2**10)
     monkeypatch.setattr(budget, "_SAMPLE", 2**13)
-    # Rows of four sizes in turn.
+    # Rows of four magnitudes in turn.
     w = weights((1600, 64)) * np.tile([1.0, 10.0, 0.1, 5.0], 400)[:, None]
     tree = {"w": w.astype(np.float32)}
     safetensors.numpy.save_file(tree, tmp_path / "in")
@@ -77,7 +77,7 @@ def test_large_tensors_are_sampled(tmp_path, monkeypatch):
     assert found == pytest.approx(squared_error(tree, Uniform(4, channel_axis=0)), rel=0.05)
 
 
-def test_weights_that_are_not_finite_are_named(tmp_path):
+def test_non_finite_weights_are_named(tmp_path):
     safetensors.numpy.save_file({"w": np.full((8, 8), np.nan, np.float32)}, tmp_path / "in")
     with (
         Checkpoint(tmp_path / "in") as source,
@@ -88,7 +88,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("group_size", [None, 32])
-def test_the_allocation_is_as_good_as_the_exact_one(tmp_path, group_size):
+def test_allocation_is_as_good_as_the_exact_one(tmp_path, group_size):
     shapes = [(64, 48), (96, 64), (32, 24, 3, 3), (200, 100), (17, 300), (64, 64), (128, 27), (40, 512)]  # fmt: skip
     rng = np.random.default_rng(0)
     tree = {

@@ -91,7 +91,7 @@ def test_saved_tree_is_converted_to_compressed_tensors_with_names(files):
 
 
 def test_files_of_other_runtimes_are_read(files):
-    """A float folder to compressed-tensors, this to GGUF, this to compressed-tensors again: the same codes."""
+    """A float folder to compressed-tensors, to GGUF, and to compressed-tensors again, with equal codes."""
     model, like = files / "model", ("--like", files / "like.gguf")
     quantized = ("--bits", 4, "--to", "compressed-tensors", "--like", model)
     assert run("convert", model, files / "ct", *quantized) == 0

@@ -1,6 +1,6 @@
-"""The table of ``cli/FILES.md``: each kind of file, and what the commands say of it.
+"""``cli/FILES.md`` lists what the commands say about each kind of file.
 
-``python tests/cli/test_kinds_of_files.py`` writes the table anew.
+``python tests/cli/test_kinds_of_files.py`` rewrites the page.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ def content(**tensors: np.ndarray) -> bytes:
 
 
 def small(path: pathlib.Path) -> None:
-    """A file of ``compress``."""
+    """A file that ``compress`` wrote."""
     write(path.with_name("float"), w=W)
     with contextlib.redirect_stdout(io.StringIO()):
         assert main(["compress", str(path.with_name("float")), str(path)]) == 0
@@ -49,7 +49,7 @@ def small(path: pathlib.Path) -> None:
 
 
 def altered(place: Callable[[bytes], int]) -> Callable[[pathlib.Path], None]:
-    """A file of ``compress`` with another byte."""
+    """A file that ``compress`` wrote, with one byte altered."""
 
     def make(path: pathlib.Path) -> None:
         small(path)
@@ -101,7 +101,7 @@ def gguf(name: bytes = b"w") -> bytes:
 
 F8 = ml_dtypes.float8_e4m3fn
 NAN = np.where(W > 0.99, np.nan, W)
-# What makes a file of the kind, or its bytes.
+# For each kind a function that writes such a file, or its bytes.
 KINDS: dict[str, Callable[[pathlib.Path], object] | bytes] = {
     "float weights": lambda path: write(path, w=W, norm=W[0]),
     "float weights in shards": folder,
@@ -140,7 +140,7 @@ COMMANDS = {
 
 
 def answer(kind: str, command: str) -> str:
-    """Exit status and message."""
+    """The exit status and the message."""
     with tempfile.TemporaryDirectory() as place:
         path, out = pathlib.Path(place) / "IN", pathlib.Path(place) / "OUT"
         make = KINDS[kind]
@@ -153,8 +153,8 @@ def answer(kind: str, command: str) -> str:
         assert told.count("\n") == (code != 0), told
         assert out.exists() == (code == 0 and command != "inspect")
         if code == 0:
-            kept = re.search(r"left as they are: (.*)", stdout.getvalue())
-            return "done" + (f"; left as they are: {kept[1]}" if kept else "")
+            kept = re.search(r"kept unchanged: (.*)", stdout.getvalue())
+            return "done" + (f"; kept unchanged: {kept[1]}" if kept else "")
         text = told.removeprefix("optax-clipquant: error: ").strip()
         return f"{code}: " + text.replace(str(path), "IN").replace(str(out), "OUT")
 
@@ -168,19 +168,19 @@ def section(kind: str) -> str:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_page_has_what_the_commands_say(kind):
+def test_page_quotes_the_commands(kind):
     assert section(kind) in PAGE.read_text()
 
 
-def test_the_page_has_no_other_kinds():
+def test_page_lists_no_other_kinds():
     assert PAGE.read_text().count("### ") == len(KINDS)
 
 
-INTRO = """# What the commands say of each kind of file
+INTRO = """# What the commands say about each kind of file
 
-`IN` is the file, `OUT` a new one. "Done" is exit status 0; else the status stands before the message, which is
-one line on stderr, and no `OUT` is written. `tests/cli/test_kinds_of_files.py` makes each kind of file, asks the
-commands, and compares this page with what they say.
+`IN` is the file, `OUT` a new one. "Done" means exit status 0; otherwise the status precedes the message, which is
+one line on stderr, and no `OUT` is written. `tests/cli/test_kinds_of_files.py` makes each kind of file, runs the
+commands, and compares this page with their output.
 
 """
 

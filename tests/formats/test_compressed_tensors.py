@@ -118,7 +118,7 @@ def test_decoded_weights_equal_the_grid(tmp_path, quantizer, bits, dtype):
 
 
 def test_rows_of_one_group_are_channels(tmp_path):
-    # 32 contracted weights share a scale, and the grid has no groups.
+    # 32 contracted weights share a scale, so that the grid has no groups.
     q = Uniform(4, group_size=32).quantize(jnp.asarray(weights((32, 5))))
     assert q.grid.group is None
     like = write_like(tmp_path / "like", {"a.weight": (5, 32)})

@@ -265,7 +265,7 @@ def test_hugging_face_names_give_the_same_attention(tmp_path, arch, stacked):
 
 
 def test_rows_of_one_block_need_no_groups(tmp_path):
-    # 32 contracted weights share a scale, and the grid has no groups: a kernel, and its transpose.
+    # A kernel and its transpose with 32 contracted weights, which share a scale without groups.
     w = jnp.asarray(weights((32, 6)))
     like = write_like(tmp_path / "like.gguf", {"a": (6, 32), "b": (6, 32)})
     tree = {
@@ -300,7 +300,7 @@ def test_rows_of_queries_are_compared_with_those_of_like(tmp_path):
 
 
 def test_experts_are_one_tensor(tmp_path):
-    """``[experts, in, out]``, and those of all layers in a leaf."""
+    """Leaves ``[experts, in, out]``, for one layer and for all layers stacked."""
     for kernels, layer in (((3, 32, 16), "0/"), ((2, 3, 32, 16), "")):
         path = f"model/layers/{layer}mlp/experts/up_proj/kernel"
         channels = (0, -1) if layer else (0, 1, -1)
@@ -326,7 +326,7 @@ def test_experts_are_one_tensor(tmp_path):
     ],
     ids=lambda x: x.split()[0],
 )  # fmt: skip
-def test_names_are_those_of_the_package_gguf(tmp_path, arch, modules):
+def test_names_match_the_gguf_package(tmp_path, arch, modules):
     number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     theirs = gguf.get_tensor_name_map(number, 2)
     for module in ["model.embed_tokens", "model.norm", "lm_head"] + [f"model.layers.1.{m}" for m in modules.split()]:  # fmt: skip

@@ -39,7 +39,7 @@ PLAIN = {
         **{"I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64},
     }.items()
 }
-"""The types that are not blocks."""
+"""The dtypes of types without blocks."""
 # Elements per block, and bytes per block.
 SIZES = {
     **{kind: (1, dtype.itemsize) for kind, dtype in PLAIN.items()},

@@ -35,7 +35,7 @@ _LAYER = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
-    # Of experts, leaves [experts, in, out] and the router.
+    # Experts: leaves [experts, in, out], and the router.
     "mlp.gate": "ffn_gate_inp",
     "mlp.experts.gate_proj": "ffn_gate_exps",
     "mlp.experts.up_proj": "ffn_up_exps",
@@ -61,7 +61,7 @@ def gguf_name(path: str, like: GGUFFile) -> tuple[str, bool]:
         return (path if path in like.tensors else name), False
     module, _, kind = name.rpartition(".")
     if ".experts." in module + "." and kind not in ("weight", "bias"):
-        module, kind = name, "weight"  # experts are seldom modules
+        module, kind = name, "weight"  # stacked experts are usually leaves rather than modules
     found = None
     if module in _MODEL:
         found = _MODEL[module]
@@ -73,8 +73,8 @@ def gguf_name(path: str, like: GGUFFile) -> tuple[str, bool]:
     architecture = like.metadata.get("general.architecture")
     if architecture not in _ARCHITECTURES:
         raise ValueError(
-            f"leaf {path!r}: {like.path} is a {architecture!r}, and names are built in for "
-            f"{', '.join(_ARCHITECTURES)} alone; give `names`"
+            f"leaf {path!r}: {like.path} is a {architecture!r}, and names are only built in for "
+            f"{', '.join(_ARCHITECTURES)}; give `names`"
         )
     return f"{found}.{kind}", True
 
@@ -99,14 +99,13 @@ def row_order(name: str, rows: int, like: GGUFFile) -> np.ndarray | None:
 
 
 def check_order(rows: Rows, name: str, like: GGUFFile) -> None:
-    """Compares ``rows``, in the order of ``row_order``, with those of ``like``.
+    """Checks that the rows of ``like`` are in the order of its architecture, by comparing ``rows`` with them.
 
     Raises:
-      ValueError: these are floats that are much nearer to the rows in Hugging Face's order: so ``like``
-        is not in the order of its architecture.
+      ValueError: the rows of ``like`` are floats that are much closer to ``rows`` in Hugging Face's order.
     """
     kind = like.tensors[name].kind
-    # A stack is in one order, and to decode it for each layer would take long.
+    # The first layer decides for a whole stack, since decoding every layer would take long.
     if rows.order is None or kind not in PLAIN or rows.layer not in (None, 0):
         return
     theirs = like.read(name).view(PLAIN[kind]).reshape(rows.shape).astype(np.float32)
@@ -117,6 +116,6 @@ def check_order(rows: Rows, name: str, like: GGUFFile) -> None:
     if error_unordered < error / 2:
         raise ValueError(
             f"leaf {rows.leaf.path!r}: the rows of {name!r} in {like.path} are in Hugging Face's order of "
-            "queries and keys, not in that of a llama in GGUF; convert `like` again, or give `names`, by "
-            "which rows stay where they are"
+            "queries and keys, not in that of a llama in GGUF; convert `like` again, or give `names`, which "
+            "leaves rows in their order"
         )
