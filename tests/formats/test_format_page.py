@@ -26,20 +26,19 @@ def check(path, tree):
     ("dtype", "size"),
     [
         (jnp.float32, 1),
-        (jnp.float16, 2e-5),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in ((jnp.bfloat16, 1), (jnp.float16, 1), (jnp.float16, 1e-3))
+            for case in ((jnp.bfloat16, 1), (jnp.float16, 1e-3), (jnp.float16, 2e-5))
         ),
     ],
 )  # fmt: skip
 def test_reads_every_quantizer(tmp_path, dtype, size):
     w = jnp.asarray(weights((33, 7)) * np.float32(size)).astype(dtype)
-    tree = {name: q.quantize(w) for name, q in QUANTIZERS.items()}
+    tree = jax.jit(lambda w: {name: q.quantize(w) for name, q in QUANTIZERS.items()})(w)
     check(tmp_path / "file", tree | {"b": jnp.ones(7, dtype), "scalar": jnp.array(3)})
 
 
-@pytest.mark.parametrize("bits", cases(range(1, 9), [1, 3, 4, 7]))
+@pytest.mark.parametrize("bits", cases(range(1, 9), [1, 3]))
 def test_reads_every_width(tmp_path, bits):
     shapes = [(13, 5), (7,), (2, 3, 9), (0, 4)]
     tree = {str(s): Uniform(bits, group_size=4).quantize(jnp.asarray(weights(s))) for s in shapes}

@@ -37,6 +37,7 @@ def train(c, R):
 
 
 @functools.cache
+@functools.cache
 def separate_runs() -> list[dict]:
     run = jax.jit(train)
     return [
@@ -57,7 +58,7 @@ def test_traced_hyperparameters_train_like_fixed_ones():
     assert_same_run(jax.jit(functools.partial(train, 0.01, 2))(), expected)
 
 
-@pytest.mark.parametrize("batch_size", cases([None, 1, 4, 100], [None, 4]))
+@pytest.mark.parametrize("batch_size", cases([None, 1, 4, 100], [4]))
 def test_equals_separate_runs_and_traces_once(batch_size):
     traces = []
 
