@@ -11,8 +11,14 @@ _GOLDEN = 0x9E3779B9  # 2**32 over the golden ratio
 
 
 # Only the shape and sharding of `like` are used; keeping the argument tells jit the devices.
-@functools.partial(jax.jit, keep_unused=True)
-def noise(like: jax.Array, stream: jax.typing.ArrayLike, step: jax.typing.ArrayLike) -> jax.Array:
+@functools.partial(jax.jit, keep_unused=True, static_argnames="alone")
+def noise(
+    like: jax.Array,
+    stream: jax.typing.ArrayLike,
+    step: jax.typing.ArrayLike,
+    *,
+    alone: bool = False,
+) -> jax.Array:
     """Noise in [0, 1) with the shape and sharding of ``like``.
 
     Each element starts at a hash of its index, and advances by the golden ratio (modulo 1) in each
@@ -27,13 +33,17 @@ def noise(like: jax.Array, stream: jax.typing.ArrayLike, step: jax.typing.ArrayL
       like: the array to be rounded.
       stream: a number that differs from array to array, so that no two get the same noise.
       step: the number of the step, an integer.
+      alone: for arrays as large as weights, whether streams have no intermediate values in common. A TPU
+        computes common values once and rounds all weights that read them in one fusion, so that all are
+        in memory at the same time: 4.0 bytes a weight of temporaries instead of 2.0, with two weights.
     """
-    index = _mix(jnp.asarray(stream).astype(jnp.uint32))
+    start = index = _mix(jnp.asarray(stream).astype(jnp.uint32))
     # An odd multiplier for each axis spreads neighbours over all bits; mixing does the rest.
     multiplier = 0x9E3779B1
     for axis in range(like.ndim):
         along = jax.lax.broadcasted_iota(jnp.uint32, like.shape, axis)
-        index += reshard(along, spec_of(like, like.shape)) * jnp.uint32(multiplier)
+        along = reshard(along, spec_of(like, like.shape))
+        index += (along + start if alone else along) * jnp.uint32(multiplier)
         multiplier = multiplier * 0x85EBCA77 % 2**32
     turned = _mix(index) + jnp.asarray(step).astype(jnp.uint32) * jnp.uint32(_GOLDEN)
     return (turned >> 8).astype(jnp.float32) * 2.0**-24

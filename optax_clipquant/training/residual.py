@@ -38,7 +38,7 @@ def advance(
     step: jax.typing.ArrayLike,
 ) -> QArray:
     """Like ``start``, with stochastic rounding; ``before`` is the encoding of the previous step."""
-    return _keep(latent, level, grid, before.grid, noise(latent, stream, step))
+    return _keep(latent, level, grid, before.grid, noise(latent, stream, step, alone=True))
 
 
 def _keep(

@@ -7,8 +7,8 @@ import scipy.stats
 from optax_clipquant.lowering.noise import noise
 
 
-def numbers(shape, steps, stream=0):
-    fn = jax.jit(lambda step: noise(jnp.zeros(shape), stream, step))
+def numbers(shape, steps, stream=0, alone=False):
+    fn = jax.jit(lambda step: noise(jnp.zeros(shape), stream, step, alone=alone))
     return np.array([fn(step) for step in steps], np.float64)
 
 
@@ -27,9 +27,10 @@ def test_noise_is_uniform_in_each_step(platform, variant):
         assert 0.8 < z.var() < 1.2
 
 
-def test_neighbours_and_streams_are_independent():
-    (a,) = numbers((400, 400), [3])
-    (b,) = numbers((400, 400), [3], stream=1)
+@pytest.mark.parametrize("alone", [False, True])
+def test_neighbours_and_streams_are_independent(alone):
+    (a,) = numbers((400, 400), [3], 0, alone)
+    (b,) = numbers((400, 400), [3], 1, alone)
     pairs = {
         "row": (a[1:], a[:-1]),
         "column": (a[:, 1:], a[:, :-1]),
@@ -39,7 +40,7 @@ def test_neighbours_and_streams_are_independent():
     for name, (x, y) in pairs.items():
         correlation = np.corrcoef(x.ravel(), y.ravel())[0, 1]
         assert abs(correlation) < 5 / x.size**0.5, name
-    assert noise(jnp.zeros(()), 0, 3).shape == ()
+    assert noise(jnp.zeros(()), 0, 3, alone=alone).shape == ()
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 10])
