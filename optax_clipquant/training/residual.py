@@ -44,10 +44,8 @@ def advance(
 def _keep(
     latent: jax.Array, level: jax.Array, grid: Grid, before: Grid | None, draws: jax.Array | None
 ) -> QArray:
-    kept = _root(latent) if _is_binary(grid) else latent - level
     units = _units(latent, level, grid, before)
-    if _is_binary(grid):
-        kept = _between(latent, units)
+    kept = _between(latent, units) if _is_binary(grid) else latent - level
     return QArray(units.encode(kept, noise=draws), units)
 
 
