@@ -133,7 +133,7 @@ def model_of(vocabulary: int) -> Transformer:
 
 @functools.cache
 def uses_of(vocabulary: int) -> Uses:
-    """What the model does with its params: of the stacked kernels, each layer gets its own scales."""
+    """How the model uses its params, so that each layer of the stacked kernels gets separate scales."""
     model, tokens = model_of(vocabulary), jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
     return trace_weights(lambda p, tokens: model.apply({"params": p}, tokens), params, tokens)

@@ -63,7 +63,7 @@ class Net(nn.Module):
 
 @functools.cache
 def uses_of_net() -> Uses:
-    """Which params are kernels, and along which axes these are summed over."""
+    """The uses of the params: which are kernels, and which of their axes are contracted."""
     images = jax.ShapeDtypeStruct((1, 8, 8), jnp.float32)
     params = jax.eval_shape(Net().init, jax.random.key(0), images)["params"]
     return trace_weights(lambda p, x: Net().apply({"params": p}, x), params, images)

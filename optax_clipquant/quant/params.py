@@ -54,9 +54,9 @@ def quantize_params(
       The tree with ``QArray`` leaves, of the same shapes and dtypes.
 
     Warns:
-      UserWarning: a selected leaf stays as it is, since quantized it would not be smaller or its dtype
-        (float4, float6, float8_e8m0fnu) holds codes or scales already. Or outside ``jax.jit`` and without
-        ``uses``, all weights of a slice along the first axis become zero.
+      UserWarning: a selected leaf stays unquantized, because it would not become smaller, or because its
+        dtype (float4, float6, float8_e8m0fnu) holds codes or scales already. Also, outside ``jax.jit`` and
+        without ``uses``, if all weights of a slice along the first axis become zero.
 
     Raises:
       ValueError: no leaf is selected, an expression matches no path, a leaf lacks an axis that its
@@ -117,7 +117,7 @@ def quantize_params(
 def _warn_of_lost_slices(leaves: Mapping[str, tuple[Any, QArray]]) -> None:
     """Warns of slices along the first axis, such as layers, that become zero because they share scales.
 
-    Values are known only outside ``jax.jit``. Rows with few weights are skipped: some of those round to
+    Only outside ``jax.jit``, where values are known. Rows with few weights are skipped, since some round to
     zero in any net.
     """
     lost = {}
@@ -133,7 +133,7 @@ def _warn_of_lost_slices(leaves: Mapping[str, tuple[Any, QArray]]) -> None:
             "all weights become zero in "
             + ", ".join(f"{count} of {n} slices of {path!r}" for path, (count, n) in found.items())
             + " along its first axis, because slices share scales with far larger ones. If they are layers, "
-            "experts or rows of an embedding, uses=trace_weights(fn, params, *args) gives each its own scales",
+            "experts or rows of an embedding, uses=trace_weights(fn, params, *args) gives each separate scales",
             stacklevel=3,
         )
 

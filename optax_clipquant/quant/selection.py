@@ -1,4 +1,4 @@
-"""Which leaves of a tree of params are quantized, and by which quantizer."""
+"""Selection of the leaves of a tree of params to quantize, and of their quantizers."""
 
 import collections
 import contextlib
@@ -83,7 +83,7 @@ def select(
     if why:
         more = f", and {len(why) - 8} more" if len(why) > 8 else ""
         warnings.warn(
-            f"these leaves are left as they are: {'; '.join(why[:8])}{more}. To silence this, exclude them "
+            f"these leaves stay unquantized: {'; '.join(why[:8])}{more}. To silence this, exclude them "
             "with `where`, or with None as their rule",
             stacklevel=4,
         )
@@ -91,7 +91,7 @@ def select(
 
 
 def _why_left(rule: Quantizer, leaf: Any, use: Use | None) -> str | None:
-    """Why a selected leaf is not quantized; None where it is."""
+    """The reason why a selected leaf is not quantized, or None."""
     info = ml_dtypes.finfo(leaf.dtype)
     if info.bits < 8 or info.nmant == 0:
         return f"({leaf.dtype}: codes or scales already)"
@@ -100,7 +100,7 @@ def _why_left(rule: Quantizer, leaf: Any, use: Use | None) -> str | None:
     if w.size == 0 or quantized < w.size * w.dtype.itemsize:
         return None
     bits = 8 * quantized / w.size
-    return f"({'x'.join(map(str, w.shape))} {w.dtype}: quantized it would take {bits:.3g} bits a weight)"
+    return f"({'x'.join(map(str, w.shape))} {w.dtype}: quantized it would take {bits:.3g} bits per weight)"
 
 
 def rule_for(path: str, rules: Rules) -> Quantizer | None:

@@ -1,14 +1,13 @@
-"""What is lost at 4 bits by weights of many shapes, and which leaves of a net stay float.
+"""Errors of 4-bit quantization for weights of many shapes, and which leaves of a net stay float.
 
     python tests/benchmarks/shapes.py
 
-The first table: signal-to-noise ratio in dB of weights drawn from Student's t with 4 degrees of freedom,
-whose layers, experts or channels have magnitudes of their own; of the whole leaf and of its worst slice (a
-layer, an expert, an output channel). "Reach" is how many decoded values change where one weight grows,
-counted by growing one. "Possible" is what NumPy gets with a scale for each 32 weights of one output channel
-that are neighbours.
+The first table shows the signal-to-noise ratio in dB of weights drawn from Student's t with 4 degrees of freedom,
+whose layers, experts or channels differ in magnitude, for the whole leaf and for its worst slice (a layer, an
+expert, an output channel). "Reach" is the number of decoded values that change when one weight grows. "Possible"
+is what NumPy reaches with a scale for every 32 neighbouring weights of one output channel.
 
-The second: a net whose gains, shifts, tables and buffers have the names and ranks of kernels.
+The second table is for a net whose gains, shifts, tables and buffers have the names and ranks of kernels.
 """
 
 import math
@@ -46,7 +45,7 @@ Case = tuple[np.ndarray, Callable[..., jax.Array], jax.Array, tuple[int, ...]]
 
 
 def cases() -> dict[str, Case]:
-    """For each the leaf, a function of it and of data, the data, and the axes of its slices."""
+    """For each case the leaf, a function of it and of data, the data, and the axes of its slices."""
 
     def conv(w: jax.Array, x: jax.Array, groups: int = 1) -> jax.Array:
         return jax.lax.conv_general_dilated(
@@ -90,7 +89,7 @@ def cases() -> dict[str, Case]:
 
 
 def decibels(w: np.ndarray, found: np.ndarray, axes: tuple[int, ...] | None = None) -> float:
-    """The least over the slices along ``axes``, or of all."""
+    """The signal-to-noise ratio of the worst slice along ``axes``, or of the whole leaf."""
     w, found = w.astype(np.float64), found.astype(np.float64)
     rest = None if axes is None else tuple(i for i in range(w.ndim) if i not in axes)
     error = np.sum((w - found) ** 2, axis=rest)
@@ -99,14 +98,14 @@ def decibels(w: np.ndarray, found: np.ndarray, axes: tuple[int, ...] | None = No
 
 
 def reach(w: np.ndarray, quantize: Callable[[np.ndarray], QArray]) -> int:
-    """How many decoded values change where the first weight grows."""
+    """The number of decoded values that change when the first weight grows."""
     grown = w.copy()
     grown.flat[0] = 100 * np.abs(w).max()
     return int(np.sum(np.asarray(quantize(grown)) != np.asarray(quantize(w))))
 
 
 def possible(w: np.ndarray, contracted: tuple[int, ...]) -> np.ndarray:
-    """Absmax of 32 neighbours of one output channel, in NumPy: 16 levels, the largest on -8."""
+    """Absmax quantization of 32 neighbours of one output channel, in NumPy: 16 levels, the largest on -8."""
     kept = tuple(i for i in range(w.ndim) if i not in contracted)
     channels = w.transpose(*kept, *contracted).reshape(
         -1, math.prod(w.shape[i] for i in contracted)
@@ -150,7 +149,7 @@ def shapes_table() -> rich.table.Table:
 
 
 def net() -> tuple[dict[str, jax.Array], Callable[..., jax.Array], jax.Array]:
-    """Two scanned layers, with LoRA, between a tied embedding; the names say nothing true."""
+    """Two scanned layers with LoRA and a tied embedding, under misleading names."""
     shapes = {
         "embed/bias": (32, 16),
         "weight/kernel": (2, 16, 16),

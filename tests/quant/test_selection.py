@@ -1,4 +1,4 @@
-"""Selected leaves that stay as they are, slices that are lost to shared scales, and small dtypes."""
+"""Selected leaves that stay unquantized, slices lost to shared scales, and small dtypes."""
 
 import warnings
 
@@ -27,21 +27,21 @@ KERNEL = jnp.asarray(weights((64, 32)), jnp.bfloat16)
 
 
 @pytest.mark.parametrize("wrap", [lambda fn: fn, jax.jit], ids=["eager", "jit"])
-def test_a_leaf_that_would_not_become_smaller_stays_float(wrap):
+def test_leaf_that_would_not_become_smaller_stays_float(wrap):
     params = {"short": SHORT, "kernel": KERNEL}
     with pytest.warns(
-        UserWarning, match=r"'short' \(1x64 bfloat16: quantized it would take 20 bits a weight\)"
+        UserWarning, match=r"'short' \(1x64 bfloat16: quantized it would take 20 bits per weight\)"
     ):
         found = wrap(lambda p: quantize_params(p, Uniform(4, group_size=32)))(params)
     assert found["short"] is SHORT or np.array_equal(found["short"], SHORT)
     assert isinstance(found["kernel"], QArray)
     assert bits_per_param(found) == 4.5
-    # Below its float size by the axes that it is used with.
+    # With the axes of its use, it does become smaller.
     uses = Uses({path: Use({"dot"}, {1}) for path in params})
     assert isinstance(quantize_params(params, Uniform(4), uses=uses)["short"], QArray)
 
 
-def test_what_stays_float_is_left_so_in_training_and_by_allocation():
+def test_leaves_that_stay_float_do_so_in_training_and_allocation():
     params = {"short": SHORT, "kernel": KERNEL}
     with pytest.warns(UserWarning, match="'short'"):
         state = quantize_weights(Uniform(4, group_size=32)).init(params)
@@ -58,13 +58,13 @@ def test_what_stays_float_is_left_so_in_training_and_by_allocation():
     assert set(rules) == {"^kernel$"}
 
 
-def test_leaves_at_the_size_of_floats_are_told_apart():
-    """16 bits a weight is no gain for bfloat16, and half of float32; an empty leaf loses nothing."""
+def test_leaves_at_the_limit_are_decided_by_their_float_size():
+    """16 bits per weight gain nothing over bfloat16, but halve float32; an empty leaf is quantized."""
     leaf = jnp.asarray(weights((2, 8)))
     halved = quantize_params({"w": leaf}, Uniform(8))["w"]
     assert isinstance(halved, QArray)
     assert 8 * halved.nbytes_packed == 16 * leaf.size
-    with pytest.warns(UserWarning, match="16 bits a weight"):
+    with pytest.warns(UserWarning, match="16 bits per weight"):
         quantize_params({"w": leaf.astype(jnp.bfloat16)}, Uniform(8))
     assert isinstance(quantize_params({"w": jnp.zeros((0, 4))}, Uniform(8))["w"], QArray)
 
@@ -74,7 +74,7 @@ def stack(shape=(3, 16, 8)):
     return {"layers": {"kernel": jnp.asarray(weights(shape)) * scale}}
 
 
-def test_a_layer_lost_to_a_shared_scale_is_told():
+def test_layer_lost_to_a_shared_scale_is_reported():
     message = (
         r"zero in 1 of 3 slices of 'layers/kernel' along its first axis.*trace_weights\(fn, params"
     )
@@ -96,7 +96,7 @@ def test_a_layer_lost_to_a_shared_scale_is_told():
     ],
     ids=["jit", "a scale each", "uses", "no zero level", "rows of one weight", "zero before"],
 )  # fmt: skip
-def test_no_word_where_no_slice_is_lost(quantize):
+def test_no_warning_where_no_slice_is_lost(quantize):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         quantize(stack())
@@ -124,7 +124,7 @@ def test_float8_is_quantized_through_float32(name):
 
 
 @pytest.mark.parametrize("name", ["float4_e2m1fn", "float8_e8m0fnu", "float6_e2m3fn"])
-def test_codes_and_scales_of_others_are_left_alone(name):
+def test_codes_and_scales_of_other_programs_are_left_alone(name):
     leaf = np.ones((8, 4)).astype(getattr(ml_dtypes, name))
     params = {"blocks": leaf if "6" in name else jnp.asarray(leaf), "kernel": KERNEL}
     with pytest.warns(UserWarning, match=rf"'blocks' \({name}: codes or scales already\)"):
@@ -133,7 +133,7 @@ def test_codes_and_scales_of_others_are_left_alone(name):
     assert isinstance(found["kernel"], QArray)
 
 
-def test_squared_gradients_pass_over_integers():
+def test_squared_gradients_skip_integer_params():
     def loss(params, x):
         return jnp.sum(params["w"][params["order"]] * x)
 
