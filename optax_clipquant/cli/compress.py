@@ -58,7 +58,8 @@ def add_widths(parser: argparse.ArgumentParser) -> None:
         type=arguments.budget,
         metavar="BITS_PER_PARAM",
         help="upper limit of the mean bits per quantized weight, scales included: each tensor gets one of "
-        f"{', '.join(map(str, WIDTHS))} bits, so that the sum of squared errors over all weights is least",
+        f"{', '.join(map(str, WIDTHS))} bits, so that the sum of squared errors over all weights is least; "
+        "of a tensor with more than a million weights, the error is estimated from some of them",
     )
     parser.add_argument(
         "--quantizer",

@@ -157,7 +157,13 @@ def _leaves(args: argparse.Namespace) -> "Iterator[dict[str, Leaf]]":
         from optax_clipquant import from_gguf
 
         _check_unquantized(args.input, wanted)
-        yield leaves_in(from_gguf(args.input)[0])
+        tree, metadata = from_gguf(args.input)
+        leaves = leaves_in(tree)
+        if args.to == "compressed-tensors" and args.names is None:
+            from optax_clipquant.formats.gguf.names import as_hugging_face
+
+            leaves = as_hugging_face(leaves, metadata)
+        yield leaves
         return
     if _is_compressed_tensors(args.input):
         from optax_clipquant import from_compressed_tensors

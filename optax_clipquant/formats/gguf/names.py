@@ -8,12 +8,15 @@ References:
   https://github.com/ggml-org/llama.cpp/blob/master/convert_hf_to_gguf.py (``LlamaModel.permute``).
 """
 
+import dataclasses
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from optax_clipquant.formats.gguf.container import PLAIN, GGUFFile
-from optax_clipquant.formats.leaves import Rows, dotted
+from optax_clipquant.formats.leaves import Leaf, Rows, dotted
 
 # In GGUF, Mistral and Mixtral are llamas.
 _ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen2moe", "qwen3moe")
@@ -79,23 +82,60 @@ def gguf_name(path: str, like: GGUFFile) -> tuple[str, bool]:
     return f"{found}.{kind}", True
 
 
-def row_order(name: str, rows: int, like: GGUFFile) -> np.ndarray | None:
+def row_order(name: str, rows: int, metadata: Mapping[str, Any]) -> np.ndarray | None:
     """For each row of a tensor, the index of Hugging Face's row; None if the order is the same."""
-    if like.metadata.get("general.architecture") != "llama":
+    if metadata.get("general.architecture") != "llama":
         return None
     for part, key in (("attn_q", "head_count"), ("attn_k", "head_count_kv")):
         if f".{part}." in name:
-            heads = like.metadata.get(f"llama.attention.{key}")
-            heads = heads or like.metadata.get("llama.attention.head_count", 0)
+            heads = metadata.get(f"llama.attention.{key}")
+            heads = heads or metadata.get("llama.attention.head_count", 0)
             if isinstance(heads, list):
                 heads = heads[int(name.split(".")[1])]
             if not heads or rows % (2 * heads):
                 raise ValueError(
-                    f"{like.path}: {rows} rows of {name!r} cannot be those of {heads} heads (its "
-                    f"metadata, llama.attention.{key})"
+                    f"{rows} rows of {name!r} cannot be those of {heads} heads (the metadata of GGUF, "
+                    f"llama.attention.{key})"
                 )
             return np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).ravel()
     return None
+
+
+def as_hugging_face(leaves: Mapping[str, Leaf], metadata: Mapping[str, Any]) -> dict[str, Leaf]:
+    """The leaves of a GGUF file with Hugging Face's names, and rows in its order.
+
+    Leaves without a name there keep theirs, and so do all of an architecture that is not built in.
+
+    Args:
+      leaves: by GGUF's names.
+      metadata: of the file.
+    """
+    if metadata.get("general.architecture") not in _ARCHITECTURES:
+        return dict(leaves)
+    modules = {theirs: name for name, theirs in reversed((_MODEL | _LAYER).items())}
+    found: dict[str, Leaf] = {}
+    for path, leaf in leaves.items():
+        name, order = path, None
+        if match := re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", path):
+            layer, module, kind = match[1], modules.get(match[2]), match[3]
+            if module is not None and len(leaf.shape) in (
+                1,
+                2,
+            ):  # Hugging Face has experts one by one
+                name = (
+                    f"{module}.{kind}" if layer is None else f"model.layers.{layer}.{module}.{kind}"
+                )
+                order = row_order(path, leaf.shape[0], metadata)
+        found[name] = leaf if order is None else _reordered(leaf, np.argsort(order))
+    return found
+
+
+def _reordered(leaf: Leaf, order: np.ndarray) -> Leaf:
+    """The rows of ``leaf`` in this order, scales included."""
+    grid = leaf.grid
+    if grid is not None:
+        grid = dataclasses.replace(grid, scale=grid.scale[order])
+    return dataclasses.replace(leaf, grid=grid, read=lambda: leaf.read()[order])
 
 
 def check_order(rows: Rows, name: str, like: GGUFFile) -> None:

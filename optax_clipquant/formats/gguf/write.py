@@ -159,7 +159,7 @@ def _placed(leaves: Mapping[str, Leaf], source: GGUFFile, names: Names | None) -
     placed = place(leaves, shapes, names, default, source.path)
     for name, rows in placed.items():
         if rows.leaf.path in theirs:
-            order = row_order(name, rows.shape[0], source)
+            order = row_order(name, rows.shape[0], source.metadata)
             placed[name] = dataclasses.replace(rows, order=order)
             check_order(placed[name], name, source)
     return placed
