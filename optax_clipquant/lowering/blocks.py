@@ -1,7 +1,7 @@
 """Fits grids to large arrays block by block, so that what is read again is still in the cache."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,11 @@ _SIZE = 2**20
 
 
 def fit_in_blocks(
-    fit: Callable[..., T], w: jax.Array, span: Span, *others: T, factor: int = 1
+    fit: Callable[..., T], w: jax.Array, span: Span, *others: Any, factor: int = 1
 ) -> T:
     """Computes ``fit(w, *others)``, where ``fit`` reads ``w`` several times and treats each span separately.
+
+    ``others`` are trees of arrays with an entry for each span, or that broadcast to ``w``.
 
     XLA's CPU backend reads a large array from memory each time, and writes partial reductions (see
     ``Span.reduce``) to memory newly allocated by each call: for several loops over all arrays of a model,
@@ -35,6 +37,8 @@ def fit_in_blocks(
             first = jnp.minimum(i * size, length - size)
 
             def block(x: jax.Array) -> jax.Array:
+                if x.shape[axis] < length:
+                    return x  # it is broadcast
                 # XLA's CPU backend cannot slice bfloat16, and would convert the whole array first.
                 is_bfloat16 = x.dtype == jnp.bfloat16
                 bits = jax.lax.bitcast_convert_type(x, jnp.uint16) if is_bfloat16 else x

@@ -83,12 +83,7 @@ def quantize_params(
       (3, 1)
     """
     leaves, treedef = flatten_with_path(params, is_leaf=is_qarray)
-    moments: Mapping[str, Any] = {}
-    if calibration is not None:
-        uses = calibration.uses if uses is None else uses
-        moments = calibration.moments
-    if importance is not None:
-        moments = {path_of(path): leaf for path, leaf in flatten_with_path(importance)[0]}
+    uses, weighting = weighting_of(uses, calibration, importance)
     chosen = select(params, quantizer, where, uses)
 
     def quantize_leaf(index: int, leaf: Any, path: str) -> Any:
@@ -97,7 +92,7 @@ def quantize_params(
         leaf_key = None if key is None else jax.random.fold_in(key, index)
         with naming(path):
             return chosen[path].quantize(
-                leaf, key=leaf_key, use=use_of(uses, path), importance=moments.get(path)
+                leaf, key=leaf_key, use=use_of(uses, path), importance=weighting.get(path)
             )
 
     quantized = [
@@ -143,6 +138,19 @@ def _lost_slices(w: jax.Array, q: QArray) -> jax.Array:
     """The number of slices along the first axis in which ``q`` is all zero and ``w`` is not."""
     axes = tuple(range(1, q.ndim))
     return jnp.sum(jnp.any(w != 0, axes) & ~jnp.any(q.dequantize() != 0, axes))
+
+
+def weighting_of(
+    uses: Uses | None, calibration: Calibration | None, importance: PyTree | None
+) -> tuple[Uses | None, Mapping[str, Any]]:
+    """The uses, and the importance of the weights of each leaf by path, where there is one."""
+    weighting: Mapping[str, Any] = {}
+    if calibration is not None:
+        uses = calibration.uses if uses is None else uses
+        weighting = calibration.moments
+    if importance is not None:
+        weighting = {path_of(path): leaf for path, leaf in flatten_with_path(importance)[0]}
+    return uses, weighting
 
 
 def dequantize_params(qparams: PyTree, dtype: Any = None) -> PyTree:

@@ -28,7 +28,7 @@ from optax_clipquant.quant.scales import (
     mean_magnitude,
     round_scale,
 )
-from optax_clipquant.quant.search import aligned, weighted_least_squares
+from optax_clipquant.quant.search import aligned, weighted_least_squares, weighted_refit
 from optax_clipquant.quant.uses import Use
 
 
@@ -183,7 +183,10 @@ def _fit(
 
         def fit(w: jax.Array, span: Span, start: Grid | None, importance: jax.Array) -> Grid:
             levels = jax.eval_shape(lambda: quantizer._fit_axes(w, span, start))
-            return weighted_least_squares(w, importance, span, levels)
+            if start is None:
+                return weighted_least_squares(w, importance, span, levels)
+            kept = dataclasses.replace(levels, scale=start.scale, zero_point=start.zero_point)
+            return weighted_refit(w, importance, span, kept)
 
         grid = in_groups(fit, w, shared, group, start, beside=(importance,))
     return dataclasses.replace(grid, group=group)

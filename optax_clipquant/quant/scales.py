@@ -1,6 +1,7 @@
 """Scales of grids: from extremes (absmax), by least squares, and from mean and standard deviation."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +13,7 @@ import numpy as np
 from optax_clipquant.lowering.blocks import fit_in_blocks
 from optax_clipquant.lowering.reduce import Span, extremes, sum_magnitudes
 from optax_clipquant.quant.grid import Grid
-from optax_clipquant.quant.levels import largest_scale
+from optax_clipquant.quant.levels import Levels, largest_scale
 
 _HALF = 0.49
 """The fraction of an affine grid's steps whose span must stay finite: the weights may span twice the
@@ -165,7 +166,7 @@ def _terms(w: jax.Array, grid: Grid, scale: jax.Array) -> list[jax.Array]:
     if _is_mirrored(grid):
         w, scale = jnp.abs(w), jnp.abs(scale)
     steps = w * (1 / scale)
-    levels = _levels(grid, steps)
+    levels = nearest_levels(grid, steps, grid.zero_point)
     return [jnp.square(levels), steps * levels]
 
 
@@ -189,7 +190,9 @@ def _search(w: jax.Array, span: Span, absmax: Grid) -> jax.Array:
         best: tuple[jax.Array, jax.Array], ratios: jax.Array, here: np.ndarray
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
         ratio, least = best
-        errors = [jnp.square(x - r * _levels(absmax, x / r)) for r in ratios]
+        errors = [
+            jnp.square(x - r * nearest_levels(absmax, x / r, absmax.zero_point)) for r in ratios
+        ]
         for r, error in zip(ratios, span.reduce(("sum",) * 3, errors), strict=True):
             better = (error < least) & here
             ratio = jnp.where(better, r, ratio)
@@ -209,17 +212,34 @@ def _search(w: jax.Array, span: Span, absmax: Grid) -> jax.Array:
 
 
 def _is_mirrored(grid: Grid) -> bool:
-    return grid.zero_point is None and grid.lower + grid.offset == -(grid.upper + grid.offset)
+    return grid.zero_point is None and is_mirrored(grid)
 
 
-def _levels(grid: Grid, steps: jax.Array) -> jax.Array:
-    """The level nearest to each position, both in steps; for a mirrored grid, positions are magnitudes."""
-    low, high = grid.lower + grid.offset, grid.upper + grid.offset
-    nearest = jnp.floor(steps) + grid.offset if grid.offset else jnp.round(steps)
-    if _is_mirrored(grid):
+def is_mirrored(levels: Levels) -> bool:
+    """Whether the levels of a negative scale are those of a positive one; without zero points."""
+    if levels.codebook is not None:
+        return levels.codebook == tuple(-x for x in reversed(levels.codebook))
+    return levels.lower + levels.offset == -(levels.upper + levels.offset)
+
+
+def nearest_levels(
+    levels: Levels, steps: jax.Array, zero_point: jax.Array | None = None
+) -> jax.Array:
+    """The level nearest to each position, both in steps; where levels are mirrored, positions are
+    magnitudes.
+    """
+    if levels.codebook is not None:
+        book = levels.codebook
+        level = jnp.full_like(steps, book[0])
+        for below, above in itertools.pairwise(book):  # sums of multiples of 2**-10 are exact
+            level += jnp.where(steps > (below + above) / 2, above - below, 0)
+        return level
+    low, high = levels.lower + levels.offset, levels.upper + levels.offset
+    nearest = jnp.floor(steps) + levels.offset if levels.offset else jnp.round(steps)
+    if zero_point is None and is_mirrored(levels):
         return jnp.minimum(nearest, high)
-    if grid.zero_point is not None:
-        shift = grid.zero_point.astype(jnp.float32)
+    if zero_point is not None:
+        shift = zero_point.astype(jnp.float32)
         low, high = low - shift, high - shift
     return jnp.clip(nearest, low, high)
 

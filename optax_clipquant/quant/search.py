@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_clipquant.lowering.blocks import fit_in_blocks
 from optax_clipquant.lowering.reduce import Span, extremes
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.levels import Levels
-from optax_clipquant.quant.scales import round_scale
+from optax_clipquant.quant.scales import is_mirrored, nearest_levels, round_scale
 
 # Sums each array over the weights that share a scale, keeping the axes.
 Totals = Callable[[list[jax.Array]], list[jax.Array]]
@@ -73,77 +74,58 @@ def search_scale(
       all importances are 0, the scale is the one that spans the weights.
     """
     number = levels.upper - levels.lower + 1
+    unit = _spanning(levels, high, low, zero_points)
     # With fewer levels it pays to clip more of the largest weights.
     ratios = np.linspace(max(1 - 1.6 / number**0.5, 0.08), 1 + 0.6 / number**0.5, count)
     ratios[np.argmin(np.abs(ratios - 1))] = 1
     if zero_points:
-        unit = (high - low) / (number - 1)
         middle = jnp.round(levels.lower - low / jnp.where(unit == 0, 1, unit))
         ratios, shifts = (x.ravel() for x in np.meshgrid(ratios[::2], (0, -1, 1)))
     else:
-        book = levels.codebook
-        reach = (number - 1) / 2 if book is None else max(map(abs, book))
-        unit = jnp.maximum(high, -low) / reach
         middle, shifts = None, np.zeros(count)
         if not is_mirrored(levels):
             ratios, shifts = np.concatenate([ratios, -ratios]), np.zeros(2 * count)
 
-    def fit(scale: jax.Array, zero: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """The error at a scale, and the levels of the nearest codes."""
-        steps = w * (1 / jnp.where(scale == 0, 1, scale))
-        level = levels_of(levels, nearest_codes(levels, steps, zero), zero)
-        return totals([importance * jnp.square(w - level * scale)])[0], level
-
-    def rounded(scale: jax.Array) -> jax.Array:
-        return round_scale(scale, largest_level(levels, zero_points), levels.dtype)
-
-    def better(best: tuple, error: jax.Array, scale: jax.Array, zero: jax.Array | None) -> tuple:
-        least, *kept = best
-        wins = error < least
-        found = (scale, zero)
-        return (
-            jnp.where(wins, error, least),
-            *(
-                None if x is None else jnp.where(wins, x, y)
-                for x, y in zip(found, kept, strict=True)
-            ),
-        )
-
     # In units of one scale, so that the ratios to try are numbers rather than arrays: five times as fast.
     x = w * (1 / jnp.where(unit == 0, 1, unit))
+    if middle is None and is_mirrored(levels):
+        x = jnp.abs(x)
 
     def attempt(best: tuple, choices: jax.Array) -> tuple[tuple, None]:
+        least, *kept = best
         errors, tried = [], []
         for ratio, shift in choices:
             zero = None if middle is None else jnp.clip(middle + shift, levels.lower, levels.upper)
-            level = levels_of(levels, nearest_codes(levels, x * (1 / ratio), zero), zero)
+            level = nearest_levels(levels, x * (1 / ratio), zero)
             errors.append(importance * jnp.square(x - level * ratio))
-            tried.append((jnp.full_like(unit, ratio), zero))
-        for error, (ratio, zero) in zip(totals(errors), tried, strict=True):
-            best = better(best, error, ratio, zero)
-        return best, None
+            tried.append((ratio, zero))
+        for error, found in zip(totals(errors), tried, strict=True):
+            wins = error < least
+            least = jnp.where(wins, error, least)
+            kept = [
+                None if y is None else jnp.where(wins, x, y)
+                for x, y in zip(found, kept, strict=True)
+            ]
+        return (least, *kept), None
 
     choices = jnp.asarray(np.stack([ratios, shifts], axis=1), jnp.float32)
-    choices = choices.reshape(-1, 3, 2)
     best = (jnp.full_like(unit, jnp.inf), jnp.ones_like(unit), middle)
-    (_, ratio, zero), _ = jax.lax.scan(attempt, best, choices, unroll=2)
-    scale = rounded(unit * ratio)
-    best = (fit(scale, zero)[0], scale, zero)
-    for _ in range(2):
-        _, scale, zero = best
-        _, level = fit(scale, zero)
-        squares, products = totals([importance * jnp.square(level), importance * w * level])
-        scale = rounded(products / jnp.where(squares == 0, 1, squares))
-        scale = jnp.where(squares == 0, best[1], scale)
-        best = better(best, fit(scale, zero)[0], scale, zero)
-    return best[1], best[2]
+    (_, ratio, zero), _ = jax.lax.scan(attempt, best, choices.reshape(-1, 3, 2), unroll=2)
+    for _ in range(2):  # the least squares for the nearest codes, which never raises the error
+        level = nearest_levels(levels, x * (1 / ratio), zero)
+        squares, products = totals([importance * jnp.square(level), importance * x * level])
+        refit = products / jnp.where(squares == 0, 1, squares)
+        ratio = jnp.where(jnp.isfinite(refit) & (refit != 0), refit, ratio)
+    return round_scale(unit * ratio, largest_level(levels, zero_points), levels.dtype), zero
 
 
-def is_mirrored(levels: Levels) -> bool:
-    """Whether the levels are the same for a scale and its negative."""
-    if levels.codebook is not None:
-        return levels.codebook == tuple(-x for x in reversed(levels.codebook))
-    return levels.lower + levels.offset == -(levels.upper + levels.offset)
+def _spanning(levels: Levels, high: jax.Array, low: jax.Array, zero_points: bool) -> jax.Array:
+    """The scale with which the levels span the weights, the further side for levels around zero."""
+    steps = levels.upper - levels.lower
+    if zero_points:
+        return (high - low) / steps
+    book = levels.codebook
+    return jnp.maximum(high, -low) / (steps / 2 if book is None else max(map(abs, book)))
 
 
 def largest_level(levels: Levels, zero_points: bool) -> float:
@@ -162,20 +144,17 @@ def weighted_least_squares(
 
     Args:
       w: the weights.
-      importance: at least 0, broadcastable to ``w``. A span where all of it is 0 is weighted equally.
+      importance: above 0, broadcastable to ``w``.
       span: the weights that share a scale.
       grid: gives the levels, and whether there are zero points; its arrays are not read.
       count: the number of sizes of the scale to try, see ``search_scale``.
     """
 
+    def totals(arrays: list[jax.Array]) -> list[jax.Array]:
+        return span.reduce(("sum",) * len(arrays), arrays)
+
     def fit(w: jax.Array, importance: jax.Array) -> Grid:
         w = w.astype(jnp.float32)
-
-        def totals(arrays: list[jax.Array]) -> list[jax.Array]:
-            return span.reduce(("sum",) * len(arrays), arrays)
-
-        (weight,) = totals([importance])
-        importance = jnp.where(weight > 0, importance, 1)
         high, low = extremes(w, span)
         has_zero = grid.zero_point is not None
         scale, zero = search_scale(
@@ -185,11 +164,41 @@ def weighted_least_squares(
         zero = None if zero is None else zero.astype(jnp.int8)
         return dataclasses.replace(grid, scale=scale, zero_point=zero)
 
-    return fit(w, jnp.broadcast_to(importance, w.shape))
+    return fit_in_blocks(fit, w, span, importance)
+
+
+def weighted_refit(w: jax.Array, importance: jax.Array, span: Span, start: Grid) -> Grid:
+    """``start`` with the scales of the least ``sum(importance * (w - w_hat)**2)`` for the codes there.
+
+    One round, which reads ``w`` once and keeps the zero points: weights that stand on levels of
+    ``start`` find its scales again. Where a scale is 0 or not finite, or no weight of any importance has a
+    level but 0, it is that which spans the weights.
+    """
+    levels, zero = start.levels, start.zero_point
+    w, scale = w.astype(jnp.float32), start.scale.astype(jnp.float32)
+    zero = None if zero is None else zero.astype(jnp.float32)
+    usable = jnp.isfinite(scale) & (scale != 0)
+    scale = jnp.where(usable, scale, 1)
+    if zero is None and is_mirrored(levels):
+        w, scale = jnp.abs(w), jnp.abs(scale)
+    steps = w * (1 / scale)
+    level = nearest_levels(levels, steps, zero)
+    # In units of the scale, so that none overflows.
+    sums = [importance * jnp.square(level), importance * steps * level]
+    high, low, squares, products = extremes(w, span, *sums)
+    ratio = products / jnp.where(squares == 0, 1, squares)
+    unit = _spanning(levels, high, low, zero is not None)
+    valid = usable & jnp.isfinite(ratio) & (ratio != 0) & jnp.isfinite(unit)
+    largest = largest_level(levels, zero is not None)
+    found = round_scale(jnp.where(valid, scale * ratio, unit), largest, levels.dtype)
+    return dataclasses.replace(start, scale=found)
 
 
 def aligned(importance: Any, shape: tuple[int, ...]) -> jax.Array:
-    """``importance`` in float32, with leading axes of extent 1 added up to the rank of ``shape``."""
+    """``importance`` in float32, above 0, with leading axes of extent 1 added up to the rank of ``shape``.
+
+    Above 0, so that weights whose inputs are all 0 on the data are weighted equally.
+    """
     importance = jnp.asarray(importance, jnp.float32)
     rank = len(shape)
     fits = importance.ndim <= rank and all(
@@ -199,4 +208,5 @@ def aligned(importance: Any, shape: tuple[int, ...]) -> jax.Array:
         raise ValueError(
             f"importance of shape {importance.shape} does not broadcast to weights of shape {shape}"
         )
-    return importance.reshape((1,) * (rank - importance.ndim) + importance.shape)
+    importance = importance.reshape((1,) * (rank - importance.ndim) + importance.shape)
+    return jnp.maximum(importance, jnp.maximum(1e-6 * jnp.mean(importance), 1e-30))

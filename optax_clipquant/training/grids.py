@@ -1,6 +1,7 @@
 """The grids of a tree of params during training."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,31 +20,89 @@ from optax_clipquant._tree import (
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.groups import groups_of
 from optax_clipquant.quant.params import is_quantized, leaves_of
+from optax_clipquant.quant.qarray import QArray
 from optax_clipquant.quant.selection import Rules, Where, naming, rule_for, select, use_of
 from optax_clipquant.quant.uses import Use, Uses
 
 
 def init_grids(
-    params: PyTree, quantizer: Rules, where: Where | None, uses: Uses | None = None
+    params: PyTree,
+    quantizer: Rules,
+    where: Where | None,
+    uses: Uses | None = None,
+    importance: Mapping[str, jax.Array] | None = None,
+    start: Mapping[str, Grid] | None = None,
 ) -> PyTree:
+    """The grid of each selected leaf, None at others: that of ``start``, or one that is fitted."""
     params = unboxed(params)
     chosen = select(params, quantizer, where, uses)
     if not chosen:
         raise ValueError(
             "no leaf of params would become smaller by this quantizer; give it fewer bits or larger groups"
         )
+    importance, start = importance or {}, start or {}
+    unknown = [path for path in start if path not in chosen]
+    if unknown:
+        raise ValueError(
+            f"start has QArrays where no leaf of params is selected: {', '.join(unknown[:5])}; the leaves "
+            f"selected are {', '.join(list(chosen)[:5])}"
+        )
 
     def fit(path: str, p: jax.Array) -> Grid | None:
         if path not in chosen:
             return None
+        if path in start:
+            if not fits(start[path], p.shape):
+                raise ValueError(
+                    f"start has scales of {start[path].scale.shape} for leaf {path!r}, which has shape "
+                    f"{p.shape}"
+                )
+            # A copy: the state can then be donated.
+            return jax.tree.map(
+                lambda x: jnp.array(x, copy=True), dataclasses.replace(start[path], dtype=p.dtype)
+            )
         with naming(path):
-            return chosen[path].fit(p, use=use_of(uses, path))
+            return chosen[path].fit(p, use=use_of(uses, path), importance=importance.get(path))
 
     return map_with_path(lambda path, p: fit(path_of(path), p), params)
 
 
+def start_grids(
+    start: PyTree, quantizer: Rules, uses: Uses | None, importance: Mapping[str, jax.Array]
+) -> dict[str, Grid]:
+    """The grids of the ``QArray`` leaves of ``start``, by path.
+
+    Raises:
+      ValueError: the quantizer makes other grids, or its scales would move although no weight does.
+      TypeError: ``start`` has no ``QArray``.
+    """
+    grids = {}
+    for path, q in leaves_of(unboxed(start)):
+        if not isinstance(q, QArray):
+            continue
+        w, grid = q.dequantize(), q.grid
+        found = refit("start", quantizer, path, w, grid, use_of(uses, path), importance.get(path))
+        moved = jnp.any(found.encode(w) != q.qvalue)
+        if not isinstance(moved, jax.core.Tracer) and moved:
+            raise ValueError(
+                f"start: the quantizer of leaf {path!r} does not keep the codes, since it takes scales or zero "
+                "points from the extremes of the weights; give importance=, with which scales follow the "
+                "weights by least squares, or a symmetric quantizer with scale_rule='mse'"
+            )
+        grids[path] = grid
+    if not grids:
+        raise TypeError("start must be a tree with QArrays, as quantize_calibrated returns")
+    return grids
+
+
 def refit(
-    transform: str, quantizer: Rules, path: str, w: jax.Array, grid: Grid, use: Use | None
+    transform: str,
+    quantizer: Rules,
+    path: str,
+    w: jax.Array,
+    grid: Grid,
+    use: Use | None,
+    importance: jax.Array | None = None,
 ) -> Grid:
     """Fits the grid of the next step, without derivatives."""
     rule = rule_for(path, quantizer)
@@ -54,7 +113,7 @@ def refit(
         )
     w = jax.lax.stop_gradient(w)
     try:
-        found = rule.fit(w, start=grid, use=use)
+        found = rule.fit(w, start=grid, use=use, importance=importance)
     except (TypeError, ValueError):  # a start with other shapes cannot be used
         _check_same_grid(transform, path, jax.eval_shape(lambda w: rule.fit(w, use=use), w), grid)
         raise
@@ -65,17 +124,17 @@ def refit(
 
 def _check_same_grid(transform: str, path: str, found: Grid, grid: Grid) -> None:
     """Raises if the quantizer does not make the kind of grid that is in the state."""
-
-    def text(grid: Grid) -> str:
-        kept = dataclasses.replace(grid.levels, dtype=np.dtype(np.float32))
-        return f"{kept} with scales of {grid.scale.shape}"
-
-    if text(found) != text(grid):
+    if _text(found) != _text(grid):
         raise ValueError(
             f"{transform}: leaf {path!r} is on another grid in the state than the quantizer makes: "
-            f"{text(grid)}, and {text(found)}. Give the quantizer that the state was made with; or to go "
+            f"{_text(grid)}, and {_text(found)}. Give the quantizer that the state was made with; or to go "
             "on with another one, call tx.init(latent_params(params, state))"
         )
+
+
+def _text(grid: Grid) -> str:
+    kept = dataclasses.replace(grid.levels, dtype=np.dtype(np.float32))
+    return f"{kept} with scales of {grid.scale.shape}"
 
 
 def level_of(grid: Grid, w: jax.Array, key: jax.Array | None = None) -> jax.Array:

@@ -16,13 +16,20 @@ from optax_clipquant._tree import (
 )
 from optax_clipquant.gradients.clip import Bound, clip_by_value
 from optax_clipquant.quant.grid import Grid
-from optax_clipquant.quant.params import leaves_of
+from optax_clipquant.quant.params import leaves_of, weighting_of
 from optax_clipquant.quant.qarray import QArray
 from optax_clipquant.quant.quantizers import Uniform
 from optax_clipquant.quant.selection import Rules, Where, check_rules, use_of
-from optax_clipquant.quant.uses import Uses
+from optax_clipquant.quant.uses import Calibration, Uses
 from optax_clipquant.training import residual
-from optax_clipquant.training.grids import difference, init_grids, level_of, map_quantized, refit
+from optax_clipquant.training.grids import (
+    difference,
+    init_grids,
+    level_of,
+    map_quantized,
+    refit,
+    start_grids,
+)
 from optax_clipquant.training.latent import adopt, straight_through
 from optax_clipquant.training.rounding import RoundWeightsState
 from optax_clipquant.training.softness import check_softness, soften, softness_before
@@ -50,6 +57,9 @@ def quantize_weights(
     softness: float | optax.Schedule | None = None,
     where: Where | None = None,
     uses: Uses | None = None,
+    calibration: Calibration | None = None,
+    importance: PyTree | None = None,
+    start: PyTree | None = None,
     residual_bits: int | None = None,
 ) -> optax.GradientTransformation:
     """Keeps the params on a quantization grid; put it last in the chain.
@@ -90,6 +100,13 @@ def quantize_weights(
       where: which leaves may be quantized, as in ``quantize_params``.
       uses: how the function uses the params, from ``trace_weights``: it selects the leaves and their
         axes, as in ``quantize_params``.
+      calibration: from ``calibrate``: the default of ``uses`` and ``importance``.
+      importance: a tree like the params, or a part of it, of arrays that broadcast to the leaves, as in
+        ``quantize_params``. In each step, the scales are those of the weighted least squares for the codes
+        at the scales of the step before, whatever the quantizer's rule.
+      start: a tree like the params, as ``quantize_calibrated`` or ``from_gguf`` return, whose ``QArray``
+        leaves have the grids to start on. Training that starts from ``dequantize_params(start)`` has
+        exactly their codes at step 0, which a fit to the levels would not find again.
       residual_bits: None, or 8 to keep the latent weights in one byte each: their distance to the levels,
         in 127ths of the largest distance in a channel or group, stochastically rounded; at 1 bit their
         signed roots, which are finest where a weight changes sign.
@@ -100,8 +117,9 @@ def quantize_weights(
 
     Raises:
       ValueError: ``softness`` is a concrete number outside 0..1, or ``residual_bits`` is neither None
-        nor 8; in ``init``, as for ``quantize_params``; in ``update``, no params are given.
-      TypeError: ``quantizer`` or ``softness`` has another type.
+        nor 8, or the quantizer does not keep the grids of ``start``; in ``init``, as for
+        ``quantize_params``; in ``update``, no params are given.
+      TypeError: ``quantizer`` or ``softness`` has another type, or ``start`` has no ``QArray``.
 
     References:
       Courbariaux et al., BinaryConnect, 2015 (arXiv:1511.00363). Jin et al., PARQ, 2025
@@ -117,6 +135,12 @@ def quantize_weights(
       >>> export_params(params, state)["kernel"].qvalue
       Array([[-8, -8],
              [-3,  2]], dtype=int8)
+
+      Go on from what ``quantize_calibrated`` found::
+
+        qparams = quantize_calibrated(fn, params, batches, quantizer)
+        tx = optax.chain(optax.adam(1e-5), quantize_weights(quantizer, start=qparams))
+        params = dequantize_params(qparams)
     """
 
     check_rules(quantizer)
@@ -127,9 +151,12 @@ def quantize_weights(
             f"quantize_weights: residual_bits must be 8, or None for float32, got {residual_bits!r}"
         )
 
+    uses, weighting = weighting_of(uses, calibration, importance)
+    begin = None if start is None else start_grids(start, quantizer, uses, weighting)
+
     @on_shapes
     def init(params: PyTree) -> PyTree:
-        grid = init_grids(params, quantizer, where, uses)
+        grid = init_grids(params, quantizer, where, uses, weighting, begin)
         grids = dict(leaves_of(grid))
 
         def keep(path: str, p: jax.Array) -> Any:
@@ -156,7 +183,15 @@ def quantize_weights(
             kept = latents[path]
             check_unchanged("quantize_weights", "params", path, p, kept.shape)
             latent = adopt(p, grid, kept, before) + u
-            grid = refit("quantize_weights", quantizer, path, latent, grid, use_of(uses, path))
+            grid = refit(
+                "quantize_weights",
+                quantizer,
+                path,
+                latent,
+                grid,
+                use_of(uses, path),
+                weighting.get(path),
+            )
             level = target = level_of(grid, latent)
             if soft is not None:
                 target = soften(level, latent, soft)

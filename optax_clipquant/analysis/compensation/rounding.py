@@ -18,9 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from optax_clipquant.quant.levels import Levels
-from optax_clipquant.quant.scales import round_scale
+from optax_clipquant.quant.scales import is_mirrored, round_scale
 from optax_clipquant.quant.search import (
-    is_mirrored,
     largest_level,
     levels_of,
     nearest_codes,
