@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from optax_clipquant._tree import (
     PyTree,
@@ -83,7 +84,7 @@ def start_grids(
         w, grid = q.dequantize(), q.grid
         found = refit("start", quantizer, path, w, grid, use_of(uses, path), importance.get(path))
         moved = jnp.any(found.encode(w) != q.qvalue)
-        if not isinstance(moved, jax.core.Tracer) and moved:
+        if not isinstance(moved, Tracer) and moved:
             raise ValueError(
                 f"start: the quantizer of leaf {path!r} does not keep the codes, since it takes scales or zero "
                 "points from the extremes of the weights; give importance=, with which scales follow the "
