@@ -8,8 +8,9 @@ import concurrent.futures
 import contextlib
 import math
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +31,9 @@ _BLOCK = 2**17  # weights that fit a cache
 _COMPILATION = 10**8
 _SAMPLE = 2**20  # weights; the error of a larger tensor is estimated from a sample of its rows
 _LONGEST = 2**20  # weights; the error of a longer row is estimated from a sample of its weights
+_EMBEDDING = re.compile(
+    r"(^|[./])(embed_tokens|embed_in|wte|word_embeddings|tok_embeddings|token_embd|lm_head)([./]|$)"
+)
 
 Key = tuple[Quantizer, np.dtype, int]
 """The key of a compiled program: the quantizer of rows, the dtype of the weights, and the length of a row."""
@@ -41,6 +45,10 @@ def allocate_rules(
     source: Checkpoint, rules: Mapping[str, Rule], budget: float, progress: Progress
 ) -> dict[str, Rule]:
     """``rules`` with open bits filled in, for the least squared error within a budget.
+
+    Every weight counts alike, which says little about a language model: there, allocations by squared error
+    are worse than uniform widths of the same size (SmolLM2 at 4.5 bits per weight: KL .308 against .268). So
+    its tensors stay within one bit of the largest width that all can have.
 
     Raises:
       ValueError: the budget is below the smallest size, which is noticed before anything is read; or as
@@ -55,12 +63,41 @@ def allocate_rules(
     counts = np.array([math.prod(source.specs[name][1]) for name in rules], np.float64)
     limit = budget_of(sizes, counts.sum(), budget)
     errors = np.array([_padded(e) for e in measure(source, rules, progress).values()])
+    if is_language_model(source.specs):
+        uniform = max((n for n in WIDTHS if _size(source, rules, n) <= limit), default=WIDTHS[0])
+        near = np.array([_near(rule.widths, uniform) for rule in rules.values()])
+    else:
+        near = np.tile(np.arange(len(WIDTHS)), (len(rules), 1))
+    table = Table(
+        np.take_along_axis(sizes, near, 1), np.take_along_axis(errors, near, 1), counts, limit
+    )
     with _quiet():
-        chosen = Table(sizes, errors, counts, limit).solve()
+        chosen = near[np.arange(len(rules)), table.solve()]
     return {
         name: rule if len(rule.widths) == 1 else rule._replace(bits=rule.widths[index])
         for (name, rule), index in zip(rules.items(), chosen, strict=True)
     }
+
+
+def is_language_model(names: Iterable[str]) -> bool:
+    """Whether one of the tensors is named as language models name their token embeddings."""
+    return any(_EMBEDDING.search(name) for name in names)
+
+
+def _size(source: Checkpoint, rules: Mapping[str, Rule], width: int) -> int:
+    """The bytes of all tensors at a width, or at the nearest that their rules allow."""
+    return sum(
+        rule.packed_bytes(source.specs[name], min(rule.widths, key=lambda n: abs(n - width)))
+        for name, rule in rules.items()
+    )
+
+
+def _near(widths: Sequence[int], uniform: int) -> list[int]:
+    """For each width, the position of the nearest that is within one bit of ``uniform``, or nearest to it."""
+    least = min(abs(n - uniform) for n in widths)
+    allowed = [i for i, n in enumerate(widths) if abs(n - uniform) <= max(1, least)]
+    nearest = [min(allowed, key=lambda i: abs(widths[i] - n)) for n in widths]
+    return _padded(nearest)
 
 
 def measure(

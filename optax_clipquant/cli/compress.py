@@ -59,7 +59,8 @@ def add_widths(parser: argparse.ArgumentParser) -> None:
         metavar="BITS_PER_PARAM",
         help="upper limit of the mean bits per quantized weight, scales included: each tensor gets one of "
         f"{', '.join(map(str, WIDTHS))} bits, so that the sum of squared errors over all weights is least; "
-        "of a tensor with more than a million weights, the error is estimated from some of them",
+        "every weight counts alike, for want of data, so tensors of a language model stay within one bit of "
+        "uniform; of a tensor with more than a million weights, the error is estimated from some of them",
     )
     parser.add_argument(
         "--quantizer",
@@ -146,11 +147,21 @@ def _choose(args: argparse.Namespace, source: Checkpoint) -> tuple[dict[str, Rul
             _check_bits(f"rule {pattern!r}", default._replace(**change))
     rules, kept = choose(source.specs, default, args.rule)
     if args.budget is not None:
-        from optax_clipquant.cli.budget import allocate_rules
+        from optax_clipquant.cli.budget import allocate_rules, is_language_model
 
         total = sum(nbytes(*source.specs[name]) for name in rules)
         with progress("choosing bits", total) as advance:
             rules = allocate_rules(source, rules, args.budget, advance)
+        print(
+            "optax-clipquant: the budget counted every weight alike, for want of data"
+            + (
+                ", so the bits of this language model stayed within one of uniform"
+                if is_language_model(source.specs)
+                else ""
+            )
+            + "; allocate_bits in Python measures what each tensor is worth",
+            file=sys.stderr,
+        )
     else:
         drop_what_grows(source.specs, rules, kept)
         if not rules:

@@ -5,8 +5,9 @@ import pytest
 import safetensors.numpy
 from helpers import weights
 
-from optax_clipquant import Uniform, allocate_bits, quantize_params
+from optax_clipquant import Uniform, allocate_bits, load, quantize_params
 from optax_clipquant.cli import budget
+from optax_clipquant.cli.main import main
 from optax_clipquant.cli.rules import Rule
 from optax_clipquant.formats.checkpoint import Checkpoint
 
@@ -109,3 +110,20 @@ def test_allocation_is_as_good_as_the_exact_one(tmp_path, group_size):
             quantizer=lambda bits: Uniform(bits, channel_axis=0, group_size=group_size),
         )
         assert squared_error(tree, ours) <= 1.01 * squared_error(tree, exact)
+
+
+@pytest.mark.parametrize("embedding", ["table", "model.embed_tokens"])
+def test_bits_of_a_language_model_stay_within_one_of_uniform(tmp_path, capsys, embedding):
+    tree = {
+        f"{embedding}.weight": weights((128, 64)),
+        "large.weight": 8 * weights((128, 64), seed=1),
+        "small.weight": 1e-3 * weights((256, 64), seed=2),
+    }
+    safetensors.numpy.save_file(tree, tmp_path / "in")
+    command = ["compress", str(tmp_path / "in"), str(tmp_path / "out"), "--budget", "4.2"]
+    assert main([*command, "--json"]) == 0
+    printed = capsys.readouterr()
+    assert "counted every weight alike" in printed.err
+    assert ("within one of uniform" in printed.err) == (embedding != "table")
+    found = {leaf.bits for leaf in load(tmp_path / "out").values()}
+    assert max(found) > 4 if embedding == "table" else found <= {2, 3, 4}  # all fit at 3 bits
