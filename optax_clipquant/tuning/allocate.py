@@ -46,7 +46,8 @@ def allocate_bits(
       params: a tree of arrays.
       sensitivity: the weights of the squared errors, in a tree like ``params``: non-negative, finite
         arrays that broadcast to the leaves. ``squared_gradients`` estimates them; ones give the plain
-        squared error. Or a ``Calibration``, whose moments are used.
+        squared error. Or a ``Calibration``: its moments weight the errors, and the search of the
+        scales too, so give it to ``quantize_params(..., calibration=)`` as well.
       bits_per_param: the budget, averaged over the quantized weights.
       choices: the widths to choose from.
       quantizer: called with ``bits=...``: a class, or ``functools.partial(Uniform, group_size=32)``.
@@ -84,12 +85,20 @@ def allocate_bits(
         raise ValueError(f"bits_per_param must be a positive number, got {bits_per_param}")
     rules = [quantizer(bits=bits) for bits in choices]
     leaves = dict(leaves_of(params))
-    if isinstance(sensitivity, Calibration):
-        uses = sensitivity.uses if uses is None else uses
+    calibration = sensitivity if isinstance(sensitivity, Calibration) else None
+    if calibration is not None:
+        uses = calibration.uses if uses is None else uses
     # Leaves that the largest width would not make smaller stay float under all.
     paths = list(select(params, rules[int(np.argmax(choices))], where, uses))
     weights = _sensitivities(sensitivity, {path: leaves[path] for path in paths})
-    table = _measure({path: leaves[path] for path in paths}, rules, weights, bits_per_param, uses)
+    table = _measure(
+        {path: leaves[path] for path in paths},
+        rules,
+        weights,
+        bits_per_param,
+        uses,
+        searched=calibration is not None,
+    )
 
     def rules_of(chosen: np.ndarray) -> dict[str, Quantizer]:
         return {f"^{re.escape(path)}$": rules[i] for path, i in zip(paths, chosen, strict=True)}
@@ -99,7 +108,9 @@ def allocate_bits(
     tried = {}
     for chosen in (table.uniform(), *(table.solve(t) for t in (0.25, 0.5, 0.75, 1.0))):
         if chosen is not None and tuple(chosen) not in tried:
-            qparams = quantize_params(params, rules_of(chosen), where=where, uses=uses)
+            qparams = quantize_params(
+                params, rules_of(chosen), where=where, uses=uses, calibration=calibration
+            )
             loss = float(evaluate(qparams))
             tried[tuple(chosen)] = loss if math.isfinite(loss) else math.inf
     best = min(tried, key=tried.__getitem__)
@@ -165,8 +176,12 @@ def _measure(
     weights: Mapping[str, jax.Array],
     bits_per_param: float,
     uses: Uses | None,
+    searched: bool,
 ) -> Table:
-    """Sizes and errors of each rule for each leaf. Raises as ``allocate_bits`` does."""
+    """Sizes and errors of each rule for each leaf, whose scales are ``searched`` by ``weights`` or by the rule.
+
+    Raises as ``allocate_bits`` does.
+    """
     sizes = []
     for path, leaf in leaves.items():
         with naming(path):
@@ -182,7 +197,7 @@ def _measure(
     budget = budget_of(sizes, counts.sum(), bits_per_param)
     errors = []
     for path, leaf in leaves.items():
-        error = [_error(rule, leaf, weights[path], use_of(uses, path)) for rule in rules]
+        error = [_error(rule, leaf, weights[path], use_of(uses, path), searched) for rule in rules]
         if not np.all(np.isfinite(error)):
             raise ValueError(
                 f"params leaf {path!r}: its error is not finite, since its weights are not"
@@ -219,14 +234,16 @@ def _sensitivities(
     return weights
 
 
-def _error(rule: Quantizer, w: jax.Array, weight: jax.Array, use: Use | None) -> float:
-    error, unit, weight_unit = map(float, _relative_error(rule, w, weight, use))
+def _error(
+    rule: Quantizer, w: jax.Array, weight: jax.Array, use: Use | None, searched: bool
+) -> float:
+    error, unit, weight_unit = map(float, _relative_error(rule, w, weight, use, searched))
     return error * unit**2 * weight_unit
 
 
-@functools.partial(jax.jit, static_argnames="use")
+@functools.partial(jax.jit, static_argnames=("use", "searched"))
 def _relative_error(
-    rule: Quantizer, w: jax.Array, weight: jax.Array, use: Use | None
+    rule: Quantizer, w: jax.Array, weight: jax.Array, use: Use | None, searched: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The weighted error in units of the largest weight and sensitivity, so that it fits float32; and these units."""
 
@@ -234,7 +251,8 @@ def _relative_error(
         largest = jnp.max(jnp.abs(x), initial=0)
         return jnp.where(largest == 0, 1, largest)
 
-    error = rule.quantize(w, use=use).dequantize().astype(jnp.float32) - w.astype(jnp.float32)
+    q = rule.quantize(w, use=use, importance=weight if searched else None)
+    error = q.dequantize().astype(jnp.float32) - w.astype(jnp.float32)
     unit, weight_unit = unit_of(w.astype(jnp.float32)), unit_of(weight)
     relative = jnp.broadcast_to(weight / weight_unit, w.shape) * jnp.square(error / unit)
     return jnp.sum(relative), unit, weight_unit

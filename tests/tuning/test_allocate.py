@@ -15,6 +15,7 @@ from optax_clipquant import (
     NormalFloat,
     Uniform,
     allocate_bits,
+    calibrate,
     dequantize_params,
     export_params,
     quantize_params,
@@ -227,3 +228,37 @@ def test_budget_holds_despite_the_tolerance_of_the_solver():
         np.testing.assert_allclose(errors[np.arange(5), chosen].sum(), least, rtol=1e-6)
         tried += 1
     assert tried > 30
+
+
+def test_a_calibration_weights_the_error_and_the_scales():
+    params = {name: jnp.asarray(weights((48, 8), seed=i)) for i, name in enumerate("abc")}
+    x = [jnp.asarray(weights((64, 48), seed=9)) * jnp.exp(jnp.linspace(-2, 2, 48))[None]]
+
+    def fn(params, x):
+        return x @ params["a"] + x[:, ::-1] @ params["b"] + 0.01 * x @ params["c"]
+
+    calibration = calibrate(fn, params, x, progress=False)
+    quantizer = functools.partial(Uniform, group_size=16)
+    tried = []
+
+    def evaluate(qparams):
+        tried.append(qparams)
+        restored = dequantize_params(qparams)
+        return float(jnp.mean(jnp.square(fn(restored, x[0]) - fn(params, x[0]))))
+
+    rules = allocate_bits(
+        params,
+        calibration,
+        bits_per_param=4.5,
+        choices=(2, 3, 4, 5, 6),
+        quantizer=quantizer,
+        evaluate=evaluate,
+    )
+    losses = [evaluate(q) for q in list(tried)]
+    best = tried[int(np.argmin(losses))]
+    ours = quantize_params(params, rules, calibration=calibration)
+    for name in params:
+        np.testing.assert_array_equal(ours[name].qvalue, best[name].qvalue)
+        np.testing.assert_array_equal(ours[name].scale, best[name].scale)
+    assert rules["^c$"].bits < 3.5 < rules["^a$"].bits
+    assert min(losses) < 0.9 * losses[0]  # uniform comes first
