@@ -176,13 +176,8 @@ TREES = {
     ("name", "residual_bits"),
     [
         ("tuple", None),
-        ("nnx layers", 8),
         ("equinox", 8),
-        *(
-            pytest.param(name, 8, marks=pytest.mark.slow)
-            for name in TREES
-            if name not in ("nnx layers", "equinox")
-        ),
+        *(pytest.param(name, 8, marks=pytest.mark.slow) for name in TREES if name != "equinox"),
     ],
 )
 def test_trains_on_the_grid_and_ships(tmp_path, name, residual_bits):
