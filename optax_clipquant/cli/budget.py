@@ -80,12 +80,12 @@ def allocate_rules(
 
 
 def is_language_model(names: Iterable[str]) -> bool:
-    """Whether one of the tensors is named as language models name their token embeddings."""
+    """Whether a tensor has a name that language models give their token embedding."""
     return any(_EMBEDDING.search(name) for name in names)
 
 
 def _size(source: Checkpoint, rules: Mapping[str, Rule], width: int) -> int:
-    """The bytes of all tensors at a width, or at the nearest that their rules allow."""
+    """The bytes of all tensors at a width, or at the nearest width that their rules allow."""
     return sum(
         rule.packed_bytes(source.specs[name], min(rule.widths, key=lambda n: abs(n - width)))
         for name, rule in rules.items()
@@ -93,7 +93,7 @@ def _size(source: Checkpoint, rules: Mapping[str, Rule], width: int) -> int:
 
 
 def _near(widths: Sequence[int], uniform: int) -> list[int]:
-    """For each width, the position of the nearest that is within one bit of ``uniform``, or nearest to it."""
+    """For each width, the position of the nearest one within a bit of ``uniform``, or of the one nearest to that."""
     least = min(abs(n - uniform) for n in widths)
     allowed = [i for i, n in enumerate(widths) if abs(n - uniform) <= max(1, least)]
     nearest = [min(allowed, key=lambda i: abs(widths[i] - n)) for n in widths]

@@ -38,7 +38,7 @@ def fit_in_blocks(
 
             def block(x: jax.Array) -> jax.Array:
                 if x.shape[axis] < length:
-                    return x  # it is broadcast
+                    return x  # broadcast as a whole
                 # XLA's CPU backend cannot slice bfloat16, and would convert the whole array first.
                 is_bfloat16 = x.dtype == jnp.bfloat16
                 bits = jax.lax.bitcast_convert_type(x, jnp.uint16) if is_bfloat16 else x

@@ -143,7 +143,7 @@ def _lost_slices(w: jax.Array, q: QArray) -> jax.Array:
 def weighting_of(
     uses: Uses | None, calibration: Calibration | None, importance: PyTree | None
 ) -> tuple[Uses | None, Mapping[str, Any]]:
-    """The uses, and the importance of the weights of each leaf by path, where there is one."""
+    """The uses, and the importance of the weights by the path of the leaf, if known."""
     weighting: Mapping[str, Any] = {}
     if calibration is not None:
         uses = calibration.uses if uses is None else uses

@@ -216,7 +216,7 @@ def _is_mirrored(grid: Grid) -> bool:
 
 
 def is_mirrored(levels: Levels) -> bool:
-    """Whether the levels of a negative scale are those of a positive one; without zero points."""
+    """Whether a symmetric grid has the same levels for a scale and its negative."""
     if levels.codebook is not None:
         return levels.codebook == tuple(-x for x in reversed(levels.codebook))
     return levels.lower + levels.offset == -(levels.upper + levels.offset)

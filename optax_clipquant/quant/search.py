@@ -111,7 +111,7 @@ def search_scale(
     choices = jnp.asarray(np.stack([ratios, shifts], axis=1), jnp.float32)
     best = (jnp.full_like(unit, jnp.inf), jnp.ones_like(unit), middle)
     (_, ratio, zero), _ = jax.lax.scan(attempt, best, choices.reshape(-1, 3, 2), unroll=2)
-    for _ in range(2):  # the least squares for the nearest codes, which never raises the error
+    for _ in range(2):  # least squares for the nearest codes, which never raises the error
         level = nearest_levels(levels, x * (1 / ratio), zero)
         squares, products = totals([importance * jnp.square(level), importance * x * level])
         refit = products / jnp.where(squares == 0, 1, squares)
@@ -120,7 +120,7 @@ def search_scale(
 
 
 def _spanning(levels: Levels, high: jax.Array, low: jax.Array, zero_points: bool) -> jax.Array:
-    """The scale with which the levels span the weights, the further side for levels around zero."""
+    """The scale at which the levels span the weights, by the further side for levels around zero."""
     steps = levels.upper - levels.lower
     if zero_points:
         return (high - low) / steps
@@ -168,7 +168,7 @@ def weighted_least_squares(
 
 
 def weighted_refit(w: jax.Array, importance: jax.Array, span: Span, start: Grid) -> Grid:
-    """``start`` with the scales of the least ``sum(importance * (w - w_hat)**2)`` for the codes there.
+    """``start`` with the scales that minimise ``sum(importance * (w - w_hat)**2)`` for its nearest codes.
 
     One round, which reads ``w`` once and keeps the zero points: weights that stand on levels of
     ``start`` find its scales again. Where a scale is 0 or not finite, or no weight of any importance has a

@@ -34,7 +34,7 @@ def init_grids(
     importance: Mapping[str, jax.Array] | None = None,
     start: Mapping[str, Grid] | None = None,
 ) -> PyTree:
-    """The grid of each selected leaf, None at others: that of ``start``, or one that is fitted."""
+    """The grid of each selected leaf, None at others: from ``start``, or fitted."""
     params = unboxed(params)
     chosen = select(params, quantizer, where, uses)
     if not chosen:
@@ -58,7 +58,7 @@ def init_grids(
                     f"start has scales of {start[path].scale.shape} for leaf {path!r}, which has shape "
                     f"{p.shape}"
                 )
-            # A copy: the state can then be donated.
+            # A copy, so that the state can be donated.
             return jax.tree.map(
                 lambda x: jnp.array(x, copy=True), dataclasses.replace(start[path], dtype=p.dtype)
             )

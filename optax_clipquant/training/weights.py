@@ -136,7 +136,7 @@ def quantize_weights(
       Array([[-8, -8],
              [-3,  2]], dtype=int8)
 
-      Go on from what ``quantize_calibrated`` found::
+      Continue training from the result of ``quantize_calibrated``::
 
         qparams = quantize_calibrated(fn, params, batches, quantizer)
         tx = optax.chain(optax.adam(1e-5), quantize_weights(quantizer, start=qparams))

@@ -25,7 +25,7 @@ TOKENS = [jax.random.randint(jax.random.key(seed), (16, 12), 0, 40) for seed in 
 
 
 def vectors(*shape, seeds=3):
-    """Correlated, of very different power, as activations are."""
+    """Correlated vectors of very different power, like activations."""
     width = shape[-1]
     mix = jax.random.normal(jax.random.key(9), (width, width)) / width**0.5
     mix *= jnp.exp(jnp.linspace(-1.5, 1.5, width))[None]
@@ -147,7 +147,7 @@ def shared_layer():
 
 
 def ragged_experts():
-    """A primitive that is evaluated whole: named, and quantized by least squares; what follows is not."""
+    """A primitive that is evaluated whole is named, and its weight quantized by least squares; later ones are not."""
 
     def fn(params, x):
         sizes = jnp.array([40, 60, 50])
@@ -212,7 +212,7 @@ def test_output_error_is_below_least_squares(make):
     assert error(qparams) < MODELS[make] * error(least_squares)
 
 
-def test_an_expert_with_few_tokens_falls_back_to_its_diagonal():
+def test_expert_with_few_tokens_falls_back_to_the_diagonal():
     """Off-diagonals of 3 tokens are noise: the expert gets the codes of the weighted search with H's diagonal."""
     width, tokens = 32, 300
 

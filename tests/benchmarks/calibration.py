@@ -1,4 +1,4 @@
-"""What is left of a model's output error with calibration, beside least squares: a sentence encoder and a convnet.
+"""The output error of calibrated models relative to least squares: a sentence encoder and a convnet.
 
 The error is that of the output on held-out data, ``sum((f(q) - f(w))**2) / sum(f(w)**2)``; of the encoder, whose
 outputs are unit vectors, also the cosine. Calibrated with ``quantize_params(calibration=)`` and with
@@ -104,7 +104,7 @@ def quantizer_of(name: str, group_size: int) -> Quantizer:
 
 
 def methods(model: Model, quantizer: Quantizer, calibration: Calibration) -> dict[str, Any]:
-    """The params, quantized by each method."""
+    """The params as quantized by each method."""
     rules = {model.skipped: None, "": quantizer}
     uses = calibration.uses
     return {

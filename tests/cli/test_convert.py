@@ -19,7 +19,7 @@ SHAPES = {
     "model.norm.weight": (64,),
 }
 NAMES = ["token_embd.weight", "blk.0.attn_q.weight", "blk.0.attn_v.weight", "blk.0.ffn_down.weight", "output_norm.weight"]  # fmt: skip
-# Of the rows of queries of two heads, those of Hugging Face's.
+# For each row of the queries of two heads, the index of the row in Hugging Face's order.
 ORDER = np.arange(64).reshape(2, 2, 16).swapaxes(1, 2).ravel()
 
 

@@ -1,4 +1,4 @@
-"""Training that goes on from quantized params, with scales that know what an error costs."""
+"""Training that starts from quantized params, with scales that minimise a weighted error."""
 
 import chex
 import jax
@@ -73,7 +73,7 @@ def test_calibrated_codes_are_served_from_step_0(name, dtype):
             chex.assert_trees_all_equal(params, dequantize_params(qparams))
 
 
-def test_codes_are_lost_without_a_start():
+def test_codes_change_without_a_start():
     quantizer, _ = STARTS["3 bits"]
     qparams = calibrated(quantizer)
     params = dequantize_params(qparams)
@@ -84,7 +84,7 @@ def test_codes_are_lost_without_a_start():
     )
 
 
-def test_a_start_that_the_quantizer_would_leave_is_refused():
+def test_start_that_the_quantizer_does_not_keep_is_refused():
     qparams = calibrated(Uniform(4, **MSE))
     with pytest.raises(ValueError, match="scale_rule='mse'"):
         quantize_weights(Uniform(4, group_size=8), start=qparams)
@@ -127,7 +127,7 @@ def test_scales_in_training_minimise_the_weighted_error(given):
         np.testing.assert_allclose(found[0], expected, rtol=2.0**-8)
 
 
-def test_weights_whose_inputs_were_dead_keep_their_scales():
+def test_weights_with_dead_inputs_keep_their_scales():
     qparams = quantize_params({"w": PARAMS["in"]}, Uniform(4, **MSE))
     dead = {"w": jnp.zeros((24, 1)).at[:8].set(1.0)}
     tx = quantize_weights(Uniform(4, **MSE), start=qparams, importance=dead)

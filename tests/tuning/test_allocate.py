@@ -230,7 +230,7 @@ def test_budget_holds_despite_the_tolerance_of_the_solver():
     assert tried > 30
 
 
-def test_a_calibration_weights_the_error_and_the_scales():
+def test_calibration_weights_the_error_and_the_scales():
     params = {name: jnp.asarray(weights((48, 8), seed=i)) for i, name in enumerate("abc")}
     x = [jnp.asarray(weights((64, 48), seed=9)) * jnp.exp(jnp.linspace(-2, 2, 48))[None]]
 

@@ -102,13 +102,13 @@ def row_order(name: str, rows: int, metadata: Mapping[str, Any]) -> np.ndarray |
 
 
 def as_hugging_face(leaves: Mapping[str, Leaf], metadata: Mapping[str, Any]) -> dict[str, Leaf]:
-    """The leaves of a GGUF file with Hugging Face's names, and rows in its order.
+    """Renames the leaves of a GGUF file to Hugging Face's names, and puts rows in its order.
 
     Leaves without a name there keep theirs, and so do all of an architecture that is not built in.
 
     Args:
-      leaves: by GGUF's names.
-      metadata: of the file.
+      leaves: the leaves by GGUF's names.
+      metadata: the metadata of the file.
     """
     if metadata.get("general.architecture") not in _ARCHITECTURES:
         return dict(leaves)
@@ -121,7 +121,7 @@ def as_hugging_face(leaves: Mapping[str, Leaf], metadata: Mapping[str, Any]) -> 
             if module is not None and len(leaf.shape) in (
                 1,
                 2,
-            ):  # Hugging Face has experts one by one
+            ):  # Hugging Face stores experts separately
                 name = (
                     f"{module}.{kind}" if layer is None else f"model.layers.{layer}.{module}.{kind}"
                 )
@@ -131,7 +131,7 @@ def as_hugging_face(leaves: Mapping[str, Leaf], metadata: Mapping[str, Any]) -> 
 
 
 def _reordered(leaf: Leaf, order: np.ndarray) -> Leaf:
-    """The rows of ``leaf`` in this order, scales included."""
+    """``leaf`` with its rows, and their scales, reordered."""
     grid = leaf.grid
     if grid is not None:
         grid = dataclasses.replace(grid, scale=grid.scale[order])
