@@ -24,7 +24,6 @@ from typing import Any, ClassVar
 
 import jax
 import numpy as np
-from jax.core import Tracer
 
 # They concern buffers, which a dequantized array does not have.
 _BUFFERS = {
@@ -139,16 +138,3 @@ def refuse_in_lax(cls: type[DropIn]) -> None:
     for module, table in (("core", "pytype_aval_mappings"), ("dtypes", "canonicalize_value_handlers")):  # fmt: skip
         with contextlib.suppress(ImportError, AttributeError):
             getattr(importlib.import_module(f"jax._src.{module}"), table)[cls] = refuse
-
-
-def is_scalar_index(entry: Any) -> bool:
-    """Whether ``entry`` of an index is an integer, which picks one place along an axis and drops the axis."""
-    if isinstance(entry, (bool, np.bool_)):
-        return False
-    if isinstance(entry, (int, np.integer)):
-        return True
-    return (
-        isinstance(entry, (jax.Array, np.ndarray, Tracer))
-        and entry.ndim == 0
-        and np.issubdtype(entry.dtype, np.integer)
-    )

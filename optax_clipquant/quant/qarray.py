@@ -13,7 +13,7 @@ import numpy as np
 from jax.core import Tracer
 
 from optax_clipquant.lowering.sharding import repeat_axis
-from optax_clipquant.quant.drop_in import DropIn, is_scalar_index, refuse_in_lax
+from optax_clipquant.quant.drop_in import DropIn, refuse_in_lax
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.levels import check_restored
 
@@ -148,7 +148,7 @@ class QArray(DropIn):
         at = next(i for i, entry in enumerate(entries) if entry is Ellipsis)
         named = sum(entry is not None for entry in entries) - 1
         if named <= self.ndim and all(
-            entry is None or isinstance(entry, slice) or is_scalar_index(entry)
+            entry is None or isinstance(entry, slice) or _is_scalar(entry)
             for i, entry in enumerate(entries)
             if i != at
         ):
@@ -201,6 +201,19 @@ class QArray(DropIn):
 
     def __iter__(self) -> Iterator[Any]:
         return (self[i] for i in range(len(self)))
+
+
+def _is_scalar(entry: Any) -> bool:
+    """Whether ``entry`` of an index is an integer, which picks one place along an axis and drops the axis."""
+    if isinstance(entry, (bool, np.bool_)):
+        return False
+    if isinstance(entry, (int, np.integer)):
+        return True
+    return (
+        isinstance(entry, (jax.Array, np.ndarray, Tracer))
+        and entry.ndim == 0
+        and np.issubdtype(entry.dtype, np.integer)
+    )
 
 
 def _are_rows(index: Any) -> TypeGuard[jax.Array]:
