@@ -20,7 +20,8 @@ adds distillation on the grid (``--steps``), from the scales and codes of least 
 The peers are functions of qwix on single matrices with the inputs of the float model, which is what its hooks
 gather: its int4, int3 and int2, nf4, GPTQ and AWQ. HQQ is the formula of Badri and Shaji
 (Half-Quadratic Quantization of Large Machine Learning Models, 2023) with the settings of their package, which
-needs PyTorch: it has zero points, so half a bit more a weight here.
+needs PyTorch. It has zero points, so its groups are of 64, for equal bits per weight. (In groups of 32, a grid
+of 4 bits with zero points is that of the file, Q4_1, and finds the float model's weights again.)
 """
 
 import argparse
@@ -220,7 +221,7 @@ def qwix_plain(work: Work, bits: int, qtype: Any = None) -> PyTree:
 
 
 def gptq_matrix(w: jax.Array, hessian: jax.Array, how: Any) -> jax.Array:
-    """``gptq_core.quantize_weight`` as loops: it unrolls its columns, which takes long to compile."""
+    """``gptq_core.quantize_weight`` with a block for each group, as loops: unrolled, it compiles for long."""
     from qwix.contrib import gptq_core
 
     size, columns = smollm2.GROUP, w.shape[1]
@@ -277,7 +278,7 @@ def hqq_matrix(w: jax.Array, bits: int) -> jax.Array:
     beta starts at 10 and grows by 1.01, 20 rounds.
     """
     shape, top, p = w.shape, 2**bits - 1, 0.7
-    w = w.reshape(shape[0], -1, smollm2.GROUP, shape[2])
+    w = w.reshape(shape[0], -1, 2 * smollm2.GROUP, shape[2])
     low, high = jnp.min(w, 2, keepdims=True), jnp.max(w, 2, keepdims=True)
     scale = top / jnp.maximum(high - low, 1e-8)
 
@@ -314,8 +315,6 @@ METHODS: dict[str, Method] = {
     "quantize_calibrated, trained": functools.partial(trained, "quantize_calibrated"),
 }
 OF_BITS = {"qwix nf4": (4,)}
-# A scale of 16 bits for each group; HQQ's zero points are others, AWQ's factors of inputs next to nothing.
-OVERHEAD = {"HQQ": 32 / smollm2.GROUP}
 TARGETS = {("calibration=", 4): 0.125, ("calibration=", 3): 0.48, ("quantize_calibrated", 4): 0.062, ("quantize_calibrated", 3): 0.28}  # fmt: skip
 
 
@@ -343,7 +342,8 @@ def measure(args: argparse.Namespace, cases: list[tuple[str, int]]) -> Iterator[
             qparams = jax.block_until_ready(METHODS[method](work, bits))
             seconds = time.perf_counter() - start
             ours = bits_per_param(qparams["blocks"])
-            size = bits + OVERHEAD.get(method, 16 / smollm2.GROUP) if ours == 32 else ours
+            # Peers give arrays, of codes with 16 bits of scale for each group.
+            size = bits + 16 / smollm2.GROUP if ours == 32 else ours
         peak = peak_memory()
         kl, perplexity = work.scores(qparams)
         if method == "quantize_calibrated":
