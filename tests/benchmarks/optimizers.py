@@ -69,6 +69,7 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "contrib.dadapt_adamw": lambda: contrib.dadapt_adamw(),
     "contrib.dog": lambda: contrib.dog(),
     "contrib.dowg": lambda: contrib.dowg(),
+    "contrib.dpsgd": lambda: contrib.dpsgd(0.1, 4.0, 1e-3, 0, momentum=0.9),
     "contrib.galore": lambda: contrib.galore(0.1, rank=16, update_proj_gap=20),
     "contrib.madgrad": lambda: contrib.madgrad(0.03),
     "contrib.mechanize": lambda: contrib.mechanize(optax.adam(0.03)),
@@ -89,9 +90,11 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
 
 NEED_VALUE = {"polyak_sgd", "contrib.momo", "contrib.momo_adam", "contrib.reduce_on_plateau"}
 
-NOT_TRIED = {
-    "contrib.dpsgd": "takes a gradient for each example, and keeps no arrays",
-}
+# They take a gradient for each example, with the examples along the first axis.
+PER_EXAMPLE = {"contrib.dpsgd"}
+
+# What to leave in float where 8 bits of all arrays are not enough.
+IN_FLOAT = {"contrib.acprop": "/nu"}
 
 PARTS = {  # members of contrib that are not optimizers
     "differentially_private_aggregate",
@@ -131,9 +134,9 @@ def problem() -> tuple[jax.Array, jax.Array, jax.Array]:
     return tuple(jnp.asarray(a, jnp.float32) for a in (x, y, start))
 
 
-def loss_of(w: Any) -> jax.Array:
+def loss_of(w: Any, example: int | slice = slice(None)) -> jax.Array:
     x, y, _ = problem()
-    return jnp.mean(jnp.square(x @ w - y))
+    return jnp.mean(jnp.square(x[example] @ w - y[example]))
 
 
 def extra_of(name: str, value: jax.Array, grad: jax.Array) -> dict[str, Any]:
@@ -156,6 +159,9 @@ def train(name: str, tx: optax.GradientTransformation) -> float:
     def step(carry: Any, _: None) -> tuple[Any, None]:
         params, state = carry
         value, grad = jax.value_and_grad(loss_of)(fast(params))
+        if name in PER_EXAMPLE:
+            examples = jnp.arange(len(problem()[0]))
+            grad = jax.vmap(jax.grad(loss_of), (None, 0))(params, examples)
         updates, state = tx.update(grad, state, params, **extra_of(name, value, grad))
         return (optax.apply_updates(params, updates), state), None
 
@@ -172,7 +178,9 @@ def verdict_of(initial: float, plain: float, quantized: float) -> str:
     return "fine" if near else "worse"
 
 
-def measure(name: str) -> Result:
+def measure(name: str, in_float: str | None = None) -> Result:
+    """With all arrays of the state in 8 bits, or with those whose path holds ``in_float`` left in float."""
+    where = None if in_float is None else lambda path, leaf: in_float not in path
     # Some optimizers of optax do not work under strict promotion.
     with jax.numpy_dtype_promotion("standard"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "quantize_state: .* nothing is quantized")
@@ -182,7 +190,7 @@ def measure(name: str) -> Result:
         initial = float(loss_of(problem()[2]))
         plain = train(name, OPTIMIZERS[name]())
         try:
-            quantized = train(name, quantize_state(OPTIMIZERS[name](), min_size=0))
+            quantized = train(name, quantize_state(OPTIMIZERS[name](), min_size=0, where=where))
         except ValueError as error:
             if "of the optimizer's state holds" not in str(error):
                 raise
@@ -200,15 +208,14 @@ def main() -> None:
     for title in ("loss, float state", "loss, quantized"):
         table.add_column(title, justify="right")
     for name in rich.progress.track(args.names, transient=True):
-        result = measure(name)
-        quantized = "-" if result.quantized is None else f"{result.quantized:.3g}"
-        table.add_row(f"`{name}`", result.verdict, f"{result.plain:.3g}", quantized)
-    for name in NOT_TRIED:
-        table.add_row(f"`{name}`", "not tried", "-", "-")
-    console = rich.console.Console(width=120)
-    console.print(table)
-    for name, reason in NOT_TRIED.items():
-        console.print(f"{name}: {reason}")
+        for in_float in (None, IN_FLOAT[name]) if name in IN_FLOAT else (None,):
+            result = measure(name, in_float)
+            quantized = "-" if result.quantized is None else f"{result.quantized:.3g}"
+            verdict = (
+                result.verdict if in_float is None else f"{result.verdict} with {in_float} in float"
+            )
+            table.add_row(f"`{name}`", verdict, f"{result.plain:.3g}", quantized)
+    rich.console.Console(width=120).print(table)
 
 
 if __name__ == "__main__":

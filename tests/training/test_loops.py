@@ -236,17 +236,19 @@ def test_edited_loop_follows_the_float_loop_to_within_the_grid(loop, kind):
     expected = in_float(loop, dtype)
     tx = optax.chain(optax.sgd(0.3), make(**options))
     found, step = run(loop, tx, dtype)
-    off = np.abs(found - expected).max((1, 2)) / step
+    off, limit = np.abs(found - expected).max((1, 2)) / step, 1.2
     if kind == "rounded":
-        # No latent weights: each weight walks randomly about the float one, with a root mean square of
-        # the 0.5 of one stochastic rounding plus what gradients have yet to correct.
-        off = np.sqrt(np.square((found - expected) / step).mean((1, 2))) * (1.2 / 0.7)
+        # No latent weights: in steps of the grid, the distance to the float weight follows e <- (1 - 0.3) e + xi,
+        # where xi is one stochastic rounding, unbiased and of a variance of at most 1/4. So the variance of e
+        # settles at no more than (1/4) / (1 - 0.7^2), which the mean square of the weights is held to.
+        off = np.sqrt(np.square((found - expected) / step).mean((1, 2)))
+        limit = 0.5 / (1 - 0.7**2) ** 0.5
     curves = "\n".join(
         f"{i:3d}  {loss(f):8.3f}  {loss(e):8.3f}  {o:6.2f}"
         for i, (f, e, o) in enumerate(zip(found, expected, off, strict=True))
     )
-    assert off.max() <= 1.2, (
-        f"step  loss, quantized and in float, furthest weight in steps\n{curves}"
+    assert off.max() <= limit, (
+        f"step  loss, quantized and in float, distance in steps (limit {limit:.2f})\n{curves}"
     )
 
 
@@ -377,7 +379,9 @@ def test_params_of_another_dtype_or_shape_are_refused(name):
             jax.eval_shape(tx.update, updates, state, wrong)
     for shape in ((24, 1), (1, 4), (4,), (24, 4, 1)):
         if name == "round_weights" and shape == (1, 4):
-            continue  # its state only has scales, which would fit a single row too
+            # Its state has scales alone, which fit a single row too; a shape beside them would be wrong under
+            # vmap and shard_map.
+            continue
         wrong = {"w": jnp.ones(shape, jnp.bfloat16)}
         with pytest.raises(ValueError, match=r"params leaf 'w' has shape .*call tx\.init again"):
             jax.eval_shape(tx.update, wrong, state, wrong)

@@ -11,14 +11,14 @@ BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import optimizers  # noqa: E402
 
-ROW = re.compile(r"^\| `([\w.]+)` +\| (fine|worse|refused|not tried)", re.MULTILINE)
-TABLE = dict(ROW.findall((BENCHMARKS / "README.md").read_text(encoding="utf-8")))
+README = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+TABLE = dict(re.findall(r"^\| `([\w.]+)` +\| (fine|worse|refused) +\|", README, re.MULTILINE))
+PARTS = re.findall(r"^\| `([\w.]+)` +\| (\w+) with (\S+) in float", README, re.MULTILINE)
 
 
 def test_table_lists_every_optax_optimizer():
-    assert set(TABLE) == optimizers.optimizers()
-    not_tried = {name for name, verdict in TABLE.items() if verdict == "not tried"}
-    assert not_tried == set(optimizers.NOT_TRIED)
+    assert set(TABLE) == optimizers.optimizers() == set(optimizers.OPTIMIZERS)
+    assert {name: part for name, _, part in PARTS} == optimizers.IN_FLOAT
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,10 @@ def test_table_lists_every_optax_optimizer():
 def test_verdicts_match_training(name):
     result = optimizers.measure(name)
     assert result.verdict == TABLE[name], result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "verdict", "in_float"), PARTS)
+def test_verdicts_match_training_with_a_part_in_float(name, verdict, in_float):
+    result = optimizers.measure(name, in_float)
+    assert result.verdict == verdict, result
