@@ -63,6 +63,12 @@ OURS: list[tuple[str, Quantizer, float | None, bool]] = [
     ("ternary, channel, in training", Ternary(), 1.5, True),
     ("ternary, groups of 32, in training", Ternary(group_size=32), 1.5, True),
 ]
+# Searched with and without an importance of the inputs; the first may take at most 4 times as long.
+WEIGHTED = {
+    "3 bits, mse, groups of 32": Uniform(bits=3, group_size=32),
+    "4 bits, mse, groups of 32": Uniform(bits=4, group_size=32, scale_rule="mse"),
+    "ternary, groups of 32": Ternary(group_size=32),
+}
 QWIX = [
     ("qwix 8 bits, channel", jnp.int8, None),
     ("qwix 4 bits, channel", jnp.int4, None),
@@ -82,6 +88,12 @@ def ours(quantizer: Quantizer, warm: bool, tree: dict[str, jax.Array]) -> Callab
 
     grids = {name: quantizer.fit(w) for name, w in tree.items()}
     return lambda: step(tree, grids)
+
+
+def by_importance(quantizer: Quantizer, tree: dict[str, jax.Array]) -> Callable[[], Any]:
+    importance = {name: jnp.linspace(0.01, 1, len(w))[:, None] for name, w in tree.items()}
+    fn = jax.jit(lambda tree, importance: quantize_params(tree, quantizer, importance=importance))
+    return lambda: fn(tree, importance)
 
 
 def theirs(qtype: Any, group: int | None, tree: dict[str, jax.Array]) -> Callable[[], Any]:
@@ -114,6 +126,8 @@ def main() -> None:
     for name, quantizer, target, warm in OURS:
         candidates[name] = ours(quantizer, warm, tree)
         targets[name] = target
+    for name, quantizer in WEIGHTED.items():
+        candidates[f"{name}, by importance"] = by_importance(quantizer, tree)
     for name, qtype, group in QWIX:
         candidates[name] = theirs(qtype, group, tree)
     turns = rich.progress.track(range(args.repeats + 1), "turns")
@@ -137,7 +151,12 @@ def main() -> None:
             f"{target or ''}",
             verdict(ratio, target),
         )
-    rich.console.Console().print(table)
+    console = rich.console.Console()
+    console.print(table)
+    for name in WEIGHTED:
+        ratio = min(times[f"{name}, by importance"]) / min(times[name])
+        note("weighted search, to least squares", name, ratio, 4)
+        console.print(f"{name}: by importance {ratio:.2f} times least squares {verdict(ratio, 4)}")
 
 
 if __name__ == "__main__":
