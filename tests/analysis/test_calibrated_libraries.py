@@ -166,7 +166,7 @@ def plain(shapes):
 # The largest ratio of the output's error, in squares, to that of least squares. What is looked up, or
 # evaluated whole, is quantized as there.
 MODELS = {
-    linen_transformer: 0.6,
+    linen_transformer: 0.85,  # half of the error comes from rows of the tied embedding that are looked up
     nnx_transformer: 0.7,
     equinox_under_vmap: 0.5,
     lstm: 0.6,

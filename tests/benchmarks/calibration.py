@@ -44,7 +44,7 @@ class Model(NamedTuple):
     batches: list[jax.Array]
     held_out: jax.Array
     group_size: int
-    skipped: str  # the paths that start with it stay float
+    skipped: str | None  # an expression, of the paths that stay float
 
 
 def minilm(args: argparse.Namespace) -> Model:
@@ -90,7 +90,7 @@ def convnet(args: argparse.Namespace) -> Model:
     state = tx.init(params)
     for batch in batches:
         params, state = step(params, state, batch)
-    return Model(fn, params, [train_x[:256], train_x[256:512]], test_x[:2000], 32, "^$")
+    return Model(fn, params, [train_x[:256], train_x[256:512]], test_x[:2000], 32, None)
 
 
 LEAST_SQUARES = "least squares"
@@ -105,7 +105,7 @@ def quantizer_of(name: str, group_size: int) -> Quantizer:
 
 def methods(model: Model, quantizer: Quantizer, calibration: Calibration) -> dict[str, Any]:
     """The params as quantized by each method."""
-    rules = {model.skipped: None, "": quantizer}
+    rules = quantizer if model.skipped is None else {model.skipped: None, "": quantizer}
     uses = calibration.uses
     return {
         LEAST_SQUARES: quantize_params(model.params, rules, uses=uses),
