@@ -60,6 +60,7 @@ def commands(args: argparse.Namespace) -> dict[str, list[str]]:
         "cli": ["--layers", "2", "--repeats", "1"] if quick else [],
         "sweep": ["--steps", "30", "--repeats", "1"] if quick else [],
         "shapes": [],
+        "compile": ["--layers", "2"] if quick else [],
         "long": ["--steps", "200", "--leaves", "10"] if quick else leaves,
     }
     if args.data_dir and not quick:
