@@ -24,7 +24,6 @@ import optax
 import rich.console
 import rich.table
 from figures import note, verdict
-from language_model import Config, forward
 
 from optax_clipquant import (
     Uniform,
@@ -35,13 +34,17 @@ from optax_clipquant import (
     quantize_weights,
 )
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples"))
+import smollm2
+
 WIDTH, KV, HIDDEN, VOCABULARY, LENGTH = 576, 192, 1536, 49152, 128
 BLOCK = {
-    "q": (WIDTH, WIDTH), "k": (WIDTH, KV), "v": (WIDTH, KV), "o": (WIDTH, WIDTH),
-    "gate": (WIDTH, HIDDEN), "up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH),
+    "attn_q": (WIDTH, WIDTH), "attn_k": (WIDTH, KV), "attn_v": (WIDTH, KV),
+    "attn_output": (WIDTH, WIDTH),
+    "ffn_gate": (WIDTH, HIDDEN), "ffn_up": (WIDTH, HIDDEN), "ffn_down": (HIDDEN, WIDTH),
     "attn_norm": (WIDTH,), "ffn_norm": (WIDTH,),
 }  # fmt: skip
-CONFIG = Config(heads=9, kv_heads=3, epsilon=1e-5, base=1e4)
+CONFIG = smollm2.Config(heads=9, kv_heads=3, epsilon=1e-5, base=1e4)
 STEPS = {
     "float": optax.adam(1e-3),
     "clip_by_value": optax.chain(clip_by_value(1.0), optax.adam(1e-3)),
@@ -69,9 +72,9 @@ MEMORY = 1.5
 
 def shapes(layers: int) -> Any:
     params = {
-        "embedding": (VOCABULARY, WIDTH),
+        "token_embd": (VOCABULARY, WIDTH),
         "blocks": [dict(BLOCK) for _ in range(layers)],
-        "norm": (WIDTH,),
+        "output_norm": (WIDTH,),
     }
     return jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
@@ -82,7 +85,10 @@ def shapes(layers: int) -> Any:
 
 def step_of(tx: optax.GradientTransformation) -> Any:
     def loss(params: Any, tokens: jax.Array) -> jax.Array:
-        logits = forward(CONFIG, params, tokens[:-1])
+        x = params["token_embd"][tokens[:-1]]
+        for weights in params["blocks"]:
+            x = smollm2.block(CONFIG, x, weights)
+        logits = smollm2.normalised(CONFIG, x, params["output_norm"]) @ params["token_embd"].T
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[1:]).mean()
 
     def step(params: Any, state: Any, tokens: jax.Array) -> Any:

