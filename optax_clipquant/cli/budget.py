@@ -235,7 +235,7 @@ def _errors(
         factor = length / width
         if count > most:
             # Errors of rows scale with the squares of their largest weights, which are known for all rows.
-            squares = np.square(np.maximum(rows.max(1), -rows.min(1)).astype(np.float64))
+            squares = np.square(_largest(rows).astype(np.float64))
             sample = np.sort(rng.choice(count, most, replace=False))
             rows, part = rows[sample], squares[sample].sum()
             factor *= squares.sum() / part if part else count / most
@@ -246,6 +246,19 @@ def _errors(
             rows = sample
         total += factor * sum(in_turn(threads, of_block, _blocks(rows, step, width)))
     return total
+
+
+def _largest(rows: np.ndarray) -> np.ndarray:
+    """The largest magnitude of each row; NaN if there is one."""
+    # As integers, magnitudes have the same order, and NumPy takes a tenth of the time for bfloat16.
+    unsigned = np.dtype(f"u{rows.itemsize}")
+    magnitude = unsigned.type(2 ** (8 * rows.itemsize - 1) - 1)
+    step = max(2**20 // rows.shape[1], 1)
+    found = [
+        (rows[first : first + step].view(unsigned) & magnitude).max(1)
+        for first in range(0, len(rows), step)
+    ]
+    return np.concatenate(found).view(rows.dtype)
 
 
 def _blocks(rows: np.ndarray, step: int, width: int) -> Iterator[np.ndarray]:
