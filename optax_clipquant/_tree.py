@@ -96,7 +96,8 @@ def on_shapes(init: Callable[..., Any]) -> Callable[..., Any]:
                 f"{init.__qualname__.split('.')[0]}: optax.tree_map_params cannot map this state, which "
                 "holds more for a leaf of params than an array of its shape. To shard it, put the params "
                 "on the mesh: state = tx.init(params) is then sharded like them, and "
-                "jax.tree.map(lambda x: x.sharding, state) gives its shardings"
+                "jax.tree.map(lambda x: x.sharding, state) gives its shardings, as in the example of "
+                "quantize_weights"
             )
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(unboxed(params))):
             return jax.eval_shape(init, params)

@@ -136,6 +136,17 @@ def quantize_weights(
       Array([[-8, -8],
              [-3,  2]], dtype=int8)
 
+      To shard the state, put the params on the mesh. A checkpoint is restored to the same shardings:
+
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+      >>> columns = jax.NamedSharding(mesh, jax.P(None, "data"))
+      >>> params = jax.device_put({"kernel": jnp.ones((2, 16))}, columns)
+      >>> state = tx.init(params)
+      >>> shardings = jax.tree.map(lambda x: x.sharding, state)
+      >>> shardings[-1].latent["kernel"] == columns
+      True
+      >>> state = jax.device_put(jax.device_get(state), shardings)
+
       Continue training from the result of ``quantize_calibrated``::
 
         qparams = quantize_calibrated(fn, params, batches, quantizer)

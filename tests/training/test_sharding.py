@@ -249,10 +249,12 @@ OPTIMIZERS = {
     "clipquant": clipquant(ADAM, c=0.005),
 }
 
-# The all-reduces that a step may send in addition to those with Adam alone:
+# What a step may send in addition to what it sends with Adam alone, by all-reduce unless gathered:
 #   leaf: of one number, for each split axis of a leaf;
 #   column: of one number, for each weight whose columns are split;
-#   row: of a number for each column that a device holds, for each weight whose rows are split.
+#   row: of a number for each column that a device holds, for each weight whose rows are split;
+#   moment: of the largest magnitude in each row, for each moment whose columns are split; and gathered twice, a
+#     scale for each column, for each moment of whose blocks of 16 rows a device holds a part.
 # For rows these are the largest and the smallest weight, or at 1 bit the sums of positive and negative
 # weights; then two sums in each round of least squares; and the same again for the units of residuals. For
 # z-scores, the largest, the smallest and the mean, then the squares and whether any weight differs.
@@ -288,7 +290,7 @@ def split(spec: P, axis: int) -> bool:
 
 
 def allowed(case: str, layout: Layout) -> collections.Counter[str]:
-    """The largest number of all-reduces allowed for each operand type."""
+    """The largest number of all-reduces, and of all-gathers, allowed for each operand type."""
     rule = collections.defaultdict(int, ALLOWED[case])
     found = collections.Counter()
     for i, kernel in enumerate(layout.kernels):
@@ -298,9 +300,9 @@ def allowed(case: str, layout: Layout) -> collections.Counter[str]:
         found["[]"] += rule["column"] * split(kernel, 1)
         columns = SIZES[i + 1] // (layout.mesh["xy".index(kernel[1])] if split(kernel, 1) else 1)
         found[f"[{columns}]"] += rule["row"] * split(kernel, 0)
-        # The largest magnitude of each row of a moment, in blocks of 16 rows.
         rows = SIZES[i] // (layout.mesh["xy".index(kernel[0])] if split(kernel, 0) else 1)
         found[f"[{rows // 16},16]"] += rule["moment"] * split(kernel, 1)
+        found[f"gathered [1,1,{columns}]"] += 2 * rule["moment"] * (rows < 16)
     return found
 
 
@@ -332,6 +334,7 @@ TRAINED = [
     ),
     *((case, "fsdp-rows", "Explicit") for case in ("zscore", "weights-zscore7", "weights-groups")),
     *(("everything", name, "Explicit") for name in LAYOUTS),
+    ("state8", "fsdp-rows", "Explicit"),
     ("everything", "fsdp-tensor", "Auto"),
 ]
 # The gate runs one case for each way of reducing over devices, and all transforms together.
@@ -375,14 +378,12 @@ def test_step_matches_one_device_within_the_allowed_collectives(case, name, kind
     initial, params, state, text = sharded(OPTIMIZERS[case], name, kind, whole)
 
     extra = collectives(text) - plain_collectives(name, kind, whole)
-    # Scales of blocks that lie across devices are gathered.
-    ops = {"all-reduce", "all-gather"} if "moment" in ALLOWED[case] else {"all-reduce"}
-    assert {op for op, _ in extra} <= ops, extra
+    assert {op for op, _ in extra} <= {"all-reduce", "all-gather"}, extra
     sizes = collections.Counter()
     for (op, array), count in extra.items():
         shape = array[array.index("[") :]
-        if op == "all-reduce":
-            sizes["[]" if shape == "[1]" else shape] += count  # a scalar, whatever its rank
+        shape = "[]" if shape == "[1]" else shape  # a scalar, whatever its rank
+        sizes[shape if op == "all-reduce" else f"gathered {shape}"] += count
         assert nbytes(array) <= 4 * max(SIZES)
     assert sizes <= allowed(case, layout)
 
