@@ -51,5 +51,6 @@ def test_stored_outputs_come_from_a_full_run():
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     assert all(output["output_type"] != "error" for cell in cells for output in cell["outputs"])
-    assert pictures(notebook) == 3
-    assert "compiled 2 times for 1200 steps" in printed(notebook)
+    assert pictures(notebook) == 2
+    assert "compiled 2 times for 600 steps" in printed(notebook)
+    assert "llama.cpp: not installed" not in printed(notebook)
