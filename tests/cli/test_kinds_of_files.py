@@ -1,6 +1,6 @@
 """``cli/FILES.md`` lists what the commands say about each kind of file.
 
-``python tests/cli/test_kinds_of_files.py`` rewrites the page.
+``PYTHONPATH=tests python tests/cli/test_kinds_of_files.py`` rewrites the page.
 """
 
 import contextlib
@@ -13,9 +13,9 @@ import re
 import struct
 import sys
 import tempfile
-import zipfile
 from collections.abc import Callable
 
+import foreign_files
 import ml_dtypes
 import numpy as np
 import pytest
@@ -80,19 +80,6 @@ def compressed_tensors(path: pathlib.Path) -> None:
     write(path / "model.safetensors", m__weight_packed=packed, m__weight_scale=W[:, :1], m__weight_shape=shape)  # fmt: skip
 
 
-def npz() -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, w=np.ones(3))
-    return buffer.getvalue()
-
-
-def torch_zip() -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as file:
-        file.writestr("archive/data.pkl", b"x" * 50)
-    return buffer.getvalue()
-
-
 def gguf(name: bytes = b"w") -> bytes:
     header = b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + struct.pack("<Q", len(name)) + name
     header += struct.pack("<IQQIQ", 2, 64, 64, 0, 0)
@@ -114,14 +101,14 @@ KINDS: dict[str, Callable[[pathlib.Path], object] | bytes] = {
     "weights that are NaN": lambda path: write(path, w=NAN.astype(np.float32)),
     "GGUF": gguf(),
     "GGUF, cut off": gguf()[:-1],
-    "NumPy, `.npy`": b"\x93NUMPY\x01\x00v\x00{'descr'" + bytes(50),
-    "NumPy, `.npz`": npz(),
-    "PyTorch, `.pt` or `.bin`": torch_zip(),
-    "PyTorch before 1.6, or a pickle": b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + bytes(50),
-    "Keras, `.h5`": b"\x89HDF\r\n\x1a\n" + bytes(64),
+    "NumPy, `.npy`": foreign_files.NPY,
+    "NumPy, `.npz`": foreign_files.NPZ,
+    "PyTorch, `.pt` or `.bin`": foreign_files.TORCH,
+    "PyTorch before 1.6, or a pickle": foreign_files.PICKLE,
+    "Keras, `.h5`": foreign_files.HDF5,
     "compressed by gzip": gzip.compress(content(w=W), mtime=0),
-    "a pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n",
-    "a failed download": b"<!DOCTYPE html><html></html>",
+    "a pointer of Git LFS": foreign_files.LFS_POINTER,
+    "a failed download": foreign_files.HTML,
     "an empty file": b"",
     "float weights, cut off": content(w=W)[:-1],
     "of `compress`, a weight altered": altered(lambda data: len(data) - 200),

@@ -1,12 +1,11 @@
 """Sharded checkpoints, recognition of other file types by their first bytes, and unknown dtypes."""
 
-import io
 import json
 import struct
 import time
 import tracemalloc
-import zipfile
 
+import foreign_files
 import ml_dtypes
 import numpy as np
 import pytest
@@ -103,28 +102,15 @@ def test_inconsistent_index_is_refused(shards, capsys, change, message):
     assert text.count("\n") == 1
 
 
-def npz() -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, w=np.ones(3))
-    return buffer.getvalue()
-
-
-def torch_zip() -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as file:
-        file.writestr("archive/data.pkl", b"x" * 50)
-    return buffer.getvalue()
-
-
 FOREIGN = {
     "a GGUF file: use": b"GGUF" + struct.pack("<IQQ", 3, 0, 0) + bytes(64),
-    "arrays of NumPy, .npz": npz(),
-    "a PyTorch file, .pt or .bin": torch_zip(),
-    "a pickle, such as PyTorch's .pt": b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + bytes(50),
-    "an array of NumPy, .npy": b"\x93NUMPY\x01\x00v\x00{'descr'" + bytes(50),
-    "an HDF5 file": b"\x89HDF\r\n\x1a\n" + bytes(64),
-    "run `git lfs pull`": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n",
-    "a page of HTML": b"<!DOCTYPE html><html></html>",
+    "arrays of NumPy, .npz": foreign_files.NPZ,
+    "a PyTorch file, .pt or .bin": foreign_files.TORCH,
+    "a pickle, such as PyTorch's .pt": foreign_files.PICKLE,
+    "an array of NumPy, .npy": foreign_files.NPY,
+    "an HDF5 file": foreign_files.HDF5,
+    "run `git lfs pull`": foreign_files.LFS_POINTER,
+    "a page of HTML": foreign_files.HTML,
 }
 
 
