@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import CORE, QUANTIZERS, assert_on_grid, weights
+from helpers import QUANTIZERS, assert_on_grid, weights
 
 from optax_clipquant import (
     Binary,
@@ -227,7 +227,7 @@ def sharded(
 ADAM = optax.adam(1e-2)
 KINDS_OF_GRID = {
     f"weights-{name}": optax.chain(ADAM, quantize_weights(QUANTIZERS[name]))
-    for name in CORE
+    for name in QUANTIZERS
     if not name.endswith("groups")
 }
 OPTIMIZERS = {
