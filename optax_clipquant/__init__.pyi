@@ -7,9 +7,11 @@ from .gradients.zscore import ClipByZScoreState, clip_by_zscore
 from .quant.grid import Grid
 from .quant.qarray import QArray
 from .quant.devices import narrow, shardings_for
-from .quant.quantizers import Binary, ChannelwiseQuantizer, Quantizer, Ternary, Uniform
-from .quant.normal_float import NormalFloat
-from .quant.zscore import ZScore
+from .quant.quantizers.base import ChannelwiseQuantizer, Quantizer
+from .quant.quantizers.ternary import Ternary
+from .quant.quantizers.uniform import Binary, Uniform
+from .quant.quantizers.normal_float import NormalFloat
+from .quant.quantizers.zscore import ZScore
 from .quant.uses import Calibration, Use, Uses
 from .quant.params import dequantize_params, quantize_params
 from .training.softness import softness_schedule

@@ -23,7 +23,7 @@ from optax_clipquant.cli.search import buffer_for, check_platform, quantizer_of
 from optax_clipquant.cli.terminal import Progress
 from optax_clipquant.formats.checkpoint import Checkpoint
 from optax_clipquant.formats.dtypes import nbytes
-from optax_clipquant.quant.quantizers import Quantizer
+from optax_clipquant.quant.quantizers.base import Quantizer
 from optax_clipquant.tuning.allocate import Table, budget_of
 
 _BLOCK = 2**17  # weights that fit a cache

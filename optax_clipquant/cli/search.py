@@ -19,9 +19,11 @@ from optax_clipquant.formats.dtypes import nbytes
 from optax_clipquant.formats.native.description import Leaf
 from optax_clipquant.formats.native.file import Parts
 from optax_clipquant.formats.native.trees import leaf_of, parts_of
-from optax_clipquant.quant.normal_float import NormalFloat
 from optax_clipquant.quant.qarray import QArray
-from optax_clipquant.quant.quantizers import Quantizer, Ternary, Uniform
+from optax_clipquant.quant.quantizers.base import Quantizer
+from optax_clipquant.quant.quantizers.normal_float import NormalFloat
+from optax_clipquant.quant.quantizers.ternary import Ternary
+from optax_clipquant.quant.quantizers.uniform import Uniform
 
 _quantize = jax.jit(lambda quantizer, w: quantizer.quantize(w))
 

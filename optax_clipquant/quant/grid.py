@@ -27,7 +27,7 @@ from optax_clipquant.quant.levels import (
     accepting_code_book,
     as_text,
     check_restored,
-    levels_of,
+    levels_from_text,
 )
 
 _Fn = Callable[[jax.Array], jax.Array]
@@ -279,5 +279,5 @@ jax.export.register_pytree_node_serialization(
     Grid,
     serialized_name="optax_clipquant.Grid",
     serialize_auxdata=lambda static: bytes(as_text(dict(zip(_STATIC, static, strict=True)))),
-    deserialize_auxdata=lambda text: tuple(vars(levels_of(text)).values()),
+    deserialize_auxdata=lambda text: tuple(vars(levels_from_text(text)).values()),
 )

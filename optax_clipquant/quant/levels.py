@@ -75,7 +75,7 @@ def as_text(static: Mapping[str, Any]) -> np.ndarray:
     return np.frombuffer(json.dumps(static, default=str).encode(), np.uint8)
 
 
-def levels_of(text: bytes) -> Levels:
+def levels_from_text(text: bytes) -> Levels:
     """The levels that ``as_text`` wrote."""
     found = json.loads(text)
     for name in ("group", "codebook"):

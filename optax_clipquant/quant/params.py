@@ -11,7 +11,7 @@ from jax.core import Tracer
 from optax_clipquant._tree import PyTree, flatten_with_path, path_of
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.qarray import QArray, is_qarray
-from optax_clipquant.quant.quantizers import Uniform
+from optax_clipquant.quant.quantizers.uniform import Uniform
 from optax_clipquant.quant.selection import Rules, Where, naming, select, use_of
 from optax_clipquant.quant.uses import Calibration, Uses
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from optax_clipquant._tree import PyTree, flatten_with_path, path_of
 from optax_clipquant.quant.qarray import is_qarray
-from optax_clipquant.quant.quantizers import Quantizer
+from optax_clipquant.quant.quantizers.base import Quantizer
 from optax_clipquant.quant.uses import Use, Uses, names_a_weight
 
 Rules = Quantizer | Mapping[str, Quantizer | None]

@@ -21,7 +21,7 @@ from optax_clipquant.lowering.reduce import Span, extremes, in_groups
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.groups import groups_of
 from optax_clipquant.quant.qarray import QArray
-from optax_clipquant.quant.scales import round_scale
+from optax_clipquant.quant.scales.closed_form import round_scale
 
 
 def start(latent: jax.Array, level: jax.Array, grid: Grid) -> QArray:

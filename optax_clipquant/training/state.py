@@ -14,7 +14,7 @@ from optax_clipquant._tree import map_with_path, path_of, unboxed
 from optax_clipquant.lowering.noise import noise
 from optax_clipquant.quant.companding import CompandedArray, block_of, compand, has_rows
 from optax_clipquant.quant.params import PyTree, is_quantized
-from optax_clipquant.quant.quantizers import is_int
+from optax_clipquant.quant.quantizers.base import is_int
 from optax_clipquant.quant.selection import Where
 from optax_clipquant.training.weights import weight_states
 

@@ -18,7 +18,7 @@ from optax_clipquant.gradients.clip import Bound, clip_by_value
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.params import leaves_of, weighting_of
 from optax_clipquant.quant.qarray import QArray
-from optax_clipquant.quant.quantizers import Uniform
+from optax_clipquant.quant.quantizers.uniform import Uniform
 from optax_clipquant.quant.selection import Rules, Where, check_rules, use_of
 from optax_clipquant.quant.uses import Calibration, Uses
 from optax_clipquant.training import residual

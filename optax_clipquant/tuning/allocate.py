@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_clipquant.quant.params import PyTree, leaves_of, quantize_params
-from optax_clipquant.quant.quantizers import Quantizer, Uniform
+from optax_clipquant.quant.quantizers.base import Quantizer
+from optax_clipquant.quant.quantizers.uniform import Uniform
 from optax_clipquant.quant.selection import Where, naming, select, use_of
 from optax_clipquant.quant.uses import Calibration, Use, Uses
 

@@ -10,7 +10,8 @@ import numpy as np
 from optax_clipquant.analysis.compensation.rounding import BLOCK
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.qarray import QArray
-from optax_clipquant.quant.quantizers import Quantizer, Uniform
+from optax_clipquant.quant.quantizers.base import Quantizer
+from optax_clipquant.quant.quantizers.uniform import Uniform
 from optax_clipquant.quant.uses import Use
 
 

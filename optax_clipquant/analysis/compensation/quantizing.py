@@ -35,7 +35,7 @@ from optax_clipquant.analysis.compensation.rounding import (
 from optax_clipquant.analysis.compensation.streams import Stream
 from optax_clipquant.analysis.compensation.views import View
 from optax_clipquant.quant.levels import Levels
-from optax_clipquant.quant.quantizers import Quantizer
+from optax_clipquant.quant.quantizers.base import Quantizer
 from optax_clipquant.quant.uses import Use
 
 FEW = 16  # with fewer tokens than this, or a 16th of the contracted weights, off-diagonals are unreliable

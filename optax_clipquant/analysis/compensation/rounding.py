@@ -18,13 +18,14 @@ import jax
 import jax.numpy as jnp
 
 from optax_clipquant.quant.levels import Levels
-from optax_clipquant.quant.scales import is_mirrored, round_scale
-from optax_clipquant.quant.search import (
+from optax_clipquant.quant.scales.closed_form import round_scale
+from optax_clipquant.quant.scales.nearest import (
+    decode_codes,
+    is_mirrored,
     largest_level,
-    levels_of,
     nearest_codes,
-    search_scale,
 )
+from optax_clipquant.quant.scales.weighted import search_scale
 
 SHRINKAGE = 0.8  # factor on H's off-diagonals, which a few thousand tokens estimate poorly
 DAMPING = 0.01  # fraction of the mean diagonal added to the diagonal
@@ -238,7 +239,7 @@ def _round_rows(
 
     def codes_and_errors(w, scale, zero, diagonal):
         codes = nearest_codes(levels, w / jnp.where(scale == 0, 1, scale), zero)
-        return codes, (w - levels_of(levels, codes, zero) * scale) / diagonal
+        return codes, (w - decode_codes(levels, codes, zero) * scale) / diagonal
 
     if not compensate:
         return codes_and_errors(w, scale, zero_point, diagonal)

@@ -48,7 +48,7 @@ class Scheme(NamedTuple):
 
 def words_of(codes: np.ndarray, bits: int) -> np.ndarray:
     """Packs ``int8[rows, n]`` codes into ``int32[rows, ceil(n * bits / 32)]``."""
-    levels = levels_of(bits)
+    levels = symmetric_levels(bits)
     padding = -codes.shape[1] % (32 // bits)
     padded = np.pad(codes, ((0, 0), (0, padding)), constant_values=levels.lower)
     words = pack(np.ascontiguousarray(padded), levels).view("<i4").astype(np.int32, copy=False)
@@ -59,9 +59,9 @@ def codes_of(words: np.ndarray, length: int, bits: int) -> np.ndarray:
     """Unpacks the codes that ``words_of`` packed."""
     content = np.ascontiguousarray(words.astype("<i4", copy=False)).view(np.uint8).ravel()
     width = words.shape[1] * 32 // bits
-    codes = unpack(content, words.shape[0] * width, levels_of(bits))
+    codes = unpack(content, words.shape[0] * width, symmetric_levels(bits))
     return codes.reshape(words.shape[0], width)[:, :length]
 
 
-def levels_of(bits: int) -> Levels:
+def symmetric_levels(bits: int) -> Levels:
     return Levels(bits=bits, lower=-(2 ** (bits - 1)), upper=2 ** (bits - 1) - 1)

@@ -9,7 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_clipquant.formats.compressed_tensors.folder import read_config, shards_of
-from optax_clipquant.formats.compressed_tensors.layout import PARTS, Scheme, codes_of, levels_of
+from optax_clipquant.formats.compressed_tensors.layout import (
+    PARTS,
+    Scheme,
+    codes_of,
+    symmetric_levels,
+)
 from optax_clipquant.formats.safetensors import Reader
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.qarray import QArray
@@ -112,7 +117,7 @@ def _unpacked(parts: Mapping[str, Any], scheme: Scheme) -> QArray:
         zeros = jnp.asarray(codes_of(parts["zero_point"].T, outputs, scheme.bits).T)
         if zeros.shape != (outputs, groups):
             raise ValueError(f"weight_zero_point is {zeros.shape}, not {(outputs, groups)}")
-    levels = levels_of(scheme.bits)
+    levels = symmetric_levels(scheme.bits)
     grid = Grid(
         jnp.asarray(scales.astype(np.float32)),
         zeros,

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from optax_clipquant.formats.dtypes import DType, Spec, bits_of, check_shape, nbytes
-from optax_clipquant.formats.native.grids import is_count, levels_of, listed, short
+from optax_clipquant.formats.native.grids import checked_levels, is_count, listed, short
 from optax_clipquant.formats.native.names import ROOT, path_of_name
 from optax_clipquant.quant.levels import Levels
 
@@ -151,7 +151,7 @@ def read_description(specs: Mapping[str, Spec], content: Any) -> tuple[list[Entr
     levels = []
     for index, grid in enumerate(grids):
         with _naming(f"grid {index}"):
-            levels.append(levels_of(grid))
+            levels.append(checked_levels(grid))
     names = sorted(name for name in specs if name == ROOT or not _PART.match(name))
     if len(names) != len(leaves):
         raise ValueError(f"it lists {len(leaves)} leaves, but there are {len(names)}")
@@ -197,7 +197,7 @@ def check_leaf(leaf: Leaf) -> None:
     """Raises ``ValueError`` if a quantized leaf is not valid in a file."""
     levels, shape, specs = leaf.levels, leaf.shape, leaf.specs
     assert levels is not None
-    levels_of(listed(levels))
+    checked_levels(listed(levels))
     check_shape(shape)
     room = levels.packed_size(math.prod(shape))
     if specs[""] != (_UINT8, (room,)):

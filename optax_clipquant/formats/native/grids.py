@@ -20,7 +20,7 @@ _FLOATS = (
 _DECODED = {dtype.name: dtype for dtype in map(np.dtype, _FLOATS)}
 
 
-def levels_of(grid: Any) -> Levels:
+def checked_levels(grid: Any) -> Levels:
     """Parses an item of the header's ``grids``.
 
     Raises:

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from optax_clipquant.lowering.reduce import Span, extremes
 from optax_clipquant.quant.grid import Grid
-from optax_clipquant.quant.quantizers import ChannelwiseQuantizer, is_int, target_dtype
-from optax_clipquant.quant.scales import round_scale
+from optax_clipquant.quant.quantizers.base import ChannelwiseQuantizer, is_int, target_dtype
+from optax_clipquant.quant.scales.closed_form import round_scale
 
 
 @jax.tree_util.register_static

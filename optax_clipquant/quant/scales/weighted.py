@@ -12,33 +12,15 @@ from optax_clipquant.lowering.blocks import fit_in_blocks
 from optax_clipquant.lowering.reduce import Span, extremes
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.levels import Levels
-from optax_clipquant.quant.scales import is_mirrored, nearest_levels, round_scale
+from optax_clipquant.quant.scales.closed_form import round_scale
+from optax_clipquant.quant.scales.nearest import (
+    is_mirrored,
+    largest_level,
+    nearest_levels,
+)
 
 # Sums each array over the weights that share a scale, keeping the axes.
 Totals = Callable[[list[jax.Array]], list[jax.Array]]
-
-
-def nearest_codes(
-    levels: Levels, steps: jax.Array, zero_point: jax.Array | None = None
-) -> jax.Array:
-    """The codes, in float32, of the levels nearest to ``steps``, which are in units of the scale."""
-    if levels.codebook is not None:
-        book = np.asarray(levels.codebook, np.float32)
-        above = [steps > middle for middle in (book[1:] + book[:-1]) / 2]
-        return sum((x.astype(jnp.float32) for x in above), jnp.full_like(steps, levels.lower))
-    codes = steps - levels.offset if zero_point is None else steps + zero_point - levels.offset
-    return jnp.clip(jnp.round(codes), levels.lower, levels.upper)
-
-
-def levels_of(levels: Levels, codes: jax.Array, zero_point: jax.Array | None = None) -> jax.Array:
-    """The levels of ``codes``, in units of the scale."""
-    if levels.codebook is not None:
-        book = np.asarray(levels.codebook, np.float32)
-        level = jnp.full_like(codes, book[0])
-        for i, value in enumerate(book[1:], 1):
-            level = jnp.where(codes == levels.lower + i, value, level)
-        return level
-    return codes + levels.offset if zero_point is None else codes + levels.offset - zero_point
 
 
 def search_scale(
@@ -88,7 +70,7 @@ def search_scale(
 
     # In units of one scale, so that the ratios to try are numbers rather than arrays: five times as fast.
     x = w * (1 / jnp.where(unit == 0, 1, unit))
-    if middle is None and is_mirrored(levels):
+    if is_mirrored(levels, middle):
         x = jnp.abs(x)
 
     def attempt(best: tuple, choices: jax.Array) -> tuple[tuple, None]:
@@ -126,15 +108,6 @@ def _spanning(levels: Levels, high: jax.Array, low: jax.Array, zero_points: bool
         return (high - low) / steps
     book = levels.codebook
     return jnp.maximum(high, -low) / (steps / 2 if book is None else max(map(abs, book)))
-
-
-def largest_level(levels: Levels, zero_points: bool) -> float:
-    """The largest level that must be finite with any scale, in units of the scale."""
-    if zero_points:
-        return 0.49 * (levels.upper - levels.lower)
-    if levels.codebook is not None:
-        return max(map(abs, levels.codebook))
-    return -levels.lower - levels.offset
 
 
 def weighted_least_squares(
@@ -179,7 +152,7 @@ def weighted_refit(w: jax.Array, importance: jax.Array, span: Span, start: Grid)
     zero = None if zero is None else zero.astype(jnp.float32)
     usable = jnp.isfinite(scale) & (scale != 0)
     scale = jnp.where(usable, scale, 1)
-    if zero is None and is_mirrored(levels):
+    if is_mirrored(levels, zero):
         w, scale = jnp.abs(w), jnp.abs(scale)
     steps = w * (1 / scale)
     level = nearest_levels(levels, steps, zero)

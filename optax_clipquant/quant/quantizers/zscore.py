@@ -12,8 +12,13 @@ from jax.core import Tracer
 
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.groups import ChannelAxis, contracted_axes, scale_shape
-from optax_clipquant.quant.quantizers import Quantizer, check_channel_axis, floating, target_dtype
-from optax_clipquant.quant.scales import moments, round_scale
+from optax_clipquant.quant.quantizers.base import (
+    Quantizer,
+    check_channel_axis,
+    floating,
+    target_dtype,
+)
+from optax_clipquant.quant.scales.closed_form import moments, round_scale
 from optax_clipquant.quant.uses import Use
 
 
