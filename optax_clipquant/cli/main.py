@@ -1,11 +1,13 @@
-"""The command ``optax-clipquant``, which inspects, compresses and converts model files."""
+"""The command ``optax-clipquant``, which inspects, compresses and converts model files.
+
+Few modules are imported here, since Python answers Ctrl-C with a traceback until ``main`` runs.
+"""
 
 import os
 import signal
 import sys
-import threading
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -13,21 +15,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     As a command, without ``argv``, it does not use accelerators unless ``JAX_PLATFORMS`` names them.
     """
-    # SIGTERM raises like Ctrl-C, so that half-written files are removed. Only the main thread gets signals.
-    main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _terminate) if main_thread else None
+    stop = _Stop(is_command=argv is None)
+    stop.take_over()
     try:
-        return _run(argv)
-    except (KeyboardInterrupt, _Terminated) as stop:
-        print("optax-clipquant: interrupted; nothing is left half-written", file=sys.stderr)
-        return 128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)
+        code = _run(argv, stop)
+        stop.raises = False  # here, where a signal that comes before it is answered below
+    except BaseException as error:
+        # Also an error that the signal became on its way, as in imports of C code.
+        if not (stop.received or isinstance(error, KeyboardInterrupt)):
+            raise
+        stop.raises = False
+        _write(b"optax-clipquant: interrupted; nothing is left half-written\n")
+        code = 128 + (stop.received or signal.SIGINT)
     finally:
-        if main_thread:
-            signal.signal(signal.SIGTERM, before)
+        stop.give_back()
+    return code
 
 
-def _run(argv: Sequence[str] | None) -> int:
-    # Imported here, so that a signal during the imports ends the command just as quietly.
+def _run(argv: Sequence[str] | None, stop: "_Stop") -> int:
     from optax_clipquant.cli import compress, convert, decompress, inspect
     from optax_clipquant.cli.arguments import parser_of
     from optax_clipquant.cli.terminal import message_of
@@ -37,23 +42,86 @@ def _run(argv: Sequence[str] | None) -> int:
         # The work takes less time than reading and writing, and a TPU may be in use for training.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
+        stop.raises = True
         args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader closed the pipe. Python flushes the rest of the output once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError, TypeError, RuntimeError, MemoryError) as error:
+        if stop.received:
+            raise
         print(f"optax-clipquant: error: {message_of(error)}", file=sys.stderr)
         return 1
     return 0
 
 
-class _Terminated(BaseException):
-    """Raised on SIGTERM."""
+class _Stopped(BaseException):
+    """Raised on a signal."""
 
 
-def _terminate(number: int, frame: types.FrameType | None) -> None:
-    raise _Terminated
+class _Stop:
+    """Answers Ctrl-C and SIGTERM.
+
+    While files may have to be removed, the first signal raises ``_Stopped``, and others are ignored. Before
+    and after that, it ends the process of a command at once, since NumPy's import would turn the exception
+    into another, and Python's exit would show it.
+
+    Attributes:
+      received: the number of the signal, or 0.
+      raises: whether a signal raises in a command.
+    """
+
+    def __init__(self, *, is_command: bool) -> None:
+        self.received = 0
+        self.raises = False
+        self._is_command = is_command
+        self._before: dict[int, Callable[..., object] | int | None] = {}
+
+    def take_over(self) -> None:
+        """Installs the handlers, except for signals that the parent process has chosen to ignore."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) == signal.SIG_IGN:
+                continue
+            try:
+                self._before[number] = signal.signal(number, self._handle)
+            except ValueError:  # this is not the main thread, which gets the signals
+                return
+        if self._is_command:
+            sys.unraisablehook = self._ignored
+
+    def give_back(self) -> None:
+        """Restores the handlers, except those of a command, which end its process to the last."""
+        if not self._is_command:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: types.FrameType | None) -> None:
+        if self._is_command and not self.raises:
+            os._exit(128 + (self.received or number))
+        if not self.received:
+            self.received = number
+            raise _Stopped
+
+    def _ignored(self, error: "sys.UnraisableHookArgs") -> None:
+        """Raises a little later what was raised where exceptions are ignored, as in a destructor."""
+        if not issubclass(error.exc_type, _Stopped):
+            sys.__unraisablehook__(error)
+        elif hasattr(signal, "setitimer"):
+            signal.signal(signal.SIGALRM, self._handle_again)
+            signal.setitimer(signal.ITIMER_REAL, 0.001)
+
+    def _handle_again(self, number: int, frame: types.FrameType | None) -> None:
+        if not self.raises:
+            os._exit(128 + self.received)
+        raise _Stopped
+
+
+def _write(text: bytes) -> None:
+    try:
+        os.write(2, text)
+    except OSError:  # it is closed
+        return
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The choice of tensors to quantize, their rules, and the reasons for keeping the others. No JAX here."""
 
+import bisect
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -156,16 +157,20 @@ def _never(name: str, spec: Spec) -> str | None:
     return None
 
 
-_UNSAID = {
-    "a running statistic": r"(^|[._/])running_(mean|var)$",
-    "of a norm": r"(^|[._/])(\w*norm\d*|ln(_\w+)?|bn\d*)[./][^./]+$",
-    "a rotary table": r"rotary|inv_freq|freqs_cis|(cos|sin)_cached",
-}
+# These and the search below take a time that is linear in the length of names, which may be anything.
+_STATISTIC = re.compile(r"(^|[._/])running_(mean|var)$", re.I)
+_NORM = re.compile(r"norm\d*$|(^|_)ln(_|$)|(^|_)bn\d*$", re.I)
+_ROTARY = re.compile(r"rotary|inv_freq|freqs_cis|(cos|sin)_cached", re.I)
 
 
 def _by_name(name: str) -> str | None:
     """The reason to keep a tensor that no rule mentions, or None."""
-    return next((why for why, pattern in _UNSAID.items() if re.search(pattern, name, re.I)), None)
+    if _STATISTIC.search(name):
+        return "a running statistic"
+    module = name.replace("/", ".").rsplit(".", 2)[:-1]
+    if module and _NORM.search(module[-1]):
+        return "of a norm"
+    return "a rotary table" if _ROTARY.search(name) else None
 
 
 # Pairs of tensor names that mark a module as quantized, and the dtypes that the first must have.
@@ -194,11 +199,13 @@ def _already_quantized(specs: Mapping[str, Spec]) -> dict[str, str]:
         # Microscaling formats: blocks of codes, and their exponents.
         if name.endswith("_blocks") and name.removesuffix("_blocks") + "_scales" in specs:
             modules[name.removesuffix("blocks")] = "already quantized (MXFP4)"
-    found = {}
-    for name in specs:
-        # Tensors of the module, such as `scales`, and of its weight, such as `weight.absmax`.
-        for part in re.finditer(r"[._/]|^", name):
-            module = name[: part.end()]
-            if module in modules and re.fullmatch(r"[^./]+|weight\.[^/]+", name[len(module) :]):
-                found[name] = modules[module]
+    found: dict[str, str] = {}
+    names = sorted(specs)
+    for module in sorted(modules, key=len):
+        index = bisect.bisect_left(names, module)
+        while index < len(names) and names[index].startswith(module):
+            # Tensors of the module, such as `scales`, and of its weight, such as `weight.absmax`.
+            if re.fullmatch(r"[^./]+|weight\.[^/]+", names[index][len(module) :]):
+                found[names[index]] = modules[module]
+            index += 1
     return found

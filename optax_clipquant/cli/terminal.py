@@ -137,4 +137,5 @@ def report(
         counts: dict[str, int] = {}
         for reason in kept.values():
             counts[reason] = counts.get(reason, 0) + 1
-        print("kept unchanged: " + ", ".join(f"{n} {reason}" for reason, n in counts.items()))
+        told = ", ".join(f"{n} {reason}" for reason, n in counts.items())
+        print(printable(f"kept unchanged: {told}"))
