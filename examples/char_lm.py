@@ -228,7 +228,11 @@ def train(
     if run.on_grid:
         params = through_file(state, args.out / "char-lm-4-bits.safetensors")
     weights = sum(p.size for p in jax.tree.leaves(state.params))
-    state_bytes = sum(x.nbytes for x in jax.tree.leaves(state.opt_state))
+    # Not nbytes, which counts a whole byte for an int4 number.
+    state_bits = (
+        x.size * jax.dtypes.itemsize_bits(x.dtype) for x in jax.tree.leaves(state.opt_state)
+    )
+    state_bytes = sum(state_bits) / 8
     threshold = [x for _, x in optax.tree.get_all_with_path(state.opt_state, "threshold")]
     return Result(
         losses=np.array(jax.device_get(losses)),

@@ -76,7 +76,7 @@ FLOATS = st.floats(width=32, allow_nan=True, allow_infinity=True)
 
 @hypothesis.given(hnp.arrays(np.float32, (2, 5), elements=FLOATS))
 def test_softness_0_and_1_are_exact(pair):
-    level, latent = pair
+    level, latent = jnp.asarray(pair)
     np.testing.assert_array_equal(soften(level, latent, 0), level)
     np.testing.assert_array_equal(soften(level, latent, jnp.float32(1)), latent)
 
