@@ -77,6 +77,11 @@ def cases(values: Iterable[Any], gate: Collection[Any]) -> list[Any]:
     return [_case(value, gate=value in gate) for value in values]
 
 
+def case_rows(rows: Iterable[tuple[Any, ...]], gate: Collection[Any]) -> list[Any]:
+    """``cases`` for tests of several arguments."""
+    return [_case(*row, gate=row in gate) for row in rows]
+
+
 # Each quantizer; the gate runs one of each kind.
 NAMES = [_case(name, gate=name in CORE, id=name) for name in QUANTIZERS]
 

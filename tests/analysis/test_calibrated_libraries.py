@@ -177,10 +177,7 @@ MODELS = {
 
 @pytest.mark.parametrize(
     "make",
-    [
-        pytest.param(make, marks=() if make in (shared_layer, ragged_experts) else pytest.mark.slow)
-        for make in MODELS
-    ],
+    [pytest.param(make, marks=() if make is shared_layer else pytest.mark.slow) for make in MODELS],
 )
 def test_output_error_is_below_least_squares(make):
     fn, params, batches, methods = make()

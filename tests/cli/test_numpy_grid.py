@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import DTYPED, QUANTIZERS, weights
+from helpers import FORMULAS, QUANTIZERS, case_rows, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -58,13 +59,17 @@ def check(w: np.ndarray, threads, bits: int, axis: int, group_size: int | None) 
     assert found[""] == wanted[""]
 
 
-@pytest.mark.parametrize("group_size", [None, 1, 5, 100])
-@pytest.mark.parametrize(
-    ("bits", "dtype"),
-    [(3, np.float32), (4, np.float32), (4, DTYPES[1]), (8, np.float32), (8, np.float16)],
-    ids=lambda x: str(np.dtype(x)) if isinstance(x, type) else str(x),
+# Each width, dtype and kind of group occurs in the gate.
+ENCODED = list(
+    itertools.product([(3, "f4"), (4, "f4"), (4, "bf16"), (8, "f4"), (8, "f2")], [None, 1, 5, 100])
 )
-def test_encode(threads, monkeypatch, bits, dtype, group_size):
+ENCODED_IN_GATE = [ENCODED[0], ENCODED[6], ENCODED[9], ENCODED[19]]
+
+
+@pytest.mark.parametrize(("grid", "group_size"), case_rows(ENCODED, ENCODED_IN_GATE), ids=str)
+def test_encode(threads, monkeypatch, grid, group_size):
+    bits, name = grid
+    dtype = {"f4": np.float32, "bf16": ml_dtypes.bfloat16, "f2": np.float16}[name]
     for shape in ((37, 24), (6, 5, 3, 3), (1, 7), (0, 7), (7, 0), (40, 1)):
         w = weights(shape, seed=sum(shape)).astype(dtype)
         for axis in (0, -1) if len(shape) == 2 else (1, -1):
@@ -90,6 +95,14 @@ def test_encode_nasty_values(threads, data):
     )
 
 
+# Each quantizer, and each formula in half precision; in the gate, each formula in one dtype.
+DECODED = [
+    *((name, np.float32) for name in QUANTIZERS),
+    *itertools.product(FORMULAS, DTYPES[1:]),
+]
+DECODED_IN_GATE = list(zip(FORMULAS, itertools.cycle(DTYPES)))
+
+
 def decoded(q: QArray, threads) -> np.ndarray:
     leaf = leaf_of(q, "w")
     tensors: Tensors = {
@@ -101,7 +114,7 @@ def decoded(q: QArray, threads) -> np.ndarray:
     return np.concatenate([np.empty(0, q.dtype), *(block.ravel() for block in blocks)]).reshape(q.shape)  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "dtype"), DTYPED)
+@pytest.mark.parametrize(("name", "dtype"), case_rows(DECODED, DECODED_IN_GATE))
 def test_decode(threads, monkeypatch, name, dtype):
     for shape in ((37, 24), (6, 5, 3, 3), (0, 7)):
         q = QUANTIZERS[name].quantize(jnp.asarray(weights(shape, seed=3).astype(dtype)))

@@ -102,7 +102,10 @@ def as_qwix_has_it():
 
 @pytest.mark.parametrize(
     "quantizer",
-    [Uniform(8), Uniform(4, group_size=2), Uniform(2), Uniform(1), Ternary(), Uniform(4, symmetric=False)],
+    cases(
+        [Uniform(8), Uniform(4, group_size=2), Uniform(2), Uniform(1), Ternary(), Uniform(4, symmetric=False)],
+        [Uniform(4, group_size=2), Uniform(2), Uniform(4, symmetric=False)],
+    ),
     ids=str,
 )  # fmt: skip
 def test_ptq_model_runs_exported_weights(quantizer):

@@ -1,4 +1,5 @@
 import functools
+import itertools
 import re
 
 import chex
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import cases
+from helpers import case_rows, cases
 
 from optax_clipquant import AverageGradientsState, average_gradients, clip_by_value, state_specs
 
@@ -39,13 +40,21 @@ def averaged(tx, params, axis="data", on=None, check_vma=True):
     return init(params), jax.jit(step)
 
 
+WIDTHS = [(8, 0.02), (4, 0.35)]  # bits, and the bound of the error
+FLAGS = list(itertools.product([True, False], repeat=2))
+
+
 def gradients(shape, seed=0, dtype=jnp.float32):
     return jax.random.normal(jax.random.key(seed), (8, *shape), dtype)
 
 
-@pytest.mark.parametrize("check_vma", cases([True, False], [True]))
-@pytest.mark.parametrize("error_feedback", [True, False])
-@pytest.mark.parametrize(("bits", "bound"), [(8, 0.02), (4, 0.35)])
+@pytest.mark.parametrize(
+    ("bits", "bound", "error_feedback", "check_vma"),
+    case_rows(
+        [(*width, *flags) for width in WIDTHS for flags in FLAGS],
+        [(*WIDTHS[0], False, True), (*WIDTHS[1], True, True)],
+    ),
+)
 def test_mean_is_exact_to_within_rounding(bits, bound, error_feedback, check_vma):
     """Also for leaves that do not divide into whole blocks; small leaves are exact."""
     grads = {"a": gradients((70, 90)), "b": gradients((5,)), "c": gradients((4096,), 1), "n": None}
@@ -117,7 +126,7 @@ def test_all_devices_get_the_same_bits():
         assert np.asarray(row).tobytes() == np.asarray(rows[0]).tobytes()
 
 
-@pytest.mark.parametrize(("bits", "bound"), [(8, 0.02), (4, 0.4)])
+@pytest.mark.parametrize(("bits", "bound"), case_rows([(8, 0.02), (4, 0.4)], [(4, 0.4)]))
 def test_error_feedback_keeps_the_sum_within_one_rounding(bits, bound):
     """With equal gradients in every step, the error would grow linearly without feedback."""
     grads = {"a": gradients((64, 128))}
@@ -235,7 +244,7 @@ def mean_of(axis):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("bits", "bound"), [(8, 0.005), (4, 0.03)])
+@pytest.mark.parametrize(("bits", "bound"), case_rows([(8, 0.005), (4, 0.03)], [(4, 0.03)]))
 def test_trains_like_the_float_mean(bits, bound):
     rest = (clip_by_value(1.0), optax.adam(3e-3))
     first, exact = train(optax.chain(mean_of("data"), *rest))

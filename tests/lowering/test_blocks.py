@@ -1,10 +1,11 @@
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import cases, weights
+from helpers import case_rows, weights
 
 from optax_clipquant import Quantizer, Ternary, Uniform, quantize_params
 
@@ -30,9 +31,14 @@ def blocks(monkeypatch):
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("axis", cases([0, -1], [0]))
-@pytest.mark.parametrize("quantizer", SEARCHING, ids=str)
-@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize(
+    ("quantizer", "axis", "warm"),
+    case_rows(
+        list(itertools.product(SEARCHING, (0, -1), (False, True))),
+        [(SEARCHING[0], 0, False), (SEARCHING[-2], 0, True), (SEARCHING[-1], -1, False)],
+    ),
+    ids=str,
+)
 def test_fit_in_blocks_matches_fit_of_the_whole(blocks, quantizer, axis, warm):
     """Also where the last block overlaps the one before it, and has a shorter last group."""
     quantizer = dataclasses.replace(quantizer, channel_axis=axis)
