@@ -81,9 +81,10 @@ entries = st.one_of(
 )  # fmt: skip
 
 
+# Few of each, since every combination is compiled.
 @hypothesis.given(
-    shape=st.tuples(st.integers(2, 3), st.sampled_from([2, 4, 5]), st.integers(2, 3)),
-    contracted=st.sets(st.integers(0, 2), min_size=1),
+    shape=st.sampled_from([(2, 5, 3), (3, 4, 2)]),
+    contracted=st.sampled_from([{0}, {1}, {1, 2}]),
     group_size=st.sampled_from([None, 2, 4]),
     index=st.lists(entries, max_size=4).filter(
         lambda index: index.count(Ellipsis) <= 1 and sum(i is not None and i is not Ellipsis for i in index) <= 3
