@@ -29,7 +29,11 @@ def recall(p: jax.Array, grid: Grid, kept: jax.Array | QArray) -> tuple[jax.Arra
 
 
 def adopt(
-    p: jax.Array, grid: Grid, kept: jax.Array | QArray, softness: jax.typing.ArrayLike
+    p: jax.Array,
+    grid: Grid,
+    kept: jax.Array | QArray,
+    softness: jax.typing.ArrayLike,
+    count: jax.typing.ArrayLike,
 ) -> jax.Array:
     """The latent weights, with the edits made to the params since the last update.
 
@@ -41,13 +45,16 @@ def adopt(
 
     Differences within rounding are not edits: the rounding of ``optax.apply_updates``, half a unit in the
     last place of half precision (a compiler may keep params in float32 from one step to the next), and the
-    resolution of ``kept``.
+    resolution of ``kept``. Before the first update nothing has been rounded, and the params are the latent
+    weights: with 8 bits in bfloat16, half a unit in the last place is a quarter of a step, and what was
+    loaded after ``init`` would otherwise be taken for what was there before.
 
     Args:
       p: the params.
       grid: as for ``recall``.
       kept: as for ``recall``.
       softness: the softness that the params were served with.
+      count: the number of updates so far.
     """
     level, latent = recall(p, grid, kept)
     wide = p.astype(jnp.float32)
@@ -61,9 +68,10 @@ def adopt(
             served = jnp.where(nearer, other, served)
     if not isinstance(kept, QArray):  # otherwise the direction of rounding is unknown
         served = grid.round(served).astype(jnp.float32)
-    tolerance = rounding * jnp.maximum(jnp.abs(wide), jnp.abs(served))
+    served_before = jnp.asarray(count > 0, jnp.float32)
+    tolerance = rounding * served_before * jnp.maximum(jnp.abs(wide), jnp.abs(served))
     if isinstance(kept, QArray):
-        tolerance += softness * residual.resolution(grid, kept)
+        tolerance += served_before * softness * residual.resolution(grid, kept)
     edit = jnp.abs(wide - served)
     changed = jnp.where(edit <= _SMALL * jnp.abs(served), latent + (wide - served), wide)
     return straight_through(jnp.where(edit <= tolerance, latent, changed), wide)

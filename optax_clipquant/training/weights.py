@@ -83,6 +83,12 @@ def quantize_weights(
     0, from about the third such step. If training stops earlier, ``export_params`` moves them to the
     nearest levels, and warns with the number of weights that were off the grid.
 
+    Params changed outside the chain, such as by a load, a clamp or an average, change the latent weights
+    before the next update. A change of at most 1/128 of a weight is added to its latent weight, any larger
+    one replaces it. Three kinds of change are not seen for what they are: larger ones in every step, each of
+    which rounds back to the same level; with ``residual_bits``, those from one level to another (after the
+    first update), where the distance to the old level is kept; and those of ``softness`` itself on resume.
+
     Updates for half-precision params are emitted in float32, so a wrapper that needs a single dtype goes
     around the optimizer alone: ``optax.chain(optax.apply_if_finite(optimizer, n),
     quantize_weights(quantizer))``.
@@ -193,7 +199,7 @@ def quantize_weights(
         def step(path: str, u: jax.Array, p: jax.Array, grid: Grid) -> tuple[Any, Any, Any]:
             kept = latents[path]
             check_unchanged("quantize_weights", "params", path, p, kept.shape)
-            latent = adopt(p, grid, kept, before) + u
+            latent = adopt(p, grid, kept, before, state.count) + u
             grid = refit(
                 "quantize_weights",
                 quantizer,

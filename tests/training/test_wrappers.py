@@ -119,8 +119,8 @@ PAIRWISE = [
     for (i, runner), (j, name) in itertools.product(enumerate(RUNNERS), enumerate(GRIDS))
 ]
 GATE = {
-    "by_jit": 5,
-    "by_scan": 7,
+    "by_jit": 7,
+    "by_scan": 5,
     "by_multi_steps": 4,
     "by_masked": 10,
     "by_partition": 3,
@@ -146,12 +146,9 @@ def test_each_pair_of_a_runner_grid_option_and_dtype_is_tried():
     ],
 )
 def test_edits_from_outside_move_the_latent_weights_and_nothing_else_does(
-    runner, name, option, dtype, request
+    runner, name, option, dtype
 ):
     """Against sums in float64: of the updates, from what was loaded last."""
-    if (name, option, dtype) == ("uniform8", "residual", jnp.bfloat16):
-        # Levels of 8 bits are about as close as bfloat16's numbers: an edit may round to another level.
-        request.node.add_marker(pytest.mark.xfail(reason="open: some latents end a step away"))
     tx = optax.chain(optax.sgd(1.0), OPTIONS[option](QUANTIZERS[name]))
     params, state = runner(tx, {"w": jnp.asarray(FIRST, dtype), "b": jnp.ones(4, dtype)})
     np.testing.assert_array_equal(params["b"], np.ones(4))
@@ -172,7 +169,8 @@ def test_edits_from_outside_move_the_latent_weights_and_nothing_else_does(
         expected += UPDATE if emits else 0
     latent = np.asarray(latent_params(params, state)["w"], np.float64)
     # A residual in 127 parts of half a step is rounded in each step, to either side. Of what is loaded very
-    # near to a level it does not tell that it is new, and keeps the distance of what was there before.
+    # near to a level between two steps it does not tell that it is new, and keeps the distance of what was
+    # there before. What is loaded before the first step is kept.
     allowed = 1e-5 + (12 * step / 254 if "residual" in option else np.zeros(SHAPE))
     if "residual" in option:
         allowed[0] += step[0] / 2
