@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.qarray import QArray
@@ -58,23 +59,35 @@ def adopt(
     """
     level, latent = recall(p, grid, kept)
     wide = p.astype(jnp.float32)
-    served, rounding = soften(level, latent, softness), 4 * _EPS
-    if p.dtype.itemsize < 4:
-        rounding = 0.5 * float(jnp.finfo(p.dtype).eps)
-        if isinstance(kept, QArray):
-            # Rounded params may be nearest to another level than the one they were served from.
-            other = soften(level_of(grid, latent), latent, softness)
-            nearer = jnp.abs(wide - other) < jnp.abs(wide - served)
-            served = jnp.where(nearer, other, served)
+    served = soften(level, latent, softness)
+    if p.dtype.itemsize < 4 and isinstance(kept, QArray):
+        # Rounded params may be nearest to another level than the one they were served from.
+        other = soften(level_of(grid, latent), latent, softness)
+        served = jnp.where(jnp.abs(wide - other) < jnp.abs(wide - served), other, served)
     if not isinstance(kept, QArray):  # otherwise the direction of rounding is unknown
         served = grid.round(served).astype(jnp.float32)
-    served_before = jnp.asarray(count > 0, jnp.float32)
-    tolerance = rounding * served_before * jnp.maximum(jnp.abs(wide), jnp.abs(served))
+    if p.dtype.itemsize < 4:
+        # Of two numbers that one rounding lies between, the smaller one has the finer unit.
+        tolerance = _half_unit(jnp.minimum(jnp.abs(wide), jnp.abs(served)), p.dtype)
+    else:
+        tolerance = 4 * _EPS * jnp.maximum(jnp.abs(wide), jnp.abs(served))
     if isinstance(kept, QArray):
-        tolerance += served_before * softness * residual.resolution(grid, kept)
+        tolerance += softness * residual.resolution(grid, kept)
+    tolerance *= jnp.asarray(count > 0, jnp.float32)
     edit = jnp.abs(wide - served)
     changed = jnp.where(edit <= _SMALL * jnp.abs(served), latent + (wide - served), wide)
     return straight_through(jnp.where(edit <= tolerance, latent, changed), wide)
+
+
+def _half_unit(x: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Half a unit in the last place of ``dtype`` at ``x``, which is not negative.
+
+    A tolerance proportional to ``x`` would take a change by a whole unit below a power of two for rounding.
+    """
+    info = jnp.finfo(dtype)
+    # Rounds to a power of two, down: the largest one that is not above x.
+    power = jax.lax.reduce_precision(x * (0.75 + 2.0**-20), 8, 0)
+    return 0.5 * jnp.maximum(float(info.eps) * power, float(info.smallest_subnormal))
 
 
 @jax.custom_jvp

@@ -85,9 +85,9 @@ def quantize_weights(
 
     Params changed outside the chain, such as by a load, a clamp or an average, change the latent weights
     before the next update. A change of at most 1/128 of a weight is added to its latent weight, any larger
-    one replaces it. Three kinds of change are not seen for what they are: larger ones in every step, each of
-    which rounds back to the same level; with ``residual_bits``, those from one level to another (after the
-    first update), where the distance to the old level is kept; and those of ``softness`` itself on resume.
+    one replaces it. Where such larger changes come in every step and each is below half a step of the grid,
+    the next update rounds each of them back to the same level. With ``residual_bits``, a weight moved from
+    one level to another keeps its distance to the level. On resume, ``softness`` must be the one before.
 
     Updates for half-precision params are emitted in float32, so a wrapper that needs a single dtype goes
     around the optimizer alone: ``optax.chain(optax.apply_if_finite(optimizer, n),
