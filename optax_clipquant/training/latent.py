@@ -75,7 +75,9 @@ def adopt(
         tolerance += softness * residual.resolution(grid, kept)
     tolerance *= jnp.asarray(count > 0, jnp.float32)
     edit = jnp.abs(wide - served)
-    changed = jnp.where(edit <= _SMALL * jnp.abs(served), latent + (wide - served), wide)
+    # By a whole unit of half precision, rounded weights may seem to move twice as far.
+    small = _SMALL * jnp.abs(served) + tolerance
+    changed = jnp.where(edit <= small, latent + (wide - served), wide)
     return straight_through(jnp.where(edit <= tolerance, latent, changed), wide)
 
 

@@ -87,7 +87,8 @@ def quantize_weights(
     before the next update. A change of at most 1/128 of a weight is added to its latent weight, any larger
     one replaces it. Where such larger changes come in every step and each is below half a step of the grid,
     the next update rounds each of them back to the same level. With ``residual_bits``, a weight moved from
-    one level to another keeps its distance to the level. On resume, ``softness`` must be the one before.
+    one level to another keeps its distance to the level, and with ``softness`` too, changes below
+    ``softness`` times a code of the residual are not seen. On resume, ``softness`` must be the one before.
 
     Updates for half-precision params are emitted in float32, so a wrapper that needs a single dtype goes
     around the optimizer alone: ``optax.chain(optax.apply_if_finite(optimizer, n),

@@ -13,6 +13,7 @@ from helpers import QUANTIZERS, assert_on_grid, weights
 
 from optax_clipquant import (
     Grid,
+    Uniform,
     latent_params,
     quantize_weights,
     softness_schedule,
@@ -178,3 +179,34 @@ def test_edits_from_outside_move_the_latent_weights_and_nothing_else_does(
     assert np.all(off <= allowed), f"in steps of the grid:\n{off / step}"
     if dtype == jnp.float32 and not ("soft" in option and runner is by_multi_steps):
         assert_on_grid(params, state)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"softness": 0.5}, {"softness": 1.0}, {"softness": 0.5, "residual_bits": 8}],
+    ids=["hard", "soft", "softest", "soft residual"],
+)
+def test_change_by_one_unit_of_bfloat16_is_seen(options):
+    """Below powers of two, where the unit is half as large, and where rounding makes it look like two."""
+    first = jnp.asarray(np.linspace(0.6, 8, 256)[:, None], jnp.bfloat16)
+    tx = quantize_weights(Uniform(bits=4, scale_rule="absmax"), **options)
+    zeros = jnp.zeros(first.shape)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(zeros, state, params)
+        params = optax.apply_updates(params, updates)
+        return params, state, latent_params(params, state)
+
+    params, state, before = step(*step(first, tx.init(first))[:2])
+    assert np.any(np.log2(np.asarray(params, np.float64)) % 1 == 0)
+    lower = jnp.asarray((np.asarray(params).view(np.uint16) - 1).view(jnp.bfloat16))
+    edit = np.asarray(lower, np.float64) - np.asarray(params, np.float64)
+    *_, after = step(lower, state)
+    off = np.abs(np.asarray(after, np.float64) - np.asarray(before, np.float64) - edit)
+    if "residual_bits" in options:
+        # What the latent weights were before rounding is known to a code of the residual: where rounding went
+        # the other way, it hides the change.
+        assert np.all(off <= -edit + 2 * np.asarray(state.latent.grid.scale, np.float64))
+    else:
+        assert np.all(off <= 1e-6)
