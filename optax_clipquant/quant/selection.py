@@ -103,6 +103,13 @@ def _why_left(rule: Quantizer, leaf: Any, use: Use | None) -> str | None:
     return f"({'x'.join(map(str, w.shape))} {w.dtype}: quantized it would take {bits:.3g} bits per weight)"
 
 
+def is_selected(path: str, leaf: Any, quantizer: Rules, uses: Uses | None) -> bool:
+    """Whether ``select`` selects a leaf, where no ``where`` is given."""
+    weight = is_weight(path, leaf) if uses is None else _is_float(leaf) and uses[path].is_weight
+    rule = rule_for(path, quantizer) if weight else None
+    return rule is not None and _why_left(rule, leaf, use_of(uses, path)) is None
+
+
 def rule_for(path: str, rules: Rules) -> Quantizer | None:
     """The quantizer of the first rule that matches ``path``, or None."""
     if isinstance(rules, Quantizer):

@@ -22,7 +22,15 @@ from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.groups import groups_of
 from optax_clipquant.quant.params import is_quantized, leaves_of
 from optax_clipquant.quant.qarray import QArray
-from optax_clipquant.quant.selection import Rules, Where, naming, rule_for, select, use_of
+from optax_clipquant.quant.selection import (
+    Rules,
+    Where,
+    is_selected,
+    naming,
+    rule_for,
+    select,
+    use_of,
+)
 from optax_clipquant.quant.uses import Use, Uses
 
 
@@ -129,13 +137,20 @@ def _check_same_grid(transform: str, path: str, found: Grid, grid: Grid) -> None
         raise ValueError(
             f"{transform}: leaf {path!r} is on another grid in the state than the quantizer makes: "
             f"{_text(grid)}, and {_text(found)}. Give the quantizer that the state was made with; or to go "
-            "on with another one, call tx.init(latent_params(params, state))"
+            f"on with another one, {start_anew(transform)}"
         )
+
+
+def start_anew(transform: str) -> str:
+    """How to go on from what was trained with another state, for a message."""
+    trained = "" if transform == "round_weights" else "params = latent_params(params, state); "
+    return f"start anew: {trained}state = tx.init(params)"
 
 
 def _text(grid: Grid) -> str:
     kept = dataclasses.replace(grid.levels, dtype=np.dtype(np.float32))
-    return f"{kept} with scales of {grid.scale.shape}"
+    names = [name for name, x in grid.arrays.items() if x is not None]
+    return f"{kept} with {' and '.join(names)} of {grid.scale.shape}"
 
 
 def level_of(grid: Grid, w: jax.Array, key: jax.Array | None = None) -> jax.Array:
@@ -150,9 +165,22 @@ def difference(target: jax.Array, p: jax.Array) -> jax.Array:
 
 
 def map_quantized(
-    step: Any, updates: PyTree, params: PyTree | None, grid: PyTree, name: str
+    step: Any,
+    updates: PyTree,
+    params: PyTree | None,
+    grid: PyTree,
+    name: str,
+    latents: Mapping[str, Any] | None = None,
 ) -> tuple[PyTree, ...]:
     """Applies ``step(path, update, param, grid)`` to each quantized leaf; returns a tree for each result.
+
+    Args:
+      step: the function.
+      updates: the updates.
+      params: the params.
+      grid: the tree of grids in the state.
+      name: the name of the transform, for messages.
+      latents: the latent weights by path, which have the shapes that params had in ``init``.
 
     Raises:
       ValueError: params are missing, or leaves or shapes differ from those in ``init``.
@@ -169,15 +197,19 @@ def map_quantized(
     for path, leaf_grid in leaves_of(grid):
         for what, leaves in (("updates", update_of), ("params", param_of)):
             if path not in leaves:
-                raise ValueError(f"{name}: {what} have no leaf {path!r}, which init quantized")
+                raise ValueError(
+                    f"{name}: {what} have no leaf {path!r}, which init quantized; give all of them, or call "
+                    "tx.init again"
+                )
         p, u = param_of[path], jnp.asarray(update_of[path])
-        check_unchanged(name, "params", path, p, p.shape, leaf_grid.dtype)
-        check_unchanged(name, "updates", path, u, p.shape)
+        shape = p.shape if latents is None else latents[path].shape
+        check_unchanged(name, "params", path, p, shape, leaf_grid.dtype)
         if not fits(leaf_grid, p.shape):
             raise ValueError(
                 f"{name}: params leaf {path!r} has shape {p.shape}, but its grid in the state has scales "
                 f"of {leaf_grid.scale.shape}; call tx.init again for params of other shapes"
             )
+        check_unchanged(name, "updates", path, u, shape)
         outputs[path] = step(path, u.astype(jnp.float32), p, leaf_grid)
 
     def result(index: int, tree: PyTree) -> PyTree:
@@ -189,6 +221,30 @@ def map_quantized(
 
     count = len(next(iter(outputs.values())))
     return result(0, updates), *(result(index, grid) for index in range(1, count))
+
+
+def check_selection(
+    transform: str,
+    params: PyTree,
+    grid: PyTree,
+    quantizer: Rules,
+    where: Where | None,
+    uses: Uses | None,
+) -> None:
+    """Raises if rules or ``uses`` now select a leaf that has no grid in the state.
+
+    A user's ``where`` is not asked: it may look at values, which do not exist under ``jax.jit``.
+    """
+    if where is not None:
+        return
+    grids = dict(leaves_of(grid))
+    for path, leaf in leaves_of(params):
+        if path not in grids and is_selected(path, leaf, quantizer, uses):
+            raise ValueError(
+                f"{transform}: leaf {path!r} is not on a grid in the state, but {rule_for(path, quantizer)} is "
+                "to quantize it; give the rules and uses that the state was made with, or to quantize it "
+                f"too, {start_anew(transform)}"
+            )
 
 
 def fits(grid: Grid, shape: tuple[int, ...]) -> bool:

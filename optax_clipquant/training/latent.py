@@ -73,7 +73,7 @@ def adopt(
         tolerance = 4 * _EPS * jnp.maximum(jnp.abs(wide), jnp.abs(served))
     if isinstance(kept, QArray):
         tolerance += softness * residual.resolution(grid, kept)
-    tolerance *= jnp.asarray(count > 0, jnp.float32)
+    tolerance *= jnp.minimum(jnp.asarray(count, jnp.float32), 1)
     edit = jnp.abs(wide - served)
     # By a whole unit of half precision, rounded weights may seem to move twice as far.
     small = _SMALL * jnp.abs(served) + tolerance

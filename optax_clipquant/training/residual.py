@@ -24,6 +24,16 @@ from optax_clipquant.quant.qarray import QArray
 from optax_clipquant.quant.scales.closed_form import round_scale
 
 
+def check_kept(path: str, kept: jax.Array | QArray, bits: int | None, anew: str) -> None:
+    """Raises if latent weights are not kept in ``bits``, or if that is None, in float32; ``anew`` is a way out."""
+    if isinstance(kept, QArray) != (bits is not None):
+        found = "8 bits" if bits is None else "float32"
+        raise ValueError(
+            f"quantize_weights: the latent weights of leaf {path!r} are kept in {found} in the state, and not "
+            f"as residual_bits={bits} keeps them; give the residual_bits that the state was made with, or {anew}"
+        )
+
+
 def start(latent: jax.Array, level: jax.Array, grid: Grid) -> QArray:
     """Encodes ``latent`` weights, whose levels on ``grid`` are ``level``, with nearest rounding."""
     return _keep(latent, level, grid, None, None)

@@ -11,7 +11,14 @@ from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.params import leaves_of
 from optax_clipquant.quant.selection import Rules, Where, check_rules, use_of
 from optax_clipquant.quant.uses import Uses
-from optax_clipquant.training.grids import difference, init_grids, level_of, map_quantized, refit
+from optax_clipquant.training.grids import (
+    check_selection,
+    difference,
+    init_grids,
+    level_of,
+    map_quantized,
+    refit,
+)
 from optax_clipquant.training.latent import straight_through
 
 
@@ -89,6 +96,7 @@ def round_weights(
             return difference(straight_through(level_of(grid, w, key), w), p), grid
 
         updates, grid = map_quantized(step, updates, params, state.grid, "round_weights")
+        check_selection("round_weights", params, state.grid, quantizer, where, uses)
         return updates, RoundWeightsState(optax.safe_increment(state.count), grid, state.key)
 
     return optax.GradientTransformation(init, update)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.extend.core import Literal
 
-from optax_clipquant._tree import map_with_path, path_of, unboxed
+from optax_clipquant._tree import is_placeholder, map_with_path, path_of, unboxed
 from optax_clipquant.lowering.noise import noise
 from optax_clipquant.quant.companding import CompandedArray, block_of, compand, has_rows
 from optax_clipquant.quant.params import PyTree, is_quantized
@@ -128,7 +128,7 @@ def quantize_state(
         inner = map_with_path(shrink, inner, iterates, is_leaf=is_quantized)
         if refused:
             raise ValueError(_refusal(refused, bits))
-        if not found:
+        if not found and not is_placeholder(params):
             warnings.warn(
                 f"quantize_state: the optimizer's state has no floating array of {min_size} and more "
                 "elements, so nothing is quantized",
@@ -157,6 +157,8 @@ def quantize_state(
         # changes the structure is meant to: lookahead takes gradients of the half of its params.
         boxes, bare = jax.tree.structure(updates), unboxed(updates)
         updates, inner = optimizer.update(bare, inner, unboxed(params), **extra_args)
+        if jax.tree.structure(updates) == jax.tree.structure(bare):
+            map_with_path(_check_shape, bare, updates)
         if jax.tree.structure(updates) == jax.tree.structure(bare) != boxes:
             updates = jax.tree.unflatten(boxes, jax.tree.leaves(updates))
         streams = itertools.count()
@@ -172,6 +174,15 @@ def quantize_state(
         return updates, QuantizeStateState(optax.safe_increment(state.count), inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_shape(path: jax.tree_util.KeyPath, g: Any, u: Any) -> None:
+    """Raises if a gradient was broadcast to the state of a leaf that had another shape in ``init``."""
+    if jnp.shape(u) != jnp.shape(g):
+        raise ValueError(
+            f"quantize_state: updates leaf {path_of(path)!r} has shape {jnp.shape(g)}, but had "
+            f"{jnp.shape(u)} in init; call tx.init again for params of other shapes"
+        )
 
 
 def _is_companded(x: Any) -> bool:

@@ -8,7 +8,6 @@ import optax
 
 from optax_clipquant._tree import (
     PyTree,
-    check_unchanged,
     map_with_path,
     on_shapes,
     path_of,
@@ -23,11 +22,13 @@ from optax_clipquant.quant.selection import Rules, Where, check_rules, use_of
 from optax_clipquant.quant.uses import Calibration, Uses
 from optax_clipquant.training import residual
 from optax_clipquant.training.grids import (
+    check_selection,
     difference,
     init_grids,
     level_of,
     map_quantized,
     refit,
+    start_anew,
     start_grids,
 )
 from optax_clipquant.training.latent import adopt, straight_through
@@ -90,8 +91,10 @@ def quantize_weights(
     one level to another keeps its distance to the level, and with ``softness`` too, changes below
     ``softness`` times a code of the residual are not seen. On resume, ``softness`` must be the one before.
 
-    Updates for half-precision params are emitted in float32, so a wrapper that needs a single dtype goes
-    around the optimizer alone: ``optax.chain(optax.apply_if_finite(optimizer, n),
+    Updates for half-precision params are emitted in float32. Apply them with ``optax.apply_updates``:
+    ``p + u`` and ``eqx.apply_updates`` give float32 params, which the next update refuses, and which
+    ``lax.scan`` refuses as a carry of another type. A wrapper that needs a single dtype goes around the
+    optimizer alone: ``optax.chain(optax.apply_if_finite(optimizer, n),
     quantize_weights(quantizer))``.
 
     On a mesh, the state is sharded like the params, and devices that hold whole groups exchange nothing
@@ -199,7 +202,7 @@ def quantize_weights(
 
         def step(path: str, u: jax.Array, p: jax.Array, grid: Grid) -> tuple[Any, Any, Any]:
             kept = latents[path]
-            check_unchanged("quantize_weights", "params", path, p, kept.shape)
+            residual.check_kept(path, kept, residual_bits, start_anew("quantize_weights"))
             latent = adopt(p, grid, kept, before, state.count) + u
             grid = refit(
                 "quantize_weights",
@@ -222,7 +225,10 @@ def quantize_weights(
             kept = residual.advance(latent, level, grid, kept, index[path], state.count)
             return u, grid, kept
 
-        updates, grid, latent = map_quantized(step, updates, params, state.grid, "quantize_weights")
+        updates, grid, latent = map_quantized(
+            step, updates, params, state.grid, "quantize_weights", latents
+        )
+        check_selection("quantize_weights", params, state.grid, quantizer, where, uses)
         return updates, QuantizeWeightsState(optax.safe_increment(state.count), latent, grid)
 
     return optax.GradientTransformation(init, update)

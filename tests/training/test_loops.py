@@ -389,6 +389,8 @@ def test_params_of_another_dtype_or_shape_are_refused(name):
             jax.eval_shape(tx.update, wrong, state, wrong)
     with pytest.raises(ValueError, match=r"updates leaf 'w' has shape \(1, 4\), but had \(24, 4\)"):
         jax.eval_shape(tx.update, {"w": jnp.ones((1, 4))}, state, params)
+    with pytest.raises(ValueError, match=r"params leaf 'w' has shape \(24, 1\)"):
+        jax.eval_shape(tx.update, updates, state, {"w": params["w"][:, :1]})
 
 
 @pytest.mark.parametrize("name", QUANTIZING)
@@ -403,13 +405,39 @@ def test_leaves_that_appear_after_init_are_refused(name):
 @pytest.mark.parametrize("make", [quantize_weights, round_weights])
 @pytest.mark.parametrize(
     "other",
-    [Uniform(bits=3), Uniform(bits=4, channel_axis=0), Uniform(bits=4, group_size=6), {"w": None}],
+    [
+        *(Uniform(bits=3), Uniform(bits=4, symmetric=False), Uniform(bits=4, channel_axis=0)),
+        *(Uniform(bits=4, group_size=6), {"w": None}),
+    ],
 )
 def test_another_quantizer_on_resume_is_refused(make, other):
     params = start(jnp.float32)
     state = make(Uniform(bits=4)).init(params)
     with pytest.raises(ValueError, match=r"'w' is on .*(another grid|no rule)"):
         make(other).update(params, state, params)
+
+
+@pytest.mark.parametrize("make", [quantize_weights, round_weights])
+def test_rules_that_select_another_leaf_on_resume_are_refused(make):
+    params = {**start(jnp.float32), "head": jnp.ones(SHAPE), "tiny": jnp.ones((1, 1), jnp.bfloat16)}
+    with pytest.warns(UserWarning, match="'tiny'"):
+        state = make({"w|tiny": Uniform(bits=4)}).init(params)
+    for rules in ({"w": Uniform(bits=4)}, {"w|tiny": Uniform(bits=4)}):
+        make(rules).update(params, state, params)
+    rules = {"w": Uniform(bits=4), "head": Uniform(bits=8)}
+    with pytest.raises(
+        ValueError, match=r"'head' is not on a grid.*bits=8.*state = tx\.init\(params\)"
+    ):
+        make(rules).update(params, state, params)
+    make(rules, where=lambda path, leaf: path == "w").update(params, state, params)
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, 8), (8, None)])
+def test_other_residual_bits_on_resume_are_refused(before, after):
+    params = start(jnp.float32)
+    state = quantize_weights(Uniform(bits=4), residual_bits=before).init(params)
+    with pytest.raises(ValueError, match=rf"'w' are kept in .*residual_bits={after}.*start anew"):
+        quantize_weights(Uniform(bits=4), residual_bits=after).update(params, state, params)
 
 
 def test_tree_map_params_error_tells_how_to_shard_the_state():

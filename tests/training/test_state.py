@@ -437,3 +437,16 @@ def test_updates_may_differ_in_structure_from_the_gradients():
     updates, _ = tx.update({"w": jnp.ones((64, 64))}, tx.init(params), params)
     assert jax.tree.structure(updates) == jax.tree.structure(params)
     np.testing.assert_allclose(updates.fast["w"], -1e-2, rtol=1e-2)
+
+
+def test_gradients_that_would_broadcast_to_the_state_are_refused():
+    tx, params = quantize_state(optax.adam(0.1)), {"w": jnp.zeros((128, 64))}
+    column = {"w": jnp.zeros((128, 1))}
+    with pytest.raises(ValueError, match=r"'w' has shape \(128, 1\), but had \(128, 64\) in init"):
+        jax.eval_shape(tx.update, column, tx.init(params), column)
+
+
+def test_tree_map_params_reaches_the_codes_without_a_warning():
+    tx, params = quantize_state(optax.adam(0.1)), {"w": jnp.zeros((128, 64))}
+    shapes = optax.tree_map_params(tx, jnp.shape, tx.init(params))
+    assert shapes.inner_state[0].mu["w"].codes == (128, 64)
