@@ -3,6 +3,7 @@
 It is imported only where needed, since importing JAX takes several times as long as the rest of the command.
 """
 
+import concurrent.futures
 import contextlib
 import functools
 import os
@@ -49,10 +50,6 @@ def searching(source: Checkpoint, rules: Mapping[str, Rule]) -> Iterator[dict[st
     check_platform()
     quantizers = {name: quantizer_of(rule, rule.width) for name, rule in rules.items()}
     keys = {name: (quantizers[name], source.specs[name]) for name in source.specs if name in rules}
-    programs: dict[Any, jax.stages.Lowered] = {}
-    for name, key in keys.items():
-        if key not in programs:
-            programs[key] = _quantize.lower(quantizers[name], _abstract(source, name))
     buffer, left = buffer_for(source, keys), iter(keys)
     with contextlib.ExitStack() as stack:
 
@@ -62,7 +59,13 @@ def searching(source: Checkpoint, rules: Mapping[str, Rule]) -> Iterator[dict[st
             return pool
 
         runner, compiler = threads(1), threads(2)
-        compiled = {key: compiler.submit(program.compile) for key, program in programs.items()}
+        programs: dict[Any, jax.stages.Lowered] = {}
+        compiled: dict[Any, concurrent.futures.Future[jax.stages.Compiled]] = {}
+        for name, key in keys.items():
+            if key not in programs:
+                # One is compiled while the next is traced, which with many shapes takes seconds.
+                programs[key] = _quantize.lower(quantizers[name], _abstract(source, name))
+                compiled[key] = compiler.submit(programs[key].compile)
 
         def run() -> QArray | None:
             """The next tensor, None after the last."""
