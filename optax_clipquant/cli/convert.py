@@ -101,9 +101,10 @@ def _check(args: argparse.Namespace) -> None:
     if args.to == "safetensors":
         unused = {"--like": args.like, "--names": args.names, "--otherwise": args.otherwise}
         if not (_is_gguf(args.input) or _is_compressed_tensors(args.input)):
+            with Checkpoint(args.input) as source:  # raises if it is of another kind
+                way_out = "`decompress` it" if source.is_saved else "`compress` quantizes it"
             raise ValueError(
-                f"{args.input} is neither a GGUF file nor a folder of compressed-tensors; use `compress` or "
-                "`decompress`"
+                f"{args.input} is neither a GGUF file nor a folder of compressed-tensors; {way_out}"
             )
     else:
         unused = {} if args.to == "gguf" else {"--otherwise": args.otherwise}

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not (stop.received or isinstance(error, KeyboardInterrupt)):
             raise
         stop.raises = False
-        _write(b"optax-clipquant: interrupted; nothing is left half-written\n")
+        print("optax-clipquant: interrupted; nothing is left half-written", file=sys.stderr)
         code = 128 + (stop.received or signal.SIGINT)
     finally:
         stop.give_back()
@@ -115,13 +115,6 @@ class _Stop:
         if not self.raises:
             os._exit(128 + self.received)
         raise _Stopped
-
-
-def _write(text: bytes) -> None:
-    try:
-        os.write(2, text)
-    except OSError:  # it is closed
-        return
 
 
 if __name__ == "__main__":

@@ -81,8 +81,8 @@ def choose(
       ValueError: an expression matches no tensor, or none that could be quantized; a tensor lacks the
         axis that its rule names; or no tensor is left to quantize.
     """
-    kept = {name: why for name, spec in specs.items() if (why := _never(name, spec))}
-    kept |= {name: why for name, why in _already_quantized(specs).items() if name not in kept}
+    never = {name: why for name, spec in specs.items() if (why := _never(name, spec))}
+    kept = never | _already_quantized(specs)
     unsaid = {name: why for name in specs if name not in kept and (why := _by_name(name))}
     able = specs.keys() - kept.keys()
     found = _found(specs, able, [(pattern, change is not None) for pattern, change in rules])

@@ -19,6 +19,7 @@ from optax_clipquant.formats.dtypes import Spec
 from optax_clipquant.formats.native.description import Entry, Leaf, plain
 from optax_clipquant.formats.native.file import SavedFile, Tensors, is_saved
 from optax_clipquant.formats.native.names import assemble
+from optax_clipquant.formats.opening import open_file
 from optax_clipquant.formats.safetensors import Reader
 
 W = TypeVar("W")
@@ -151,8 +152,9 @@ def _files_of(path: str) -> tuple[dict[str, str] | None, list[str]]:
         path = _main_file(path)
     if not path.endswith(".json"):
         return None, [path]
+    file = open_file(path, "the index of a checkpoint")
     try:
-        with open(path, encoding="utf-8") as file:
+        with file:
             weight_map = json.load(file)["weight_map"]
         files = dict.fromkeys(weight_map.values())
         wrong = [f for f in files if not isinstance(f, str) or not f or os.path.basename(f) != f]

@@ -7,7 +7,6 @@ the tensors' bytes. Nothing is mapped into memory: a tensor takes no room before
 import contextlib
 import json
 import os
-import stat
 import threading
 import types
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,6 +23,7 @@ from optax_clipquant.formats.dtypes import (
     nbytes,
     spec_of,
 )
+from optax_clipquant.formats.opening import open_file
 
 _HEADER_LIMIT = 100_000_000  # bytes, set by the safetensors format
 
@@ -62,14 +62,8 @@ class Reader:
         self.specs: dict[str, Spec] = {}
         self._offsets: dict[str, int] = {}
         self._lock = threading.Lock()
-        # Opening a pipe would wait for a writer.
-        mode = os.stat(self.path).st_mode
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(f"{self.path} is a folder; name a safetensors file")
-        if not stat.S_ISREG(mode):
-            raise ValueError(f"{self.path} is not a regular file; name a safetensors file")
         with contextlib.ExitStack() as stack:
-            self._file = stack.enter_context(open(self.path, "rb"))
+            self._file = stack.enter_context(open_file(self.path, "a safetensors file"))
             self._read_header()
             stack.pop_all()
 

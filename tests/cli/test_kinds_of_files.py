@@ -94,6 +94,8 @@ KINDS: dict[str, Callable[[pathlib.Path], object] | bytes] = {
     "float weights in shards": folder,
     "weights of `compress`": small,
     "float8 with scales of blocks": lambda path: write(path, m__weight=W.astype(F8), m__weight_scale_inv=W[:1, :1], n__weight=W),
+    "MLX": lambda path: write(path, m__weight=np.zeros((64, 8), np.uint32), m__scales=W[:, :1], m__biases=W[:, :1], n__weight=W),
+    "bitsandbytes": lambda path: write(path, m__weight=np.zeros((2048, 1), np.uint8), m__weight__absmax=W[0], m__weight__quant_map=W[0, :16], n__weight=W),
     "GPTQ": lambda path: write(path, m__qweight=np.zeros((8, 64), np.int32), m__qzeros=np.zeros((1, 8), np.int32), m__scales=W[:1].astype(np.float16)),
     "a folder of compressed-tensors": compressed_tensors,
     "a dtype that NumPy lacks": lambda path: path.write_bytes((lambda h: struct.pack("<Q", len(h)) + h + bytes(8))(b'{"x":{"dtype":"F4","shape":[2,8],"data_offsets":[0,8]}}')),

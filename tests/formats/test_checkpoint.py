@@ -1,6 +1,7 @@
 """Sharded checkpoints, recognition of other file types by their first bytes, and unknown dtypes."""
 
 import json
+import os
 import struct
 import time
 import tracemalloc
@@ -166,3 +167,26 @@ def test_memory_for_headers_is_linear_in_their_size(tmp_path, header):
     tracemalloc.stop()
     assert peak < 60 * (tmp_path / "in").stat().st_size + 20e6
     assert seconds < 30
+
+
+@pytest.mark.parametrize("what", ["weights", "index", "config", "like", "names", "GGUF"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_files_that_might_never_end_are_refused(tmp_path, shards, capsys, what, kind):
+    """A pipe waits for a writer, and ``/dev/zero`` fills the memory."""
+    path = tmp_path / "never"
+    path.symlink_to("/dev/zero") if kind == "device" else os.mkfifo(path)
+    place = {"index": "model.safetensors.index.json", "config": "config.json"}.get(what)
+    if place:
+        (shards / place).unlink(missing_ok=True)
+        (shards / place).symlink_to(path)
+    convert = ["convert", shards, tmp_path / "out", "--bits", 4, "--to"]
+    args = {
+        "weights": ["inspect", path],
+        "index": ["inspect", shards],
+        "config": [*convert, "compressed-tensors", "--like", shards],
+        "like": [*convert, "gguf", "--like", path],
+        "names": [*convert, "compressed-tensors", "--like", shards, "--names", path],
+        "GGUF": ["convert", path, tmp_path / "out", "--to", "safetensors"],
+    }
+    assert run(*args[what]) == 1
+    assert "is not a regular file; name " in capsys.readouterr().err

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from optax_clipquant.formats.checkpoint import files_of
+from optax_clipquant.formats.opening import open_file
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth")
 _WEIGHTS += (".gguf", ".h5", ".msgpack", ".onnx")
@@ -27,7 +28,7 @@ def read_object(path: str) -> dict[str, Any]:
       OSError: it cannot be opened.
       ValueError: it holds something else.
     """
-    with open(path, encoding="utf-8") as file:
+    with open_file(path, "a JSON file") as file:
         try:
             content = json.load(file)
         except (ValueError, RecursionError) as error:

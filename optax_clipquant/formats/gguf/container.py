@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, NamedTuple, Self
 import ml_dtypes
 import numpy as np
 
+from optax_clipquant.formats.opening import open_file
 from optax_clipquant.formats.safetensors import bytes_of, replacing
 
 _MAGIC = b"GGUF"
@@ -95,10 +96,8 @@ class GGUFFile:
         self.raw: dict[str, bytes] = {}
         self.tensors: dict[str, Tensor] = {}
         self._places: dict[str, tuple[int, int]] = {}
-        if os.path.isdir(self.path):
-            raise IsADirectoryError(f"{self.path} is a folder; name a GGUF file")
         with contextlib.ExitStack() as stack:
-            self._file = stack.enter_context(open(self.path, "rb"))
+            self._file = stack.enter_context(open_file(self.path, "a GGUF file"))
             self._size = os.fstat(self._file.fileno()).st_size
             try:
                 self._read_header()
