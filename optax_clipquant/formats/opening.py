@@ -1,11 +1,11 @@
 """Opening files that may be anything. No JAX here."""
 
+import io
 import os
 import stat
-from typing import BinaryIO
 
 
-def open_file(path: str | os.PathLike[str], what: str) -> BinaryIO:
+def open_file(path: str | os.PathLike[str], what: str) -> io.BufferedReader:
     """Opens a file for reading, if it is a regular one: a pipe would wait for a writer, and a device may never end.
 
     Args:
