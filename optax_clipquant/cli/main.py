@@ -17,6 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     stop = _Stop(is_command=argv is None)
     stop.take_over()
+    if argv is None:
+        _open_closed_streams()
     try:
         code = _run(argv, stop)
         stop.raises = False  # here, where a signal that comes before it is answered below
@@ -54,6 +56,16 @@ def _run(argv: Sequence[str] | None, stop: "_Stop") -> int:
         print(f"optax-clipquant: error: {message_of(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _open_closed_streams() -> None:
+    """Opens the streams that the parent closed, such as by ``>&-``, so that no file becomes one of them."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            descriptor = os.open(
+                os.devnull, os.O_RDWR
+            )  # the lowest that is free: that of the stream
+            setattr(sys, name, os.fdopen(descriptor, "r" if name == "stdin" else "w"))
 
 
 class _Stopped(BaseException):

@@ -660,6 +660,20 @@ def test_closed_stdout_ends_quietly(source):
     assert (process.stdout, process.stderr) == ("0\n", "")
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    "command", [["inspect"], ["compress", "--force"]], ids=lambda args: args[0]
+)
+def test_streams_that_are_closed_at_the_start_do_no_harm(source, tmp_path, closed, command):
+    out = [tmp_path / "out"] * (command[0] == "compress")
+    line = f'"$0" -m optax_clipquant.cli.main "$@" {closed}'
+    process = subprocess.run(
+        ["bash", "-c", line, sys.executable, *command, source, *out], capture_output=True, text=True
+    )
+    assert (process.returncode, process.stderr) == (0, "")
+    assert not out or load(out[0]).keys() == checkpoint().keys()
+
+
 def test_runs_in_a_thread(source, tmp_path):
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         assert thread.submit(run, "compress", source, tmp_path / "small").result() == 0
