@@ -48,6 +48,19 @@ def export_params(params: PyTree, opt_state: PyTree) -> PyTree:
       >>> qparams = export_params(params, state)
       >>> bool((dequantize_params(qparams)["kernel"] == params["kernel"]).all())
       True
+
+      An Equinox module takes the floats back, or the ``QArray`` leaves themselves:
+
+      >>> import equinox as eqx
+      >>> from optax_clipquant import QArray
+      >>> linear = eqx.nn.Linear(8, 4, key=jax.random.key(0))
+      >>> params, static = eqx.partition(linear, eqx.is_inexact_array)
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> qparams = export_params(optax.apply_updates(params, updates), state)
+      >>> served = eqx.combine(dequantize_params(qparams), static)
+      >>> quantized = eqx.combine(qparams, static, is_leaf=lambda x: isinstance(x, QArray))
+      >>> bool(jnp.allclose(quantized(jnp.ones(8)), served(jnp.ones(8))))
+      True
     """
     grids = dict(_find(opt_state, "grid"))
     total, off_grid = 0, 0

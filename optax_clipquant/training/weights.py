@@ -89,7 +89,8 @@ def quantize_weights(
     one replaces it. Where such larger changes come in every step and each is below half a step of the grid,
     the next update rounds each of them back to the same level. With ``residual_bits``, a weight moved from
     one level to another keeps its distance to the level, and with ``softness`` too, changes below
-    ``softness`` times a code of the residual are not seen. On resume, ``softness`` must be the one before.
+    ``softness`` times a code of the residual are not seen. A ``softness`` changed from outside, on resume or
+    by ``optax.inject_hyperparams``, looks like a change of the params: give the schedule itself.
 
     Updates for half-precision params are emitted in float32. Apply them with ``optax.apply_updates``:
     ``p + u`` and ``eqx.apply_updates`` give float32 params, which the next update refuses, and which
