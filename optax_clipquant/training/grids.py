@@ -1,7 +1,8 @@
 """The grids of a tree of params during training."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.groups import groups_of
 from optax_clipquant.quant.params import is_quantized, leaves_of
 from optax_clipquant.quant.qarray import QArray
+from optax_clipquant.quant.quantizers.base import Quantizer
 from optax_clipquant.quant.selection import (
     Rules,
     Where,
@@ -113,31 +115,60 @@ def refit(
     use: Use | None,
     importance: jax.Array | None = None,
 ) -> Grid:
-    """Fits the grid of the next step, without derivatives."""
+    """Fits the grid of the next step to the leaf at ``path``, without derivatives."""
+    rule = known_rule(transform, quantizer, path)
+    with naming_leaf(transform, path):
+        return fit_again(rule, w, grid, use, importance)
+
+
+def known_rule(transform: str, quantizer: Rules, path: str) -> Quantizer:
+    """The rule for a leaf that is on a grid."""
     rule = rule_for(path, quantizer)
     if rule is None:
         raise ValueError(
             f"{transform}: leaf {path!r} is on a grid in the state, but no rule of the quantizer matches "
             "it; give the rules that the state was made with, or call tx.init again"
         )
+    return rule
+
+
+@contextlib.contextmanager
+def naming_leaf(transform: str, path: str) -> Iterator[None]:
+    """Adds the transform and the leaf's path to a ``ValueError`` of ``fit_again``, which knows neither.
+
+    So equal leaves share one trace.
+    """
+    try:
+        yield
+    except _OtherGridError as error:
+        raise ValueError(f"{transform}: leaf {path!r} {error}{start_anew(transform)}") from error
+
+
+class _OtherGridError(ValueError):
+    pass
+
+
+def fit_again(
+    rule: Quantizer, w: jax.Array, grid: Grid, use: Use | None, importance: jax.Array | None
+) -> Grid:
+    """Fits the grid of the next step, without derivatives; call it within ``naming_leaf``."""
     w = jax.lax.stop_gradient(w)
     try:
         found = rule.fit(w, start=grid, use=use, importance=importance)
     except (TypeError, ValueError):  # a start with other shapes cannot be used
-        _check_same_grid(transform, path, jax.eval_shape(lambda w: rule.fit(w, use=use), w), grid)
+        _check_same_grid(jax.eval_shape(lambda w: rule.fit(w, use=use), w), grid)
         raise
     found = dataclasses.replace(found, dtype=grid.dtype)
-    _check_same_grid(transform, path, found, grid)
+    _check_same_grid(found, grid)
     return found
 
 
-def _check_same_grid(transform: str, path: str, found: Grid, grid: Grid) -> None:
+def _check_same_grid(found: Grid, grid: Grid) -> None:
     """Raises if the quantizer does not make the kind of grid that is in the state."""
     if _text(found) != _text(grid):
-        raise ValueError(
-            f"{transform}: leaf {path!r} is on another grid in the state than the quantizer makes: "
-            f"{_text(grid)}, and {_text(found)}. Give the quantizer that the state was made with; or to go "
-            f"on with another one, {start_anew(transform)}"
+        raise _OtherGridError(
+            f"is on another grid in the state than the quantizer makes: {_text(grid)}, and {_text(found)}. "
+            "Give the quantizer that the state was made with; or to go on with another one, "
         )
 
 

@@ -44,7 +44,7 @@ def advance(
     level: jax.Array,
     grid: Grid,
     before: QArray,
-    stream: int,
+    stream: jax.typing.ArrayLike,
     step: jax.typing.ArrayLike,
 ) -> QArray:
     """Like ``start``, with stochastic rounding; ``before`` is the encoding of the previous step."""

@@ -12,6 +12,7 @@ from jax.extend.core import Literal
 
 from optax_clipquant._tree import is_placeholder, map_with_path, path_of, unboxed
 from optax_clipquant.lowering.noise import noise
+from optax_clipquant.lowering.outline import outlined
 from optax_clipquant.quant.companding import CompandedArray, block_of, compand, has_rows
 from optax_clipquant.quant.params import PyTree, is_quantized
 from optax_clipquant.quant.quantizers.base import is_int
@@ -166,9 +167,8 @@ def quantize_state(
         def keep(before: Any, x: Any) -> Any:
             if not _is_companded(before):
                 return x
-            # Noise for each element would cost a TPU 4 more bytes of traffic per weight and step.
-            rounding = noise(before.scale, next(streams), state.count)
-            return compand(x, before.block, before.bits, rounding)
+            stream = jnp.uint32(next(streams))
+            return _encode(before.block, before.bits, x, before.scale, stream, state.count)
 
         inner = jax.tree.map(keep, state.inner_state, inner, is_leaf=_is_companded)
         return updates, QuantizeStateState(optax.safe_increment(state.count), inner)
@@ -183,6 +183,21 @@ def _check_shape(path: jax.tree_util.KeyPath, g: Any, u: Any) -> None:
             f"quantize_state: updates leaf {path_of(path)!r} has shape {jnp.shape(g)}, but had "
             f"{jnp.shape(u)} in init; call tx.init again for params of other shapes"
         )
+
+
+def _compand_at(
+    block: tuple[int, int],
+    bits: int,
+    x: jax.Array,
+    scale: jax.Array,
+    stream: jax.Array,
+    count: jax.Array,
+) -> CompandedArray:
+    # Noise for each element would cost a TPU 4 more bytes of traffic per weight and step.
+    return compand(x, block, bits, noise(scale, stream, count))
+
+
+_encode = outlined(_compand_at, statics=2)
 
 
 def _is_companded(x: Any) -> bool:

@@ -14,20 +14,24 @@ from optax_clipquant._tree import (
     unboxed,
 )
 from optax_clipquant.gradients.clip import Bound, clip_by_value
+from optax_clipquant.lowering.outline import outlined
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.params import leaves_of, weighting_of
 from optax_clipquant.quant.qarray import QArray
+from optax_clipquant.quant.quantizers.base import Quantizer
 from optax_clipquant.quant.quantizers.uniform import Uniform
 from optax_clipquant.quant.selection import Rules, Where, check_rules, use_of
-from optax_clipquant.quant.uses import Calibration, Uses
+from optax_clipquant.quant.uses import Calibration, Use, Uses
 from optax_clipquant.training import residual
 from optax_clipquant.training.grids import (
     check_selection,
     difference,
+    fit_again,
     init_grids,
+    known_rule,
     level_of,
     map_quantized,
-    refit,
+    naming_leaf,
     start_anew,
     start_grids,
 )
@@ -204,27 +208,22 @@ def quantize_weights(
         def step(path: str, u: jax.Array, p: jax.Array, grid: Grid) -> tuple[Any, Any, Any]:
             kept = latents[path]
             residual.check_kept(path, kept, residual_bits, start_anew("quantize_weights"))
-            latent = adopt(p, grid, kept, before, state.count) + u
-            grid = refit(
-                "quantize_weights",
-                quantizer,
-                path,
-                latent,
-                grid,
-                use_of(uses, path),
-                weighting.get(path),
-            )
-            level = target = level_of(grid, latent)
-            if soft is not None:
-                target = soften(level, latent, soft)
-            u = difference(straight_through(target, latent), p)
-            if not isinstance(kept, QArray):
-                return u, grid, latent
-            if soft is not None:
-                # The next step will recover the level from the params, rounded to their dtype.
-                level = level_of(grid, grid.round(p.astype(u.dtype) + u))
-            kept = residual.advance(latent, level, grid, kept, index[path], state.count)
-            return u, grid, kept
+            rule = known_rule("quantize_weights", quantizer, path)
+            advance = _advance_residual if isinstance(kept, QArray) else _advance
+            with naming_leaf("quantize_weights", path):
+                return advance(
+                    rule,
+                    use_of(uses, path),
+                    u,
+                    p,
+                    grid,
+                    kept,
+                    soft,
+                    before,
+                    weighting.get(path),
+                    jnp.uint32(index[path]),
+                    state.count,
+                )
 
         updates, grid, latent = map_quantized(
             step, updates, params, state.grid, "quantize_weights", latents
@@ -233,6 +232,37 @@ def quantize_weights(
         return updates, QuantizeWeightsState(optax.safe_increment(state.count), latent, grid)
 
     return optax.GradientTransformation(init, update)
+
+
+def _advance(
+    rule: Quantizer,
+    use: Use | None,
+    u: jax.Array,
+    p: jax.Array,
+    grid: Grid,
+    kept: jax.Array | QArray,
+    soft: jax.typing.ArrayLike | None,
+    before: jax.Array,
+    importance: jax.Array | None,
+    stream: jax.Array,
+    count: jax.Array,
+) -> tuple[jax.Array, Grid, jax.Array | QArray]:
+    """A step of one leaf: its update, its grid and its latent weights."""
+    latent = adopt(p, grid, kept, before, count) + u
+    grid = fit_again(rule, latent, grid, use, importance)
+    level = target = level_of(grid, latent)
+    if soft is not None:
+        target = soften(level, latent, soft)
+    u = difference(straight_through(target, latent), p)
+    if not isinstance(kept, QArray):
+        return u, grid, latent
+    if soft is not None:
+        # The next step will recover the level from the params, rounded to their dtype.
+        level = level_of(grid, grid.round(p.astype(u.dtype) + u))
+    return u, grid, residual.advance(latent, level, grid, kept, stream, count)
+
+
+_advance_residual = outlined(_advance, statics=2)
 
 
 def clipquant(

@@ -1,0 +1,49 @@
+"""Functions that stay functions of the compiled program on a CPU."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from jax.experimental.xla_metadata import set_xla_metadata
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def outlined(fn: F, statics: int = 0) -> F:
+    """``fn`` under ``jax.jit``, which XLA's CPU backend neither inlines nor fuses with what is around it.
+
+    For a long function of each leaf. XLA's CPU backend (jaxlib 0.10.2) compiles equal kernels once, and
+    fuses a cheap operand into each kernel that reads it. Kept apart, calls for equal shapes have equal
+    kernels, and operands are computed once: a step of a language model with 85 matrices, with ``quantize_state``
+    and ``residual_bits``, compiles in 0.6 of the time and needs 0.6 of the temporaries. Other backends
+    fuse across the call, which on a TPU saves a pass over the weights.
+
+    Args:
+      fn: a function of arrays, or trees of them; it returns a tree of arrays.
+      statics: the number of leading arguments that are static.
+    """
+    given = tuple(range(statics))
+    inner = jax.jit(fn, static_argnums=given)
+
+    def call(*args: Any) -> Any:
+        results, tree = jax.tree.flatten(
+            inner(*args[:statics], *jax.tree.map(_opaque, args[statics:]))
+        )
+        # The call is the operation that produces each of the results.
+        return tree.unflatten([set_xla_metadata(results[0], inlineable="false"), *results[1:]])
+
+    @functools.partial(jax.jit, static_argnums=given)
+    @functools.wraps(fn)
+    def outer(*args: Any) -> Any:
+        if jax.device_count() > 1:  # the partitioner splits what is inlined
+            return inner(*args)
+        bound = (functools.partial(f, *args[:statics]) for f in (call, inner))
+        return jax.lax.platform_dependent(*args[statics:], cpu=next(bound), default=next(bound))
+
+    return outer  # pyright: ignore[reportReturnType]
+
+
+def _opaque(x: jax.Array) -> jax.Array:
+    """``x``; a constant scalar would be compiled into the function, whose kernels would then differ."""
+    return x if x.ndim else jax.lax.optimization_barrier(x)
