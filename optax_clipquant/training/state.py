@@ -12,7 +12,7 @@ from jax.extend.core import Literal
 
 from optax_clipquant._tree import is_placeholder, map_with_path, path_of, unboxed
 from optax_clipquant.lowering.noise import noise
-from optax_clipquant.lowering.outline import outlined
+from optax_clipquant.lowering.outline import opaque, outlined
 from optax_clipquant.quant.companding import CompandedArray, block_of, compand, has_rows
 from optax_clipquant.quant.params import PyTree, is_quantized
 from optax_clipquant.quant.quantizers.base import is_int
@@ -123,8 +123,7 @@ def quantize_state(
             if is_iterate:
                 refused.append(path)
                 return x
-            # Under jit these are mostly constants, which the compiler would spend seconds folding.
-            return compand(jax.lax.optimization_barrier(x), block, bits)
+            return compand(opaque(x), block, bits)
 
         inner = map_with_path(shrink, inner, iterates, is_leaf=is_quantized)
         if refused:
