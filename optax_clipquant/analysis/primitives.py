@@ -66,6 +66,21 @@ def piece(axis: int, start: int) -> Shaping:
     )
 
 
+def stack(view: View, params: Mapping[str, Any], shape: Sequence[int]) -> View:
+    return views.repeated(view, shape, [i for i in range(len(shape)) if i != params["axis"]])
+
+
+def unstack(start: int) -> Shaping:
+    """The shaping of output number ``start`` of ``unstack``."""
+
+    def shaping(view: View, params: Mapping[str, Any], shape: Sequence[int]) -> View:
+        axis = params["axis"]
+        kept = [*shape[:axis], 1, *shape[axis:]]
+        return views.indexed(piece(axis, start)(view, params, kept), [axis])
+
+    return shaping
+
+
 def dot_roles(eqn: Equation) -> list[list[Role]]:
     """The roles of the axes of both operands of ``dot_general`` and of ``ragged_dot_general``."""
     ragged = eqn.params.get("ragged_dot_dimension_numbers")
@@ -97,7 +112,10 @@ def inner_jaxpr(eqn: Equation) -> core.Jaxpr | core.ClosedJaxpr | None:
     """The jaxpr that an equation such as ``jit`` or ``remat`` stands for."""
     for param in eqn.params.values():
         jaxpr = param.jaxpr if isinstance(param, core.ClosedJaxpr) else param
-        if isinstance(jaxpr, core.Jaxpr) and _shapes(jaxpr.invars) == _shapes(eqn.invars):
+        if isinstance(jaxpr, core.Jaxpr) and (
+            _shapes(jaxpr.invars) == _shapes(eqn.invars)
+            and _shapes(jaxpr.outvars) == _shapes(eqn.outvars)
+        ):
             return param
     return None
 

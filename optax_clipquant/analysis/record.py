@@ -71,7 +71,11 @@ class Record:
         stay: list[Role] = ["output"] * len(view.dims)
         found = view.roles(roles or stay)
         kinds: set[Kind] = {kind, "lookup"} if kind == "dot" and view.is_lookup else {kind}
-        splits = any("contracted" in of_axis and len(of_axis) > 1 for of_axis in found.values())
+        # Picked rows may be weighted and summed; each index has a scale anyway.
+        splits = any(
+            "contracted" in of_axis and len(of_axis) > 1 and "lookup" not in of_axis
+            for of_axis in found.values()
+        )
         settled: dict[int, Role] = {
             a: next(r for r in _PRECEDENCE if r in of_axis) for a, of_axis in found.items()
         }

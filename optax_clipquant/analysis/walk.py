@@ -144,8 +144,12 @@ class Walk:
             for i, start in zip(range(len(eqn.outvars)), starts, strict=False)
         ]
 
+    def _unstack(self, eqn: Equation, args: Values) -> Values:
+        return [_shaped(eqn, args[0], primitives.unstack(i), i) for i in range(len(eqn.outvars))]
+
     def _concatenate(self, eqn: Equation, args: Values) -> Values:
-        return [join(self._record, [_shaped(eqn, arg, primitives.resize) for arg in args])]
+        shaping = primitives.stack if eqn.primitive.name == "stack" else primitives.resize
+        return [join(self._record, [_shaped(eqn, arg, shaping) for arg in args])]
 
     def _dynamic_slice(self, eqn: Equation, args: Values) -> Values:
         by_data = any(arg.data for arg in args[1:])
@@ -248,10 +252,12 @@ _HANDLERS: Mapping[str, Callable[[Walk, Equation, Values], Values]] = {
     "ragged_dot_general": Walk._dot,
     "conv_general_dilated": Walk._conv,
     "split": Walk._split,
+    "unstack": Walk._unstack,
     "concatenate": Walk._concatenate,
+    "stack": Walk._concatenate,
     "dynamic_slice": Walk._dynamic_slice,
     "gather": Walk._gather,
-    "all_gather": Walk._all_gather,
+    **dict.fromkeys(("all_gather", "all_gather_invariant"), Walk._all_gather),
     "scan": Walk._scan,
     "while": Walk._while,
     "cond": Walk._cond,

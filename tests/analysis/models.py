@@ -346,15 +346,18 @@ def einsum_experts() -> Case:
         y = jnp.einsum("tef,efd->ted", jax.nn.relu(h), params["down"])
         chosen = jnp.argmax(gates, -1)
         alone = jnp.einsum("td,tdf->tf", x, params["picked"][chosen])
-        return jnp.einsum("ted,te->td", y, gates), alone
+        two, few = jax.lax.top_k(gates, 2)
+        mixed = jnp.einsum("td,tkdf,tk->tf", x, params["mixed"][few], two)
+        return jnp.einsum("ted,te->td", y, gates), alone + mixed
 
-    shapes = {"router": (8, 4), "up": (4, 8, 6), "down": (4, 6, 8), "picked": (4, 8, 5)}
+    shapes = {"router": (8, 4), "up": (4, 8, 6), "down": (4, 6, 8), "picked": (4, 8, 5), "mixed": (4, 8, 5)}  # fmt: skip
     params = {name: spec(*shape) for name, shape in shapes.items()}
     return forward, params, (spec(7, 8),), {
         "router": dot(0),
         "up": dot(1),
         "down": dot(1, batch={0}),
         "picked": dot(1, lookup={0}),
+        "mixed": dot(1, lookup={0}),
     }  # fmt: skip
 
 
@@ -391,6 +394,27 @@ def loop_counter() -> Case:
         "v": dot(0, stacked={1}),
         "unrolled": dot(1, stacked={0}),
         "gain": STACKED_BIAS,
+    }  # fmt: skip
+
+
+def stacked_and_unstacked() -> Case:
+    """Layers that the function itself stacks or takes apart."""
+
+    def forward(params, x):
+        pairs = [(params["a"], params["a_bias"]), (params["b"], params["b_bias"])]
+        layers = jax.tree.map(lambda *w: jnp.stack(w), *pairs)
+        x, _ = jax.lax.scan(lambda x, p: (jnp.tanh(x @ p[0] + p[1][None]), None), x, layers)
+        q, k = (x @ w for w in jnp.unstack(params["qk"], axis=1))
+        return q * k
+
+    shapes = {"a": (8, 8), "b": (8, 8), "a_bias": (8,), "b_bias": (8,), "qk": (8, 2, 5)}
+    params = {name: spec(*shape) for name, shape in shapes.items()}
+    return forward, params, (spec(3, 8),), {
+        "a": dot(0),
+        "b": dot(0),
+        "a_bias": BIAS,
+        "b_bias": BIAS,
+        "qk": dot(0, stacked={1}),
     }  # fmt: skip
 
 
@@ -502,7 +526,8 @@ CASES = {
     for fn in (
         *(linen_dense, linen_convolutions, linen_attention_with_tied_embedding, linen_recurrent),
         *(linen_scan_and_remat, nnx_layers, nnx_lora, nnx_scan, equinox_under_vmap, haiku),
-        *(einsum_experts, ragged_dot, loop_counter, llama_with_rotary_tables),
+        *(einsum_experts, ragged_dot, loop_counter, stacked_and_unstacked),
+        llama_with_rotary_tables,
         *(closed_over_by_custom_vjp, changed_before_their_products, used_twice),
     )
 }

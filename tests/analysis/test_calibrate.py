@@ -50,6 +50,18 @@ IMAGES = normal(0, 2, 7, 6, 4)
 LINEAR = {
     "dot": (lambda w, x: x @ w, (6, 5), normal(0, 8, 6), (0,)),
     "transposed": (lambda w, x: x @ w.T, (5, 6), normal(0, 8, 6), (1,)),
+    "unstacked": (
+        lambda w, x: [x @ part for part in jnp.unstack(w, axis=1)],
+        (6, 2, 3),
+        normal(0, 8, 6),
+        (0, 1),
+    ),
+    "stacked and tiled": (
+        lambda w, x: x @ jnp.tile(jnp.stack([w[:3], w[3:]]), (1, 1, 2)).reshape(6, 10),
+        (6, 5),
+        normal(0, 8, 6),
+        (0,),
+    ),
     "heads": (lambda w, x: jnp.einsum("td,dhk->thk", x, w), (6, 2, 3), normal(0, 8, 6), (0,)),
     "output of heads": (
         lambda w, x: jnp.einsum("thk,hkd->td", x, w),
@@ -94,7 +106,9 @@ FURTHER = ("strided convolution", "transposed convolution")
 def test_moments_match_the_squared_jacobian(name):
     fn, shape, x, axes = LINEAR[name]
     w = normal(1, *shape)
-    jacobian = np.asarray(jax.jacobian(fn)(w, x), np.float64).reshape(-1, *shape)
+    jacobian = np.concatenate(
+        [np.reshape(y, (-1, *shape)) for y in jax.tree.leaves(jax.jacobian(fn)(w, x))]
+    ).astype(np.float64)
     expected = np.sum(jacobian**2, axis=0)
     moments = calibrate(lambda params, x: fn(params["w"], x), {"w": w}, [x], progress=False).moments
     found = np.asarray(moments["w"])

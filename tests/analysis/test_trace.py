@@ -10,6 +10,7 @@ import optax
 import pytest
 from analysis import models
 from flax import nnx
+from jax.experimental import pallas
 from jax.sharding import AxisType, PartitionSpec
 
 from optax_clipquant import Uniform, Use, quantize_params, trace_weights
@@ -95,16 +96,21 @@ def test_unsupported_operations_are_reported_as_unknown():
         q, _ = jnp.linalg.qr(params["factored"])
         y = x @ q + x @ params["both"] + jnp.linalg.inv(params["both"])[:1]
         callback = jax.pure_callback(lambda w: w, params["called"], params["called"])
-        return y + x @ callback, jnp.einsum("bn,nmk->bmk", x[:, :3], parts)
 
-    names = {"split": (6, 8), "factored": (6, 6), "both": (6, 6), "called": (6, 6)}
+        def in_place(ref):
+            ref[...] = ref[...] @ params["both"]
+
+        y = y + x @ callback + pallas.run_state(in_place)(params["referred"])[:1]
+        return y, jnp.einsum("bn,nmk->bmk", x[:, :3], parts)
+
+    names = dict.fromkeys(("factored", "both", "called", "referred"), (6, 6)) | {"split": (6, 8)}
     uses = trace_weights(
         forward, {k: models.spec(*shape) for k, shape in names.items()}, models.spec(1, 6)
     )
     assert uses["split"].kinds == {"dot", "unknown"}
     assert uses["factored"] == Use({"unknown"})
     assert uses["both"] == Use({"dot", "unknown"}, contracted={0})
-    assert uses["called"] == Use({"unknown"})
+    assert uses["called"] == uses["referred"] == Use({"unknown"})
     assert not any(use.is_weight for use in uses.values())
 
 
