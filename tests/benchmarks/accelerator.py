@@ -1,235 +1,100 @@
-"""HBM traffic and memory of a training step on a TPU v5e, from compilation alone: no TPU is needed.
+"""HBM traffic and memory on a TPU v5e, from compilation alone: no TPU is needed. Or times on a real device.
 
     pip install -e '.[tpu-aot]'
-    python tests/benchmarks/accelerator.py
+    python tests/benchmarks/accelerator.py                      # a training step of each transform
     python tests/benchmarks/accelerator.py --leaves 8 --size 2048 "8-bit state" "4-bit state"
-    python tests/benchmarks/accelerator.py --json adam
+    python tests/benchmarks/accelerator.py --part state         # other leaves, other optimizers
+    python tests/benchmarks/accelerator.py --part serving       # products with quantized weights
+    python tests/benchmarks/accelerator.py --part recipe        # a scanned transformer of a billion weights
+    python tests/benchmarks/accelerator.py --device gpu         # seconds of each step on a device that is present
 
-The columns, in bytes per weight and step, are the traffic to and from HBM, read off the scheduled HLO, and XLA's
-temporaries and arguments at the peak. A leaf of 2048 x 2048 fits into the chip's fast memory, and one of 8192 x 8192
-does not: look at both. The exit status is 1 if a row is above its target.
+The traffic is read off the scheduled HLO; the peak is what arguments and XLA's temporaries take together, with
+params and state donated. A leaf of 2048 x 2048 fits into the chip's fast memory, and one of 8192 x 8192 does not:
+look at both. The exit status is 1 if a row is above its target.
 """
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
 import math
-import os
-import re
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-# libtpu reads these when it starts, and then describes machines that are not present.
-os.environ |= {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "JAX_PLATFORMS": "cpu",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
+if "--device" not in sys.argv:
+    import tpu  # before jax, see there
 
 import jax
 import jax.numpy as jnp
 import optax
+import qwix
 import rich.box
 import rich.console
 import rich.progress
 import rich.table
-from figures import note
-from jax.experimental import topologies
+import transformer
+from figures import note, verdict
 
 from optax_clipquant import (
+    Binary,
+    NormalFloat,
+    QArray,
     Ternary,
     Uniform,
+    ZScore,
     clip_by_quantile,
     clip_by_value,
     clip_by_zscore,
+    narrow,
     quantize_state,
     quantize_weights,
+    trace_weights,
 )
 
 PyTree = Any
 BATCH = 256
-_WIDTHS = {"pred": 1, "s2": 0.25, "u2": 0.25, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}  # fmt: skip
-# Instructions that only name or view results of others, and the ends of copies, which are counted at their start.
-_FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "copy-done", "slice-done", "after-all", "custom-call"}  # fmt: skip
-_INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)")
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """The costs of a compiled program, in bytes, and its compile time, in seconds.
-
-    Attributes:
-      hbm: the traffic to and from HBM.
-      temporaries: the memory besides arguments and results.
-      arguments: the memory of the arguments.
-      seconds: the compile time.
-    """
-
-    hbm: float
-    temporaries: float
-    arguments: float
-    seconds: float
-
-    @property
-    def peak(self) -> float:
-        """The memory of arguments, most of which are donated, and temporaries."""
-        return self.arguments + self.temporaries
-
-
-def measure(fn: Callable[..., Any], *args: PyTree, donate: tuple[int, ...] = ()) -> Program:
-    """Compiles ``fn`` for one chip of a v5e.
-
-    Args:
-      fn: a function of arrays.
-      *args: trees of arrays or ``jax.ShapeDtypeStruct``; only shapes and dtypes are used.
-      donate: the numbers of the arguments that may be overwritten.
-    """
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    here = jax.NamedSharding(jax.sharding.Mesh(topology.devices[:1], ("x",)), jax.P())
-    args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), args)
-    lowered = jax.jit(fn, donate_argnums=donate).lower(*args)
-    start = time.perf_counter()
-    program = lowered.compile()
-    seconds = time.perf_counter() - start
-    memory = program.memory_analysis()
-    return Program(
-        hbm_bytes(program.as_text()),
-        memory.temp_size_in_bytes,
-        memory.argument_size_in_bytes,
-        seconds,
-    )
-
-
-def hbm_bytes(text: str) -> float:
-    """Bytes to and from HBM in a scheduled HLO module.
-
-    Each instruction reads its operands and writes its results, unless they live in VMEM (memory space 1). Where a
-    fusion only slices an operand, it reads the slices. Loops count as often as they run.
-    """
-    computations, entry = _computations(text)
-    return _moved(entry, computations)
-
-
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of each computation, and the name of the entry."""
-    found: dict[str, list[str]] = {}
-    entry = name = ""
-    for line in text.splitlines():
-        if header := re.match(r"(ENTRY )?%?([\w.\-]+) (?:\(.*)?.*\{$", line):
-            name = header[2]
-            found[name] = []
-            entry = name if header[1] else entry
-        elif name:
-            found[name].append(line)
-    return found, entry
-
-
-def _parts(shape: str) -> list[tuple[float, bool]]:
-    """The size of each array in a shape, and whether it lives in HBM."""
-    arrays = re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", shape)
-    return [
-        (
-            math.prod(int(n) for n in dims.split(",") if n) * _WIDTHS.get(dtype, 4),
-            "S(1)" not in layout,
-        )
-        for dtype, dims, layout in arrays
-    ]
-
-
-def _moved(name: str, computations: dict[str, list[str]]) -> float:
-    sizes: dict[str, list[tuple[float, bool]]] = {}
-    total = 0.0
-    for line in computations[name]:
-        if not (m := _INSTRUCTION.match(line)):
-            continue
-        result, shape, op, rest = m.groups()
-        sizes[result] = parts = _parts(shape)
-        operands = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
-        if op == "while" and (body := re.search(r"body=%?([\w.\-]+)", rest)):
-            times = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
-            total += int(times[1] if times else 1) * _moved(body[1], computations)
-        elif op in ("copy-start", "slice-start"):
-            size, in_hbm = parts[1 if op == "slice-start" else 0]
-            total += size * (in_hbm + any(h for o in operands for _, h in sizes.get(o, [])))
-        elif op in ("call", "async-start") and (called := re.search(r"(?:to_apply|calls)=%?([\w.\-]+)", rest)):  # fmt: skip
-            total += _moved(called[1], computations)
-        elif op not in _FREE:
-            fused = re.search(r"calls=%?([\w.\-]+)", rest)
-            slices, update = _sliced(computations.get(fused[1], []) if fused else [line])
-            if update is not None and len(parts) == 1:
-                parts = [(update, parts[0][1])]
-            total += sum(size for size, in_hbm in parts if in_hbm)
-            for i, operand in enumerate(operands):
-                known = sizes.get(operand, [])
-                total += sum(slices.get(i, size) for size, in_hbm in known if in_hbm)
-    return total
-
-
-def _sliced(lines: list[str]) -> tuple[dict[int, float], float | None]:
-    """The bytes that a fusion reads of operands that it only slices or updates in part, and the bytes it writes."""
-    made: dict[str, tuple[str, float, list[str]]] = {}
-    uses: dict[str, list[tuple[str, int]]] = {}
-    numbers, root = {}, ""
-    for line in lines:
-        if not (m := _INSTRUCTION.match(line)):
-            continue
-        name, shape, op, rest = m.groups()
-        operands = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
-        made[name] = op, sum(size for size, _ in _parts(shape)), operands
-        if op == "parameter":
-            numbers[name] = int(rest.split(")")[0])
-        for position, operand in enumerate(operands):
-            uses.setdefault(operand, []).append((name, position))
-        root = name if "ROOT" in line else root
-
-    def read(name: str) -> float | None:
-        total = 0.0
-        for user, position in uses.get(name, []):
-            op, size, _ = made[user]
-            if op in ("dynamic-slice", "slice") and position == 0:
-                total += size
-            elif op == "bitcast" and (part := read(user)) is not None:
-                total += part
-            elif op != "dynamic-update-slice" or position:
-                return None
-        return total
-
-    found = {i: part for name, i in numbers.items() if (part := read(name)) is not None}
-    while root and made[root][0] == "bitcast":
-        root = made[root][2][0]
-    if root and made[root][0] == "dynamic-update-slice" and made[root][2][1] in made:
-        return found, made[made[root][2][1]][1]
-    return found, None
-
-
-def training_step(
-    tx: optax.GradientTransformation, leaves: int, size: int, batch: int = BATCH
-) -> Program:
-    """A training step of square layers with tanh in between and mean squared error; params and state are donated."""
-
-    def loss(params: PyTree, x: jax.Array) -> jax.Array:
-        for kernel in params.values():
-            x = jnp.tanh(x @ kernel)
-        return jnp.mean(jnp.square(x - 0.5))
-
-    def step(params: PyTree, state: PyTree, x: jax.Array) -> tuple[PyTree, PyTree]:
-        updates, state = tx.update(jax.grad(loss)(params, x), state, params)
-        return optax.apply_updates(params, updates), state
-
-    kernel = jax.ShapeDtypeStruct((size, size), jnp.float32)
-    params = {f"k{i}": kernel for i in range(leaves)}
-    x = jax.ShapeDtypeStruct((batch, size), jnp.float32)
-    return measure(step, params, jax.eval_shape(tx.init, params), x, donate=(0, 1))
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A transform, and the targets for the HBM traffic and the temporaries of its step.
+    """A line of a table.
+
+    Attributes:
+      cells: the first names the row.
+      limits: the target of a column, by its number.
+    """
+
+    cells: tuple[str | float, ...]
+    limits: dict[int, float] = dataclasses.field(default_factory=dict)
+
+
+def show(title: str, columns: list[str], rows: Iterator[Row], total: int, caption: str) -> bool:
+    """Prints the rows as they are found, and returns whether all targets are met."""
+    table = rich.table.Table(title=title, caption=caption, box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate([*columns, "target"]):
+        table.add_column(column, justify="right" if i else "left")
+    met = True
+    for row in rich.progress.track(rows, total=total, description="compiling", transient=True):
+        said = []
+        for i, limit in row.limits.items():
+            value = float(row.cells[i])
+            note(f"v5e, {columns[i]}", str(row.cells[0]), value, limit)
+            met &= value <= limit
+            said.append(f"{limit:g} {verdict(value, limit)}")
+        cells = [f"{x:.2f}" if isinstance(x, float) else x for x in row.cells]
+        table.add_row(*cells, ", ".join(said))
+    rich.console.Console().print(table)
+    return met
+
+
+# A training step of each transform.
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A chain, and the targets for the HBM traffic and the temporaries of its step.
 
     Attributes:
       tx: the whole chain.
@@ -244,77 +109,429 @@ class Row:
 
 _ADAM = optax.adam(1e-3)
 STEPS = {
-    "adam": Row(_ADAM),
-    "optax.clip": Row(optax.chain(optax.clip(1.0), _ADAM)),
-    "clip_by_value": Row(optax.chain(clip_by_value(1.0), _ADAM), 30.5, 0.1),
-    "clip_by_quantile": Row(optax.chain(clip_by_quantile(), _ADAM), 30.5, 0.1),
-    "optax.clip_by_global_norm": Row(optax.chain(optax.clip_by_global_norm(1.0), _ADAM)),
-    "clip_by_zscore": Row(optax.chain(clip_by_zscore(), _ADAM), 38.2, 4.1),
-    "4 bits": Row(optax.chain(_ADAM, quantize_weights(Uniform(4))), 46.5, 0.3),
-    "4 bits, groups of 32": Row(
+    "adam": Step(_ADAM),
+    "optax.clip": Step(optax.chain(optax.clip(1.0), _ADAM)),
+    "clip_by_value": Step(optax.chain(clip_by_value(1.0), _ADAM), 30.5, 0.1),
+    "clip_by_quantile": Step(optax.chain(clip_by_quantile(), _ADAM), 30.5, 0.1),
+    "optax.clip_by_global_norm": Step(optax.chain(optax.clip_by_global_norm(1.0), _ADAM)),
+    "clip_by_zscore": Step(optax.chain(clip_by_zscore(), _ADAM), 38.2, 4.1),
+    "4 bits": Step(optax.chain(_ADAM, quantize_weights(Uniform(4))), 46.5, 0.3),
+    "4 bits, groups of 32": Step(
         optax.chain(_ADAM, quantize_weights(Uniform(4, group_size=32))), 51.5, 0.3
     ),
-    "3 bits, least squares": Row(optax.chain(_ADAM, quantize_weights(Uniform(3))), 50.5, 0.3),
-    "ternary": Row(optax.chain(_ADAM, quantize_weights(Ternary())), 50.5, 0.3),
-    "4 bits, 8-bit residual": Row(
+    "3 bits, least squares": Step(optax.chain(_ADAM, quantize_weights(Uniform(3))), 50.5, 0.3),
+    "ternary": Step(optax.chain(_ADAM, quantize_weights(Ternary())), 50.5, 0.3),
+    "4 bits, 8-bit residual": Step(
         optax.chain(_ADAM, quantize_weights(Uniform(4), residual_bits=8)), 44.5, 2.1
     ),
-    "8-bit state": Row(quantize_state(_ADAM, min_size=0), 33.0, 2.3),
-    "4-bit state": Row(quantize_state(_ADAM, bits=4, min_size=0), 33.0, 2.3),
+    "8-bit state": Step(quantize_state(_ADAM, min_size=0), 33.0, 2.3),
+    "4-bit state": Step(quantize_state(_ADAM, bits=4, min_size=0), 33.0, 2.3),
 }
 
 
-def versions() -> str:
-    """The versions of the packages that determine the figures."""
-    return f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu')}"
+def dense(params: PyTree, x: jax.Array) -> jax.Array:
+    """Square layers with tanh in between, and the mean squared error."""
+    for kernel in params.values():
+        x = jnp.tanh(x @ kernel)
+    return jnp.mean(jnp.square(x - 0.5))
+
+
+Loss = Callable[[PyTree, Any], jax.Array]
+
+
+def step_of(tx: optax.GradientTransformation, loss: Loss) -> Callable[..., tuple[PyTree, PyTree]]:
+    def step(params: PyTree, state: PyTree, x: Any) -> tuple[PyTree, PyTree]:
+        updates, state = tx.update(jax.grad(loss)(params, x), state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def square(leaves: int, size: int, dtype: Any = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
+    return {f"k{i}": jax.ShapeDtypeStruct((size, size), dtype) for i in range(leaves)}
+
+
+def training_step(
+    tx: optax.GradientTransformation,
+    params: PyTree,
+    x: Any,
+    loss: Loss = dense,
+) -> "tpu.Program":
+    """A compiled training step; params and state are donated."""
+    return tpu.measure(step_of(tx, loss), params, jax.eval_shape(tx.init, params), x, donate=(0, 1))
+
+
+def batch(size: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((BATCH, size), dtype)
+
+
+def steps(names: list[str], leaves: int, size: int) -> Iterator[Row]:
+    weights = leaves * size**2
+    for name in names:
+        step = STEPS[name]
+        program = training_step(step.tx, square(leaves, size), batch(size))
+        costs = (program.hbm, program.temporaries, program.arguments)
+        limits = {1: step.hbm, 2: step.temporaries}
+        yield Row(
+            (name, *(x / weights for x in costs), program.seconds),
+            {i: limit for i, limit in limits.items() if limit is not None},
+        )
+
+
+# The peak memory of quantized state, relative to the float state's.
+
+
+def vectors(params: PyTree, x: jax.Array) -> jax.Array:
+    for scale in params.values():
+        x = jnp.tanh(x * scale)
+    return jnp.mean(jnp.square(x - 0.5))
+
+
+def convolutions(params: PyTree, x: jax.Array) -> jax.Array:
+    for kernel in params.values():
+        layout = jax.lax.conv_dimension_numbers(x.shape, kernel.shape, ("NHWC", "HWIO", "NHWC"))
+        x = jnp.tanh(
+            jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
+        )
+    return jnp.mean(jnp.square(x - 0.5))
+
+
+def heads(params: PyTree, x: jax.Array) -> jax.Array:
+    for kernel in params.values():
+        x = jnp.einsum("bhk,dhk->bd", jnp.tanh(jnp.einsum("bd,dhk->bhk", x, kernel)), kernel)
+    return jnp.mean(jnp.square(x - 0.5))
+
+
+def tied(params: PyTree, tokens: jax.Array) -> jax.Array:
+    logits = params["embedding"][tokens] @ params["embedding"].T
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens).mean()
+
+
+def _many(count: int, *shape: int) -> dict[str, jax.ShapeDtypeStruct]:
+    return {f"w{i}": jax.ShapeDtypeStruct(shape, jnp.float32) for i in range(count)}
+
+
+# Params, input and loss. The token batch is small, so that logits do not hide the state.
+LEAVES: dict[str, tuple[PyTree, Any, Loss]] = {
+    "8 of 2048 x 2048": (square(8, 2048), batch(2048), dense),
+    "the same in bfloat16": (square(8, 2048, jnp.bfloat16), batch(2048, jnp.bfloat16), dense),
+    "2 of 8192 x 8192": (square(2, 8192), batch(8192), dense),
+    "64 vectors of 16,384": (_many(64, 16384), jax.ShapeDtypeStruct((8, 16384), jnp.float32), vectors),
+    "8 convolutions of 3 x 3 x 512 x 512": (
+        _many(8, 3, 3, 512, 512),
+        jax.ShapeDtypeStruct((4, 16, 16, 512), jnp.float32),
+        convolutions,
+    ),
+    "8 of 2048 x 12 x 128": (_many(8, 2048, 12, 128), batch(2048), heads),
+    "50,257 rows of 768": (
+        {"embedding": jax.ShapeDtypeStruct((50257, 768), jnp.float32)},
+        jax.ShapeDtypeStruct((64,), jnp.int32),
+        tied,
+    ),
+}  # fmt: skip
+# With one slot for each weight, two, three, or factored ones, which stay float.
+OPTIMIZERS = {
+    "adam": _ADAM,
+    "lion": optax.lion(1e-4),
+    "sgd, momentum": optax.sgd(1e-3, momentum=0.9),
+    "adafactor": optax.adafactor(1e-3),
+    "muon": optax.contrib.muon(1e-3),
+    "ademamix": optax.contrib.ademamix(1e-3),
+}
+TWO_SLOTS = ("adam", "ademamix")
+
+
+def states(names: list[str]) -> Iterator[Row]:
+    """Peaks in bytes a weight; the target is at most .75 with two slots or more, and 1 with others."""
+    cases = {name: (_ADAM, *LEAVES[name]) for name in LEAVES} | {
+        f"{name}, 8 of 2048 x 2048": (tx, *LEAVES["8 of 2048 x 2048"])
+        for name, tx in OPTIMIZERS.items()
+        if name != "adam"
+    }
+    for name, (tx, params, x, loss) in cases.items():
+        if names and name not in names:
+            continue
+        weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+        plain = training_step(tx, params, x, loss).peak
+        cells, limits = [name, plain / weights], {}
+        limit = 0.75 if tx is _ADAM or name.split(",")[0] in TWO_SLOTS else 1.0
+        for bits in (8, 4):
+            peak = training_step(quantize_state(tx, bits=bits), params, x, loss).peak
+            limits[len(cells) + 1] = limit
+            cells += [peak / weights, peak / plain]
+        yield Row(tuple(cells), limits)
+
+
+# Products with quantized weights.
+
+SIDE = 4096
+QUANTIZERS = {
+    "8 bits": Uniform(8),
+    "6 bits": Uniform(6),
+    "5 bits": Uniform(5),
+    "4 bits": Uniform(4),
+    "4 bits, groups of 32": Uniform(4, group_size=32),
+    "4 bits affine": Uniform(4, symmetric=False),
+    "4 bits affine, groups of 32": Uniform(4, group_size=32, symmetric=False),
+    "3 bits": Uniform(3),
+    "3 bits, groups of 32": Uniform(3, group_size=32),
+    "2 bits": Uniform(2),
+    "1 bit": Binary(),
+    "ternary": Ternary(),
+    "z-scores, R=7": ZScore(7),
+    "normal float, groups of 64": NormalFloat(4),
+}
+
+
+def into(w: jax.Array, x: jax.Array) -> jax.Array:
+    return x @ w.astype(x.dtype)
+
+
+def out_of(w: jax.Array, x: jax.Array) -> jax.Array:
+    return x @ w.astype(x.dtype).T
+
+
+def scanned(w: jax.Array, x: jax.Array) -> jax.Array:
+    return jax.lax.scan(lambda x, layer: (jnp.tanh(x @ layer.astype(x.dtype)), None), x, w)[0]
+
+
+def lookup(w: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.take(w, x, axis=0).astype(jnp.bfloat16)
+
+
+# How a weight is used, its shape, and whether the input is tokens.
+FORMS: dict[str, tuple[Callable[[Any, jax.Array], jax.Array], tuple[int, ...], bool]] = {
+    "[in, out]": (into, (SIDE, SIDE), False),
+    "[out, in]": (out_of, (SIDE, SIDE), False),
+    "scanned": (scanned, (4, SIDE, SIDE), False),
+    "lookup": (lookup, (8 * SIDE, 1024), True),
+    "tied logits": (out_of, (8 * SIDE, 1024), False),
+}
+BATCHES = (1, 8, 512)
+
+
+def served(quantizer: Any, form: str, rows: int) -> tuple["tpu.Program", float, float]:
+    """The program, the bytes of codes and scales, and those of input and result."""
+    fn, shape, tokens = FORMS[form]
+    width = shape[-1] if form != "[in, out]" else shape[0]
+    x = jax.ShapeDtypeStruct((rows,), jnp.int32) if tokens else jax.ShapeDtypeStruct((rows, width), jnp.bfloat16)  # fmt: skip
+    w = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    use = trace_weights(lambda p, x: fn(p["w"], x), {"w": w}, x)["w"]
+    q = jax.eval_shape(lambda w: narrow(quantizer.quantize(w, use=use)), w)
+    program = tpu.measure(fn, q, x)
+    whole = q.nbytes_packed if isinstance(q, QArray) else 0
+    held = [*jax.tree.leaves(q)]
+    held_bytes = sum(a.size * jax.dtypes.itemsize_bits(a.dtype) / 8 for a in held)
+    out = jax.eval_shape(fn, q, x)
+    around = sum(a.size * a.dtype.itemsize for a in (x, out))
+    assert whole <= held_bytes * 1.01
+    return program, held_bytes, around
+
+
+def serving(names: list[str]) -> Iterator[Row]:
+    """For each form and batch, the HBM traffic over the bytes of codes and scales."""
+    for name, quantizer in QUANTIZERS.items():
+        if names and name not in names:
+            continue
+        for form in FORMS:
+            cells: list[str | float] = [f"{name}: {form}"]
+            limits = {}
+            for rows in BATCHES:
+                program, held, around = served(quantizer, form, rows)
+                cells.append((program.hbm - around) / held)
+                limits[len(cells) - 1] = 1.1
+            size = math.prod(FORMS[form][1])
+            yield Row((*cells, held / size, program.temporaries / size), limits)
+
+
+# A scanned transformer.
+
+
+def recipe(layers: int) -> Iterator[Row]:
+    params, tokens = transformer.shapes(layers), jax.ShapeDtypeStruct((8, 1025), jnp.int32)
+    uses = trace_weights(transformer.loss, params, tokens)
+    weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    adam = optax.adamw(1e-3)
+    on_grid = quantize_weights(Uniform(4), uses=uses, residual_bits=8)
+    chains = {
+        "float AdamW": adam,
+        "8-bit state": quantize_state(adam),
+        "8-bit state, 4-bit weights with 8-bit residual": optax.chain(quantize_state(adam), on_grid),
+    }  # fmt: skip
+    first = None
+    for name, tx in chains.items():
+        program = training_step(tx, params, tokens, transformer.loss)
+        first = first or program
+        ratio, slower = program.peak / first.peak, program.seconds / first.seconds
+        yield Row(
+            (
+                *(name, program.arguments / weights, program.temporaries / weights),
+                *(program.peak / 2**30, ratio, program.hbm / weights, slower),
+            ),
+            {4: 0.75, 6: 3.0} if name.endswith("residual") else {},
+        )
+
+
+# Times on a device that is present.
+
+
+def timed(names: list[str], leaves: int, size: int, repeats: int = 7, calls: int = 10) -> list[Row]:
+    """Medians over turns in which all take part, so that what else the machine does hits all alike."""
+    shapes = square(leaves, size)
+    x = jax.random.normal(jax.random.key(0), (BATCH, size))
+
+    def params() -> PyTree:
+        return {
+            k: jax.random.normal(jax.random.key(i), s.shape) / size**0.5
+            for i, (k, s) in enumerate(shapes.items())
+        }
+
+    held, programs, peaks = {}, {}, {}
+    for name in names:
+        tx = STEPS[name].tx
+        start = params()
+        held[name] = (start, jax.jit(tx.init)(start))
+        programs[name] = jax.jit(step_of(tx, dense), donate_argnums=(0, 1))
+        memory = programs[name].lower(*held[name], x).compile().memory_analysis()
+        peaks[name] = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in rich.progress.track(range(repeats + 1), description="measuring", transient=True):
+        for name in names:
+            begin = time.perf_counter()
+            for _ in range(calls):
+                held[name] = programs[name](*held[name], x)
+            jax.block_until_ready(held[name])
+            if turn:  # the first compiles
+                seconds[name].append((time.perf_counter() - begin) / calls)
+    base = seconds[names[0]]
+    return [
+        Row(
+            (
+                name,
+                statistics.median(found) * 1e3,
+                statistics.median(a / b for a, b in zip(found, base, strict=True)),
+                peaks[name] / (leaves * size**2),
+            )
+        )
+        for name, found in seconds.items()
+    ]
+
+
+def served_in_time(size: int, repeats: int = 7, calls: int = 20) -> list[Row]:
+    """``x @ w`` beside bfloat16 and qwix."""
+    w = (jax.random.normal(jax.random.key(0), (size, size)) / size**0.5).astype(jnp.bfloat16)
+    how = {
+        "bfloat16": w,
+        "8 bits": narrow(Uniform(8).quantize(w)),
+        "4 bits": narrow(Uniform(4).quantize(w)),
+        "4 bits, groups of 32": narrow(Uniform(4, group_size=32).quantize(w)),
+        "qwix int8": qwix.quantize(w, jnp.int8, channelwise_axes=[1]),
+        "qwix int4": qwix.quantize(w, jnp.int4, channelwise_axes=[1]),
+    }
+
+    def product(w: Any, x: jax.Array) -> jax.Array:
+        return x @ (qwix.dequantize(w) if isinstance(w, qwix.QArray) else w.astype(x.dtype))
+
+    program, rows = jax.jit(product), []
+    for size_of_batch in BATCHES:
+        x = jnp.ones((size_of_batch, size), jnp.bfloat16)
+        seconds: dict[str, list[float]] = {name: [] for name in how}
+        for turn in range(repeats + 1):
+            for name, weight in how.items():
+                begin = time.perf_counter()
+                for _ in range(calls):
+                    y = program(weight, x)
+                jax.block_until_ready(y)
+                if turn:
+                    seconds[name].append((time.perf_counter() - begin) / calls)
+        for name, found in seconds.items():
+            base = seconds["bfloat16"]
+            ratio = statistics.median(a / b for a, b in zip(found, base, strict=True))
+            rows.append(Row((f"{size_of_batch}: {name}", statistics.median(found) * 1e3, ratio)))
+    return rows
+
+
+def on_device(platform: str, names: list[str], leaves: int, size: int) -> None:
+    device = jax.devices(platform)[0]
+    caption = f"{device.device_kind}, jax {jax.__version__}"
+    with jax.default_device(device):
+        rows = timed(names, leaves, size)
+        show(
+            f"One step, {leaves} leaves of {size} x {size}",
+            ["step", "ms", "relative", "peak, bytes a weight"],
+            iter(rows),
+            len(rows),
+            caption,
+        )
+        rows = served_in_time(size)
+        columns = ["rows: weight", "ms", "relative"]
+        show(f"x @ w, {size} x {size}", columns, iter(rows), len(rows), caption)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(STEPS)}")
-    parser.add_argument("--leaves", type=int, default=2)
-    parser.add_argument("--size", type=int, default=8192)
-    parser.add_argument(
-        "--json", action="store_true", help="print JSON in one line instead of a table"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("names", nargs="*", help="only these rows")
+    parser.add_argument("--part", choices=("steps", "state", "serving", "recipe"), default="steps")
+    parser.add_argument("--leaves", type=int, default=2, help="of the steps")
+    parser.add_argument("--size", type=int, default=8192, help="rows and columns of a leaf")
+    parser.add_argument("--layers", type=int, default=14, help="of the recipe's transformer")
+    parser.add_argument("--device", choices=("cpu", "gpu", "tpu"), help="measure on this instead")
+    parser.add_argument("--json", action="store_true", help="print the steps as JSON in one line")
     args = parser.parse_args()
-    if unknown := [name for name in args.names if name not in STEPS]:
-        parser.error(f"no step named {', '.join(unknown)}; there are {', '.join(STEPS)}")
+    known = {"steps": STEPS, "state": None, "serving": QUANTIZERS, "recipe": {}}[args.part]
+    if known is not None and (unknown := [name for name in args.names if name not in known]):
+        parser.error(f"no row named {', '.join(unknown)}; there are {', '.join(known)}")
     names = args.names or list(STEPS)
-    weights = args.leaves * args.size**2
-    console = rich.console.Console(stderr=args.json)
-    table = rich.table.Table(
-        title=f"One step on a TPU v5e, {args.leaves} leaves of {args.size} x {args.size}, bytes a weight",
-        caption=versions(),
-        box=rich.box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    table.add_column("step")
-    for column in ("HBM", "temporaries", "arguments", "compile s", "target"):
-        table.add_column(column, justify="right")
-    found, missed = {}, False
-    for name in rich.progress.track(names, console=console, description="compiling"):
-        row = STEPS[name]
-        program = training_step(row.tx, args.leaves, args.size)
-        found[name] = dataclasses.asdict(program) | {"weights": weights}
-        hbm, held, given = (
-            x / weights for x in (program.hbm, program.temporaries, program.arguments)
-        )
-        note("HBM bytes a weight on a v5e", name, hbm, row.hbm)
-        note("temporaries a weight on a v5e", name, held, row.temporaries)
-        target = ""
-        if row.hbm is not None and row.temporaries is not None:
-            above = hbm > row.hbm or held > row.temporaries
-            missed |= above
-            target = f"{row.hbm:g} / {row.temporaries:g} {'missed' if above else 'met'}"
-        table.add_row(
-            name, f"{hbm:.2f}", f"{held:.2f}", f"{given:.2f}", f"{program.seconds:.1f}", target
-        )
+    if args.device:
+        on_device(args.device, names, args.leaves, args.size)
+        return
     if args.json:
+        weights = args.leaves * args.size**2
+        found = {
+            name: dataclasses.asdict(
+                training_step(STEPS[name].tx, square(args.leaves, args.size), batch(args.size))
+            )
+            | {"weights": weights}
+            for name in names
+        }
         print(json.dumps(found))
+        return
+    caption = tpu.versions()
+    if args.part == "steps":
+        met = show(
+            f"One step on a TPU v5e, {args.leaves} leaves of {args.size} x {args.size}, bytes a weight",
+            ["step", "HBM", "temporaries", "arguments", "compile s"],
+            steps(names, args.leaves, args.size),
+            len(names),
+            caption,
+        )
+    elif args.part == "state":
+        met = show(
+            "Peak memory of a step on a TPU v5e, bytes a weight, and relative to float state",
+            ["leaves", "float", "8 bits", "relative 8", "4 bits", "relative 4"],
+            states(args.names),
+            len(args.names) or len(LEAVES) + len(OPTIMIZERS) - 1,
+            caption,
+        )
+    elif args.part == "serving":
+        met = show(
+            "HBM traffic of a product on a TPU v5e, relative to codes and scales",
+            ["weight", *(f"{rows} rows" for rows in BATCHES), "bytes a weight", "temporaries"],
+            serving(args.names),
+            len(FORMS) * (len(args.names) or len(QUANTIZERS)),
+            caption,
+        )
     else:
-        console.print(table)
-        sys.exit(int(missed))
+        met = show(
+            f"A step of a scanned transformer on a TPU v5e, {args.layers} layers, 8 x 1024 tokens, bytes a weight",
+            ["optimizer", "arguments", "temporaries", "peak, GiB", "relative", "HBM", "compile time"],
+            recipe(args.layers),
+            3,
+            caption,
+        )  # fmt: skip
+    sys.exit(int(not met))
 
 
 if __name__ == "__main__":
