@@ -35,6 +35,8 @@ def adopt(
     kept: jax.Array | QArray,
     softness: jax.typing.ArrayLike,
     count: jax.typing.ArrayLike,
+    *,
+    between: bool,
 ) -> jax.Array:
     """The latent weights, with the edits made to the params since the last update.
 
@@ -44,9 +46,9 @@ def adopt(
         e = p - served
         latent <- latent + e if abs(e) <= abs(served) / 128 else p
 
-    Differences within rounding are not edits: the rounding of ``optax.apply_updates``, half a unit in the
-    last place of half precision (a compiler may keep params in float32 from one step to the next), and the
-    resolution of ``kept``. Before the first update nothing has been rounded, and the params are the latent
+    Differences within rounding are not edits: the rounding of ``optax.apply_updates``, and in half
+    precision, half a unit in the last place (a compiler may keep params in float32 from one step to the
+    next). Before the first update nothing has been rounded, and the params are the latent
     weights: with 8 bits in bfloat16, half a unit in the last place is a quarter of a step, and what was
     loaded after ``init`` would otherwise be taken for what was there before.
 
@@ -56,29 +58,38 @@ def adopt(
       kept: as for ``recall``.
       softness: the softness that the params were served with.
       count: the number of updates so far.
+      between: whether the params may lie between levels after an update.
     """
     level, latent = recall(p, grid, kept)
     wide = p.astype(jnp.float32)
-    served = soften(level, latent, softness)
-    if p.dtype.itemsize < 4 and isinstance(kept, QArray):
-        # Rounded params may be nearest to another level than the one they were served from.
+    served, unserved = soften(level, latent, softness), jnp.zeros((), bool)
+    may_cross = isinstance(kept, QArray) and (between or p.dtype.itemsize < 4)
+    if may_cross:
+        unserved = crosses(served, level, grid)
+        # These were served from exact latent weights, and perhaps from the level nearest to these.
         other = soften(level_of(grid, latent), latent, softness)
-        served = jnp.where(jnp.abs(wide - other) < jnp.abs(wide - served), other, served)
+        nearer = jnp.abs(wide - other) < jnp.abs(wide - served)
+        served = jnp.where(unserved & nearer, other, served)
     if not isinstance(kept, QArray):  # otherwise the direction of rounding is unknown
         served = grid.round(served).astype(jnp.float32)
+    # p + (served - p) is computed in float32, and then rounded to the params' dtype.
+    tolerance = 4 * _EPS * jnp.maximum(jnp.abs(wide), jnp.abs(served))
     if p.dtype.itemsize < 4:
         # Of two numbers that one rounding lies between, the smaller one has the finer unit.
-        tolerance = _half_unit(jnp.minimum(jnp.abs(wide), jnp.abs(served)), p.dtype)
-    else:
-        tolerance = 4 * _EPS * jnp.maximum(jnp.abs(wide), jnp.abs(served))
-    if isinstance(kept, QArray):
-        tolerance += softness * residual.resolution(grid, kept)
+        tolerance += _half_unit(jnp.minimum(jnp.abs(wide), jnp.abs(served)), p.dtype)
+    if may_cross:
+        tolerance += jnp.where(unserved, softness * residual.resolution(grid, kept), 0)
     tolerance *= jnp.minimum(jnp.asarray(count, jnp.float32), 1)
     edit = jnp.abs(wide - served)
     # By a whole unit of half precision, rounded weights may seem to move twice as far.
     small = _SMALL * jnp.abs(served) + tolerance
     changed = jnp.where(edit <= small, latent + (wide - served), wide)
     return straight_through(jnp.where(edit <= tolerance, latent, changed), wide)
+
+
+def crosses(served: jax.Array, level: jax.Array, grid: Grid) -> jax.Array:
+    """Whether params at ``served``, rounded to their dtype, would be nearest to another level than ``level``."""
+    return level_of(grid, grid.round(served)) != level
 
 
 def _half_unit(x: jax.Array, dtype: np.dtype) -> jax.Array:

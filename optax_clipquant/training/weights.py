@@ -35,7 +35,7 @@ from optax_clipquant.training.grids import (
     start_anew,
     start_grids,
 )
-from optax_clipquant.training.latent import adopt, straight_through
+from optax_clipquant.training.latent import adopt, crosses, straight_through
 from optax_clipquant.training.rounding import RoundWeightsState
 from optax_clipquant.training.softness import check_softness, soften, softness_before
 
@@ -92,8 +92,7 @@ def quantize_weights(
     before the next update. A change of at most 1/128 of a weight is added to its latent weight, any larger
     one replaces it. Where such larger changes come in every step and each is below half a step of the grid,
     the next update rounds each of them back to the same level. With ``residual_bits``, a weight moved from
-    one level to another keeps its distance to the level, and with ``softness`` too, changes below
-    ``softness`` times a code of the residual are not seen. A ``softness`` changed from outside, on resume or
+    one level to another keeps its distance to the level. A ``softness`` changed from outside, on resume or
     by ``optax.inject_hyperparams``, looks like a change of the params: give the schedule itself.
 
     Updates for half-precision params are emitted in float32. Apply them with ``optax.apply_updates``:
@@ -248,7 +247,7 @@ def _advance(
     count: jax.Array,
 ) -> tuple[jax.Array, Grid, jax.Array | QArray]:
     """A step of one leaf: its update, its grid and its latent weights."""
-    latent = adopt(p, grid, kept, before, count) + u
+    latent = adopt(p, grid, kept, before, count, between=soft is not None) + u
     grid = fit_again(rule, latent, grid, use, importance)
     level = target = level_of(grid, latent)
     if soft is not None:
@@ -256,10 +255,16 @@ def _advance(
     u = difference(straight_through(target, latent), p)
     if not isinstance(kept, QArray):
         return u, grid, latent
-    if soft is not None:
-        # The next step will recover the level from the params, rounded to their dtype.
-        level = level_of(grid, grid.round(p.astype(u.dtype) + u))
-    return u, grid, residual.advance(latent, level, grid, kept, stream, count)
+    if soft is None:
+        return u, grid, residual.advance(latent, level, grid, kept, stream, count)
+    # The next step will recover the level from the params, rounded to their dtype.
+    level = level_of(grid, grid.round(p.astype(u.dtype) + u))
+    kept = residual.advance(latent, level, grid, kept, stream, count)
+    # Served from what is kept, so that outside edits smaller than the residual's codes can be told from its
+    # rounding; but not where that would cross over to another level.
+    target = soften(level, residual.latent_of(level, grid, kept), soft)
+    served = difference(straight_through(target, latent), p)
+    return jnp.where(crosses(target, level, grid), u, served), grid, kept
 
 
 _advance_residual = outlined(_advance, statics=2)
