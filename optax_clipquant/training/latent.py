@@ -62,23 +62,21 @@ def adopt(
     """
     level, latent = recall(p, grid, kept)
     wide = p.astype(jnp.float32)
-    served, unserved = soften(level, latent, softness), jnp.zeros((), bool)
-    may_cross = isinstance(kept, QArray) and (between or p.dtype.itemsize < 4)
-    if may_cross:
-        unserved = crosses(served, level, grid)
-        # These were served from exact latent weights, and perhaps from the level nearest to these.
+    served, slack = soften(level, latent, softness), 0.0
+    if isinstance(kept, QArray) and (between or p.dtype.itemsize < 4):
+        # Those that would cross were served from exact latent weights, and perhaps from another level.
+        crossing = crosses(served, level, grid)
+        slack = jnp.where(crossing, softness * residual.resolution(grid, kept), 0)
         other = soften(level_of(grid, latent), latent, softness)
         nearer = jnp.abs(wide - other) < jnp.abs(wide - served)
-        served = jnp.where(unserved & nearer, other, served)
+        served = jnp.where(crossing & nearer, other, served)
     if not isinstance(kept, QArray):  # otherwise the direction of rounding is unknown
         served = grid.round(served).astype(jnp.float32)
     # p + (served - p) is computed in float32, and then rounded to the params' dtype.
-    tolerance = 4 * _EPS * jnp.maximum(jnp.abs(wide), jnp.abs(served))
+    tolerance = slack + 4 * _EPS * jnp.maximum(jnp.abs(wide), jnp.abs(served))
     if p.dtype.itemsize < 4:
         # Of two numbers that one rounding lies between, the smaller one has the finer unit.
         tolerance += _half_unit(jnp.minimum(jnp.abs(wide), jnp.abs(served)), p.dtype)
-    if may_cross:
-        tolerance += jnp.where(unserved, softness * residual.resolution(grid, kept), 0)
     tolerance *= jnp.minimum(jnp.asarray(count, jnp.float32), 1)
     edit = jnp.abs(wide - served)
     # By a whole unit of half precision, rounded weights may seem to move twice as far.
