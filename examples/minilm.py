@@ -46,6 +46,7 @@ from flax.training.train_state import TrainState
 
 from optax_clipquant import (
     Uniform,
+    Uses,
     allocate_bits,
     bits_per_param,
     clip_by_value,
@@ -57,6 +58,7 @@ from optax_clipquant import (
     quantize_weights,
     save,
     squared_gradients,
+    trace_weights,
 )
 
 try:
@@ -90,14 +92,21 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """MiniLM's BERT, from ids of (texts, tokens), 0 for padding, to a unit vector for each text."""
+    """MiniLM's BERT, from ids of (texts, tokens), 0 for padding, to a unit vector for each text.
+
+    Positions count from 0 and the type is 0, unless given.
+    """
 
     @nn.compact
-    def __call__(self, ids: jax.Array) -> jax.Array:
+    def __call__(
+        self, ids: jax.Array, positions: jax.Array | None = None, types: jax.Array | None = None
+    ) -> jax.Array:
         mask = ids != 0
+        positions = jnp.arange(ids.shape[1])[None] if positions is None else positions
+        types = jnp.zeros_like(ids) if types is None else types
         x = nn.Embed(30522, WIDTH, name="words")(ids)
-        x = x + nn.Embed(512, WIDTH, name="positions")(jnp.arange(ids.shape[1])[None])
-        x = x + nn.Embed(2, WIDTH, name="types")(jnp.zeros_like(ids))
+        x = x + nn.Embed(512, WIDTH, name="positions")(positions)
+        x = x + nn.Embed(2, WIDTH, name="types")(types)
         x = norm("norm")(x)
         for i in range(LAYERS):
             x = Layer(name=f"layer{i}")(x, mask)
@@ -283,17 +292,21 @@ def in_groups(bits: int) -> Uniform:
     return Uniform(bits=bits, group_size=GROUP, scale_rule="mse")
 
 
-def by_channel(bits: int) -> dict[str, Uniform]:
-    """Rules with a scale per channel; in an embedding table, whose 384 columns are summed over, per row."""
-    return {
-        "embedding": Uniform(bits=bits, channel_axis=0, scale_rule="mse"),
-        "kernel": Uniform(bits=bits, channel_axis=1, scale_rule="mse"),
-    }
+def by_channel(bits: int) -> Uniform:
+    return Uniform(bits=bits, scale_rule="mse")
 
 
-def by_library(rules: Rules, params: PyTree) -> tuple[PyTree, Size]:
+def uses_of(params: PyTree) -> Uses:
+    """How the encoder uses its weights: kernels have output channels, tables have rows, each with a scale."""
+    ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)  # positions and types are data too, and looked up
+    return trace_weights(
+        lambda params, *ids: Encoder().apply({"params": params}, *ids), params, ids, ids, ids
+    )
+
+
+def by_library(rules: Rules, params: PyTree, uses: Uses | None = None) -> tuple[PyTree, Size]:
     """The quantized params as loaded from a file, and their size."""
-    qparams = quantize_params(params, rules)
+    qparams = quantize_params(params, rules, uses=uses)
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder, "model.safetensors")
         save(file, qparams)
@@ -371,7 +384,7 @@ MIXED, GROUPS, CHANNELS, ABSMAX, QWIX, TRAINED = (
 )
 SCHEMES: dict[str, Scheme] = {
     GROUPS: lambda params, bits: by_library(in_groups(bits), params),
-    CHANNELS: lambda params, bits: by_library(by_channel(bits), params),
+    CHANNELS: lambda params, bits: by_library(by_channel(bits), params, uses_of(params)),
     ABSMAX: lambda params, bits: by_formula(absmax, params, bits),
     QWIX: lambda params, bits: by_formula(by_qwix, params, bits),
 }
