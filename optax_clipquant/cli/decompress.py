@@ -16,7 +16,8 @@ from optax_clipquant.report.rows import Row
 _TEXT = """Decompress a file to a plain safetensors file, which any program can read.
 
 Names, shapes, dtypes and metadata are those of the file that was compressed, except that float8 weights
-become float32."""
+become float32. Where a program wants a folder, such as transformers, name OUT model.safetensors and copy
+config.json and the tokenizer beside it."""
 _EXAMPLES = """  optax-clipquant decompress small.safetensors model.safetensors
   optax-clipquant decompress small.safetensors model.safetensors --force --json
   optax-clipquant decompress small/ model/ --max-shard-size 5GB"""

@@ -84,6 +84,8 @@ def check_output(args: argparse.Namespace) -> None:
         if same or os.path.realpath(source) == os.path.realpath(output):
             raise ValueError(f"IN and OUT are the same file, {args.input}; name another OUT")
     if args.max_shard_size is None:
+        if os.path.isdir(output) or output.endswith(("/", os.sep)):
+            raise IsADirectoryError(f"OUT {output} is a folder; name a file, or write shards into it with --max-shard-size")  # fmt: skip
         check_free(f"OUT {output}", output, args.force)
 
 

@@ -84,7 +84,7 @@ def export_params(params: PyTree, opt_state: PyTree) -> PyTree:
     if off_grid:
         warnings.warn(
             f"{off_grid} of {total} weights are off the grid and were moved to the nearest level; "
-            "export the params as the last update left them",
+            "put quantize_weights last in the chain, and export the params as the last update left them",
             stacklevel=2,
         )
     return exported

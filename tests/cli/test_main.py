@@ -290,6 +290,7 @@ def test_inspect_against_another_model_is_refused(source, tmp_path, capsys):
         ("compress {in} {in} --force", "the same file"),
         ("compress {in} {link} --force", "the same file"),
         ("compress {in} {folder} --force", "is a folder"),
+        ("decompress {in} {folder}/new/", "is a folder; name a file, or write shards into it"),
         ("compress {in} {folder}/none/out", "there is no folder"),
         ("compress {in} {small}", "overwrite it with --force"),
         ("compress {small} {out}", "compressed already"),

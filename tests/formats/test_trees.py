@@ -623,3 +623,13 @@ def test_calibration_is_restored(file):
     assert dict(loaded.uses) == uses
     assert loaded.uses.shapes == {"a/b": (4, 3)}
     assert_same(dict(loaded.moments), moments)
+
+
+def test_functions_of_a_module_name_the_way_out(file):
+    """They are leaves of an Equinox module, which is neither saved nor restored whole."""
+    save(file, {"w": jnp.ones(3), "activation": None})
+    whole = {"w": jnp.ones(3), "activation": jax.nn.relu}
+    with pytest.raises(TypeError, match=r"'activation'.*eqx.filter"):
+        save(file, whole)
+    with pytest.raises(ValueError, match=r"'activation' of `like` is a function.*eqx.filter"):
+        load(file, like=whole)

@@ -102,6 +102,34 @@ def to_gguf(
         tx = optax.chain(optax.adam(1e-5), quantize_weights(quantizer))
         ...
         to_gguf("mine.gguf", export_params(params, opt_state), like="llama-f16.gguf")
+
+      ``like`` is a download, or what llama.cpp's ``convert_hf_to_gguf.py`` writes. Ollama runs the file
+      after ``echo "FROM ./mine.gguf" > Modelfile && ollama create mine -f Modelfile``.
+
+      Here it is a minimal file. The leaf ``up`` has the kernels ``[in, out]`` of both layers:
+
+      >>> import tempfile
+      >>> import gguf
+      >>> import jax.numpy as jnp
+      >>> import numpy as np
+      >>> from optax_clipquant import Uniform, from_gguf, quantize_params
+      >>> folder = tempfile.TemporaryDirectory()
+      >>> writer = gguf.GGUFWriter(folder.name + "/like.gguf", "llama")
+      >>> for layer in range(2):
+      ...     writer.add_tensor(f"blk.{layer}.ffn_up.weight", np.ones((64, 32), np.float16))
+      >>> writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file()
+      (None, None, None)
+      >>> writer.close()
+      >>> up = jnp.arange(2 * 32 * 64.0).reshape(2, 32, 64)
+      >>> qparams = quantize_params({"up": up}, Uniform(4, channel_axis=(0, 2), group_size=32))
+      >>> names = {"up": "blk.{}.ffn_up.weight"}
+      >>> to_gguf(folder.name + "/mine.gguf", qparams, like=folder.name + "/like.gguf", names=names)
+      {'blk.0.ffn_up.weight': 'Q4_0', 'blk.1.ffn_up.weight': 'Q4_0'}
+      >>> tree, metadata = from_gguf(folder.name + "/mine.gguf")
+      >>> decoded = tree["blk.1.ffn_up.weight"].dequantize()
+      >>> bool((decoded == qparams["up"].dequantize()[1].T).all())
+      True
+      >>> folder.cleanup()
     """
     written = write_gguf(path, leaves_in(qparams), like=like, names=names, otherwise=otherwise)
     return {item.name: item.kind for item in written}

@@ -23,6 +23,11 @@ def fill(like: PyTree, tree: PyTree, file: str) -> PyTree:
     leaves = []
     for path, (key, leaf) in zip(paths, expected, strict=True):
         parts = _parts(key)
+        if parts not in found and callable(leaf):
+            raise ValueError(
+                f"{file}: leaf {path!r} of `like` is a function; of an Equinox module, give "
+                "eqx.filter(module, eqx.is_array)"
+            )
         if parts not in found:
             raise ValueError(
                 f"{file}: no leaf {path!r}, which `like` has; left to match are {_some(found)}"

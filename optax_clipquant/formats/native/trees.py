@@ -103,12 +103,30 @@ def load(path: str | os.PathLike[str], *, like: PyTree = None, narrow: bool = Fa
       ...     save(folder + "/model.safetensors", qparams)
       ...     load(folder + "/model.safetensors")["kernel"].dequantize().sum()
       Array(16., dtype=float32)
+
+      An NNX model and an Equinox model, whose functions are not saved:
+
+      >>> import equinox as eqx
+      >>> from flax import nnx
+      >>> from optax_clipquant import dequantize_params
+      >>> model = nnx.Linear(8, 2, rngs=nnx.Rngs(0))
+      >>> arrays, functions = eqx.partition(eqx.nn.Linear(8, 2, key=jax.random.key(0)), eqx.is_array)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = folder + "/model.safetensors"
+      ...     save(path, quantize_params(nnx.state(model, nnx.Param), Uniform(bits=4)))
+      ...     nnx.update(model, dequantize_params(load(path, like=nnx.state(model, nnx.Param))))
+      ...     save(path, quantize_params(arrays, Uniform(bits=4)))
+      ...     module = eqx.combine(dequantize_params(load(path, like=arrays)), functions)
+      >>> model(jnp.ones(8)).shape, module(jnp.ones(8)).shape
+      ((2,), (2,))
+
+      A file that another program wrote is read by ``safetensors.flax.load_file``.
     """
     with Checkpoint(path) as checkpoint:
         if not checkpoint.is_saved and files_of(path) == [os.fspath(path)]:
             raise ValueError(
                 f"{checkpoint.path}: not written by optax_clipquant.save; read it with "
-                "safetensors.numpy.load_file"
+                "safetensors.flax.load_file"
             )
         leaves = {}
         for name, leaf in checkpoint.leaves.items():
@@ -268,7 +286,8 @@ def _spec(leaf: Any, path: str, stored: set[np.dtype] = _STORED) -> Spec:
         leaf = np.asarray(leaf)
     if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)):
         raise TypeError(
-            f"{where} is a {type(leaf).__name__}; only arrays and numbers can be stored"
+            f"{where} is a {type(leaf).__name__}; only arrays and numbers can be stored: of an Equinox "
+            "module, give eqx.filter(module, eqx.is_array)"
         )
     dtype = np.dtype(leaf.dtype).newbyteorder("=")
     if dtype not in stored:
