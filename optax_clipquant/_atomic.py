@@ -1,9 +1,10 @@
-"""Atomic replacement of files."""
+"""Atomic replacement of files, and creation of folders."""
 
 import contextlib
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -51,6 +52,47 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise
 
 
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[str]:
+    """Makes a folder that gets its name when the block ends without an exception, and is removed otherwise.
+
+    Temporary folders that killed writers of the same ``path`` left behind are removed.
+
+    Raises:
+      FileExistsError: ``path`` exists and is not an empty folder.
+      FileNotFoundError: its parent does not exist.
+    """
+    path = os.path.abspath(path)
+    check_new_folder(path)
+    parent, name = os.path.split(path)
+    _remove_abandoned(parent, name)
+    temporary = _temporary(parent, name)
+    os.mkdir(temporary)
+    with contextlib.ExitStack() as stack:
+        if fcntl is not None:
+            descriptor = os.open(temporary, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            _lock(descriptor, wait=True)
+        try:
+            yield temporary
+            if os.path.isdir(path):
+                os.rmdir(path)  # Windows cannot rename onto a folder
+            os.replace(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def check_new_folder(path: str | os.PathLike[str]) -> None:
+    """Raises what ``new_folder`` would raise, without creating a folder."""
+    path = os.path.abspath(path)
+    if os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path)):
+        raise FileExistsError(f"{path} exists; name a new folder, or remove it")
+    parent = os.path.dirname(path)
+    if not os.path.isdir(parent):
+        raise FileNotFoundError(f"{path}: there is no folder {parent}")
+
+
 def check_replaceable(path: str) -> None:
     """Raises what ``replacing`` would raise, without creating a file."""
     target = os.path.realpath(path)
@@ -65,10 +107,14 @@ def check_replaceable(path: str) -> None:
         raise FileNotFoundError(f"{path}: there is no folder {folder}")
 
 
+def _temporary(folder: str, name: str) -> str:
+    return os.path.join(folder, f".{name[:32]}.{secrets.token_hex(6)}.tmp")
+
+
 def _create(folder: str, name: str) -> tuple[BinaryIO, str]:
     """Creates a temporary file, which stays locked while it is open; returns it and its path."""
     while True:
-        temporary = os.path.join(folder, f".{name[:32]}.{secrets.token_hex(6)}.tmp")
+        temporary = _temporary(folder, name)
         file = open(temporary, "xb")  # noqa: SIM115 (the caller closes it)
         _lock(file.fileno(), wait=True)
         # Another writer may have removed it as abandoned before it was locked.
@@ -78,18 +124,20 @@ def _create(folder: str, name: str) -> tuple[BinaryIO, str]:
 
 
 def _remove_abandoned(folder: str, name: str) -> None:
-    """Removes the temporary files of this name that no living process has locked."""
+    """Removes the temporary files and folders of this name that no living process has locked."""
     if fcntl is None:
         return
     pattern = re.compile(re.escape(f".{name[:32]}.") + r"[0-9a-f]{12}\.tmp")
     with os.scandir(folder) as entries:
-        found = [entry.path for entry in entries if pattern.fullmatch(entry.name)]
-    for temporary in found:
+        found = [entry for entry in entries if pattern.fullmatch(entry.name)]
+    for entry in found:
+        is_folder = entry.is_dir(follow_symlinks=False)
         with contextlib.suppress(OSError):
-            descriptor = os.open(temporary, os.O_RDWR | os.O_NOFOLLOW)
+            access = os.O_RDONLY if is_folder else os.O_RDWR
+            descriptor = os.open(entry.path, access | os.O_NOFOLLOW)
             try:
                 if _lock(descriptor, wait=False):
-                    os.remove(temporary)
+                    (shutil.rmtree if is_folder else os.remove)(entry.path)
             finally:
                 os.close(descriptor)
 

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from optax_clipquant._atomic import replacing
+from optax_clipquant._atomic import new_folder, replacing
 
 
 def write(path, content: bytes = b"new") -> None:
@@ -109,3 +109,16 @@ def test_concurrent_writers_never_mix(tmp_path):
         thread.join()
     assert not failed
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_folders_of_killed_writers_are_removed(tmp_path):
+    """That of a living writer stays, and so do folders with other names."""
+    others = (".file.tmp", ".other.0123456789ab.tmp")
+    for name in (".file.0123456789ab.tmp", *others):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").touch()
+    with new_folder(tmp_path / "file") as first, new_folder(tmp_path / "file") as second:
+        found = {os.path.join(tmp_path, name) for name in others} | {first, second}
+        assert {str(path) for path in tmp_path.iterdir()} == found
+    assert sorted(os.listdir(tmp_path)) == [*others, "file"]
+    assert not os.listdir(tmp_path / "file")

@@ -10,11 +10,13 @@ import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from optax_clipquant._atomic import check_new_folder
 from optax_clipquant.cli import compress
 from optax_clipquant.cli.arguments import Commands, add_json
 from optax_clipquant.cli.terminal import check_free, print_json, printable, progress
 from optax_clipquant.formats.checkpoint import Checkpoint
-from optax_clipquant.formats.compressed_tensors.folder import read_config, read_object
+from optax_clipquant.formats.compressed_tensors.folder import float_config, read_config, read_object
+from optax_clipquant.formats.gguf.container import GGUFFile
 from optax_clipquant.formats.native.names import path_of_name
 
 if TYPE_CHECKING:  # it imports JAX, which errors in the arguments need not wait for
@@ -51,7 +53,8 @@ def add(commands: Commands) -> None:
         "--names",
         metavar="FILE.json",
         help="an object that maps tensors of IN, where names differ, to the name in MODEL, to [name, transpose], "
-        "or to null to leave the tensor out",
+        "or to null to leave the tensor out. Tensors with a name here keep the order of their rows, others get that "
+        "of queries and keys in OUT's format",
     )
     parser.add_argument(
         "--otherwise",
@@ -65,11 +68,11 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    _check(args)
-    with _leaves(args) as leaves:
+    names = _check(args)
+    with _leaves(args, names or {}) as leaves:
         total = sum(math.prod(leaf.shape) for leaf in leaves.values())
         with progress("converting", total) as advance:
-            written = _write(args, leaves, advance)
+            written = _write(args, leaves, names, advance)
     if args.json:
         tensors = [_plain(item) for item in written]
         print_json({"input": args.input, "output": args.output, "tensors": tensors})
@@ -95,8 +98,8 @@ def _plain(item: "Written") -> dict[str, Any]:
     return {"name": item.name, "shape": list(item.shape), "in": _kind_of(item.leaf), "out": item.kind, "bytes": item.nbytes}  # fmt: skip
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Checks before the work that the arguments are consistent, and that OUT can be written."""
+def _check(args: argparse.Namespace) -> "dict[str, Any] | None":
+    """Checks before the work that the arguments are consistent, and OUT can be written; returns the names."""
     os.stat(args.input)  # raises if it is missing
     if args.to == "safetensors":
         unused = {"--like": args.like, "--names": args.names, "--otherwise": args.otherwise}
@@ -115,12 +118,23 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"{option} has no use with --to {args.to}; leave it out")
     if os.path.realpath(args.input) == os.path.realpath(args.output):
         raise ValueError(f"IN and OUT are the same, {args.input}; name another OUT")
-    if args.to != "compressed-tensors":
+    if args.to == "compressed-tensors":
+        check_new_folder(args.output)
+        float_config(args.like)
+    else:
         check_free(f"OUT {args.output}", args.output, args.force)
+    if args.to == "gguf":
+        with GGUFFile(args.like):
+            pass
+    return None if args.names is None else read_object(args.names)
 
 
-def _write(args: argparse.Namespace, leaves: "dict[str, Leaf]", advance: Any) -> "list[Written]":
-    names = None if args.names is None else read_object(args.names)
+def _write(
+    args: argparse.Namespace,
+    leaves: "dict[str, Leaf]",
+    names: "dict[str, Any] | None",
+    advance: Any,
+) -> "list[Written]":
     if args.to == "gguf":
         from optax_clipquant.formats.gguf.write import write_gguf
 
@@ -149,8 +163,8 @@ def _kind_of(leaf: "Leaf") -> str:
 
 
 @contextlib.contextmanager
-def _leaves(args: argparse.Namespace) -> "Iterator[dict[str, Leaf]]":
-    """The leaves of IN, quantized if the arguments ask for it."""
+def _leaves(args: argparse.Namespace, names: dict[str, Any]) -> "Iterator[dict[str, Leaf]]":
+    """The leaves of IN, quantized if the arguments ask for it, with Hugging Face's names where OUT needs them."""
     from optax_clipquant.formats.leaves import leaves_in
 
     wanted = args.bits is not None or args.budget is not None or bool(args.rule)
@@ -160,10 +174,11 @@ def _leaves(args: argparse.Namespace) -> "Iterator[dict[str, Leaf]]":
         _check_unquantized(args.input, wanted)
         tree, metadata = from_gguf(args.input)
         leaves = leaves_in(tree)
-        if args.to == "compressed-tensors" and args.names is None:
+        if args.to == "compressed-tensors":
             from optax_clipquant.formats.gguf.names import as_hugging_face
 
-            leaves = as_hugging_face(leaves, metadata)
+            given = {path: leaves.pop(path) for path in names if path in leaves}
+            leaves = given | as_hugging_face(leaves, metadata)
         yield leaves
         return
     if _is_compressed_tensors(args.input):

@@ -7,6 +7,7 @@ import safetensors.numpy
 from helpers import weights
 
 from optax_clipquant import Uniform, from_compressed_tensors, load, quantize_params, save
+from optax_clipquant.cli import compress
 from optax_clipquant.cli.main import main
 
 gguf = pytest.importorskip("gguf")
@@ -113,24 +114,43 @@ def test_files_of_other_runtimes_are_read(files):
         np.testing.assert_array_equal(np.asarray(found[ours]), original)
     name = "model.layers.0.self_attn.v_proj.weight"
     np.testing.assert_array_equal(found[name].qvalue, wanted[name].qvalue)
+    # Names for one tensor leave the others' as they are without names.
+    (files / "names.json").write_text(json.dumps({"blk.0.attn_v.weight": None}))
+    more = ("--names", files / "names.json")
+    assert run("convert", files / "a.gguf", files / "less", *back, *more) == 0
+    less, _ = from_compressed_tensors(files / "less")
+    np.testing.assert_array_equal(less.pop(name), weights(SHAPES[name], seed=2))  # from `like`
+    for ours, leaf in less.items():
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(wanted[ours]))
 
 
-def test_wrong_arguments_are_named_and_nothing_is_written(files, capsys):
+def test_wrong_arguments_are_named_and_nothing_is_written(files, capsys, monkeypatch):
     model, like, out = files / "model", files / "like.gguf", files / "out.gguf"
     save(files / "odd.safetensors", quantize_params({"token_embd.weight": weights((12, 64))}, Uniform(4, symmetric=False, channel_axis=0)))  # fmt: skip
     (files / "list.json").write_text("[]")
     before = sorted(files.iterdir())
     to = ("--to", "gguf", "--like", like)
+    ct = ("--to", "compressed-tensors", "--like")
+
+    def quantized_first(*args):
+        raise AssertionError("the model was quantized before its arguments were checked")
+
+    monkeypatch.setattr(compress, "quantize", quantized_first)
     cases = [
         ((model, out, "--to", "gguf"), "--to gguf needs --like MODEL"),
         ((model, like, *to), "like.gguf exists; overwrite it with --force"),
         ((like, like, *to), "IN and OUT are the same"),
         ((like, out, *to, "--bits", 4), "is quantized already; leave out --bits"),
-        ((model, out, "--to", "safetensors"), "use `compress`"),
+        ((model, out, "--to", "safetensors"), "`compress` quantizes it"),
         ((like, out, "--to", "safetensors", "--like", like), "--like has no use"),
         ((model, out, *to, "--names", files / "list.json"), "is not a JSON object"),
         ((files / "odd.safetensors", out, *to), "leaf 'token_embd.weight' .* zero points"),
         ((files / "none.safetensors", out, *to), "none.safetensors"),
+        ((model, files, *ct, model, "--bits", 4), "exists; name a new folder"),
+        ((model, files / "none" / "ct", *ct, model, "--bits", 4), "there is no folder .*none$"),
+        ((model, files / "ct", *ct, like, "--bits", 4), "like.gguf is not a folder"),
+        ((model, out, "--to", "gguf", "--like", model, "--bits", 4), "model is a folder; name a GGUF file"),
+        ((model, out, *to, "--bits", 4, "--names", files / "list.json"), "is not a JSON object"),
     ]  # fmt: skip
     for args, message in cases:
         assert run("convert", *args) == 1

@@ -209,6 +209,21 @@ def test_remaining_tensors_come_from_like(tmp_path):
         assert name in safetensors.numpy.load_file(out / file)
 
 
+def test_a_single_shard_keeps_its_index(tmp_path):
+    """Without an index, readers only look for model.safetensors."""
+    like = write_like(tmp_path / "like", {"a.weight": (8, 32)})
+    shard = "model-00001-of-00001.safetensors"
+    (like / "model.safetensors").rename(like / shard)
+    index = {"metadata": {}, "weight_map": {"a.weight": shard}}
+    (like / "model.safetensors.index.json").write_text(json.dumps(index))
+    q = Uniform(4, channel_axis=0).quantize(jnp.asarray(weights((8, 32))))
+    to_compressed_tensors(tmp_path / "out", {"a.weight": q}, like=like)
+    found = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert set(found["weight_map"].values()) == {shard}
+    again, _ = from_compressed_tensors(tmp_path / "out")
+    np.testing.assert_array_equal(again["a.weight"], q.dequantize())
+
+
 def test_mixed_grids_name_their_layers(tmp_path):
     like = write_like(tmp_path / "like", {"a.weight": (8, 32), "b.weight": (8, 32)})
     w = jnp.asarray(weights((32, 8)))

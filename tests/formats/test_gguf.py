@@ -283,20 +283,26 @@ def test_rows_of_one_block_need_no_groups(tmp_path):
 def test_rows_of_queries_are_compared_with_those_of_like(tmp_path):
     w = weights((64, 32))  # 4 heads
     order = np.arange(64).reshape(4, 2, 8).swapaxes(1, 2).ravel()
-    tree = {"model/layers/0/self_attn/q_proj/weight": Uniform(4, channel_axis=0, group_size=32).quantize(jnp.asarray(w))}  # fmt: skip
-    kind = gguf.GGMLQuantizationType.F32
-    name = "blk.0.attn_q.weight"
-    for content, fits in ((w[order], True), (weights((64, 32), seed=1), True), (w, False)):
-        like = write_like(tmp_path / "like.gguf", {}, **{name: (content, kind)})
-        if fits:
-            to_gguf(tmp_path / "out.gguf", tree, like=like)
-            found = read(tmp_path / "out.gguf")[name][1]
-            np.testing.assert_array_equal(
-                found, np.asarray(next(iter(tree.values())).dequantize())[order]
-            )
-        else:
-            with pytest.raises(ValueError, match=r"like.gguf are in Hugging Face's order"):
-                to_gguf(tmp_path / "out.gguf", tree, like=like)
+    path, name = "model/layers/0/self_attn/q_proj/weight", "blk.0.attn_q.weight"
+    tree = {path: Uniform(4, channel_axis=0, group_size=32).quantize(jnp.asarray(w))}
+    values, other = np.asarray(tree[path].dequantize()), weights((64, 32), seed=1)
+    for kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q8_0):
+        for content, names, wanted in [
+            (w[order], None, values[order]),
+            (other, None, values[order]),
+            (w, None, "like.gguf are in Hugging Face's order"),
+            (w[order], {path: name}, "its rows are in Hugging Face's order"),
+            (other, {path: name}, values),
+            (w, {path: name}, values),
+        ]:
+            stored = content if kind.name == "F32" else gguf.quantize(content, kind)
+            like = write_like(tmp_path / "like.gguf", {}, **{name: (stored, kind)})
+            if isinstance(wanted, str):
+                with pytest.raises(ValueError, match=wanted):
+                    to_gguf(tmp_path / "out.gguf", tree, like=like, names=names)
+            else:
+                to_gguf(tmp_path / "out.gguf", tree, like=like, names=names)
+                np.testing.assert_array_equal(read(tmp_path / "out.gguf")[name][1], wanted)
 
 
 def test_experts_are_one_tensor(tmp_path):
@@ -378,10 +384,12 @@ W = jnp.asarray(weights((64, 32)))
         (lambda: Uniform(4, group_size=16).quantize(W), r"groups of 16 along axis -2 in rows of 64.*Uni"),
         (lambda: Uniform(4, group_size=48).quantize(W), "groups of 48 along axis -2 in rows of 64"),
         (lambda: Uniform(4, group_size=32).quantize(W[:48]), "in rows of 48.*fit no type"),
-        (lambda: scaled(Uniform(4, group_size=32).quantize(W), 2.0**20), "a scale of .*float16"),
+        (lambda: scaled(Uniform(4, group_size=32).quantize(W), 2.0**20), r"\(4 bits\) has a scale of .*float16"),
         (lambda: scaled(Uniform(4, group_size=32).quantize(W), 2.0**-17), "a scale of .*float16"),
         (lambda: scaled(Uniform(4, group_size=32).quantize(W), jnp.nan), "a scale of nan"),
         (lambda: W.astype(jnp.float8_e4m3fn), "dtype float8_e4m3fn"),
+        (lambda: W.astype(jnp.int8), "dtype int8, which weights in GGUF cannot have"),
+        (lambda: np.zeros(W.shape), "dtype float64, which weights in GGUF cannot have"),
         (lambda: jnp.ones((3, 32)), r"has shape \(3, 32\), but \(32, 64\) in `like`.*\(name, transpose\)"),
         (lambda: jnp.asarray([1.0]), r"shape \(1,\), but"),
     ],
@@ -406,6 +414,7 @@ def test_other_bad_arguments_are_named(tmp_path):
         ({"w": q}, {"names": {"w": ("w", (0, 0))}}, "names: leaf 'w' has transpose"),
         ({"w": q}, {"otherwise": "int8"}, "otherwise must be one of float16"),
         ({"w": jnp.ones(())}, {"names": {"w": "blk.{}.w"}}, "leaf 'w' has no leading axis"),
+        ({"w": jnp.ones((0, 32, 32))}, {"names": {"w": "blk.{}.w"}}, "leaf 'w' has 0 layers, but .*'blk.0.w'"),
         ({"w": QArray(q.qvalue - 8, q.grid)}, {"names": {"w": ("w", True)}}, "leaf 'w': codes from"),
     ]  # fmt: skip
     for tree, options, message in cases:
@@ -415,6 +424,11 @@ def test_other_bad_arguments_are_named(tmp_path):
         to_gguf(out, {"w": q}, like=like, names=lambda path: 3)
     with pytest.raises(TypeError, match="leaf 'w' is traced"):
         jax.jit(lambda q: to_gguf(out, {"w": q}, like=like))(q)
+    for leaf in (jax.ShapeDtypeStruct((32, 32), jnp.float32), jax.eval_shape(lambda: q)):
+        with pytest.raises(TypeError, match="leaf 'w' is abstract"):
+            to_gguf(out, {"w": leaf}, like=like)
+    with pytest.raises(TypeError, match=r"leaf 'rngs/key' is a key.*nnx\.Param"):
+        to_gguf(out, {"rngs": {"key": jax.random.key(0)}}, like=like)
     with pytest.raises(FileNotFoundError):
         to_gguf(out, {"w": q}, like=tmp_path / "missing.gguf")
     assert not out.exists()

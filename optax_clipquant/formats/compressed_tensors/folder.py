@@ -1,11 +1,7 @@
-"""Folders of Hugging Face models: reading the configuration and the list of weight files, and writing."""
+"""Folders of Hugging Face models: reading the configuration and the list of weight files."""
 
-import contextlib
 import json
 import os
-import secrets
-import shutil
-from collections.abc import Iterator
 from typing import Any
 
 from optax_clipquant.formats.checkpoint import files_of
@@ -19,6 +15,14 @@ def read_config(folder: str) -> dict[str, Any]:
     if not os.path.isdir(folder):
         raise NotADirectoryError(f"{folder} is not a folder; name that of a Hugging Face model")
     return read_object(os.path.join(folder, "config.json"))
+
+
+def float_config(folder: str) -> dict[str, Any]:
+    """The configuration of a model that is not quantized yet."""
+    config = read_config(folder)
+    if config.get("quantization_config") is not None:
+        raise ValueError(f"{folder} is quantized already; give the folder of the float model")
+    return config
 
 
 def read_object(path: str) -> dict[str, Any]:
@@ -51,24 +55,3 @@ def write_json(path: str, content: Any) -> None:
     with open(path, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=2)
         file.write("\n")
-
-
-@contextlib.contextmanager
-def new_folder(folder: str | os.PathLike[str]) -> Iterator[str]:
-    """Makes a folder that gets its name when complete, and is removed after a failure."""
-    folder = os.path.abspath(folder)
-    if os.path.lexists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
-        raise FileExistsError(f"{folder} exists; name a new folder, or remove it")
-    parent, name = os.path.split(folder)
-    if not os.path.isdir(parent):
-        raise FileNotFoundError(f"{folder}: there is no folder {parent}")
-    temporary = os.path.join(parent, f".{name[:32]}.{secrets.token_hex(6)}.tmp")
-    os.mkdir(temporary)
-    try:
-        yield temporary
-        if os.path.isdir(folder):
-            os.rmdir(folder)  # Windows cannot rename onto a folder
-        os.replace(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

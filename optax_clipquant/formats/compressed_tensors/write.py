@@ -11,25 +11,17 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from optax_clipquant._atomic import new_folder
 from optax_clipquant._tree import PyTree
 from optax_clipquant.formats.compressed_tensors.folder import (
+    float_config,
     is_weights,
-    new_folder,
-    read_config,
     shards_of,
     write_json,
 )
 from optax_clipquant.formats.compressed_tensors.layout import PARTS, Scheme, words_of
-from optax_clipquant.formats.leaves import (
-    Leaf,
-    Names,
-    Rows,
-    Written,
-    dotted,
-    integer_range,
-    leaves_in,
-    place,
-)
+from optax_clipquant.formats.leaves import Leaf, Written, dotted, leaves_in
+from optax_clipquant.formats.rows import Names, Rows, integer_range, place
 from optax_clipquant.formats.safetensors import Reader, Spec, nbytes, writing
 from optax_clipquant.quant.grid import Grid
 
@@ -50,7 +42,8 @@ def to_compressed_tensors(
     Nothing is requantized: the files hold the codes, zero points and scales of the grid, so that each
     weight that compressed-tensors decodes equals ``dequantize_params(qparams)``. The format is
     ``pack-quantized``; a weight has 4 bits (W4A16) if its codes fit, else 8 (W8A16), in groups along its
-    rows or in channels, with or without zero points. vLLM's fastest kernels take groups of 32, 64 and
+    rows or in channels, with or without zero points (which transformers cannot load with compressed-tensors
+    0.20, whoever wrote them; vLLM can). vLLM's fastest kernels take groups of 32, 64 and
     128, and channels.
 
     Readers accept only quantized linear layers: other ``QArray`` leaves (embeddings, tied ones too,
@@ -99,9 +92,7 @@ def write_compressed_tensors(
 ) -> list[Written]:
     """``to_compressed_tensors`` for leaves that need not be in memory; returns the tensors written from them."""
     like = os.fspath(like)
-    config = read_config(like)
-    if config.get("quantization_config") is not None:
-        raise ValueError(f"{like} is quantized already; give the folder of the float model")
+    config = float_config(like)
     with contextlib.ExitStack() as stack, new_folder(folder) as new:
         shards = {name: stack.enter_context(Reader(path)) for name, path in shards_of(like).items()}
         specs = {name: spec for reader in shards.values() for name, spec in reader.specs.items()}
@@ -115,7 +106,7 @@ def write_compressed_tensors(
             shard: _write_shard(os.path.join(new, shard), reader, placed, schemes, progress)
             for shard, reader in shards.items()
         }
-        if len(shards) > 1:
+        if shards.keys() != {"model.safetensors"}:  # readers only find that one without an index
             where = {name: shard for shard, tensors in sizes.items() for name in tensors}
             total = sum(itertools.chain.from_iterable(t.values() for t in sizes.values()))
             index = {"metadata": {"total_size": total}, "weight_map": where}

@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from optax_clipquant.formats.gguf.container import PLAIN, GGUFFile
-from optax_clipquant.formats.leaves import Leaf, Rows, dotted
+from optax_clipquant.formats.gguf.blocks import BLOCKS, decode
+from optax_clipquant.formats.gguf.container import PLAIN, SIZES, GGUFFile
+from optax_clipquant.formats.leaves import Leaf, dotted
+from optax_clipquant.formats.rows import Rows
 
 # In GGUF, Mistral and Mixtral are llamas.
 _ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen2moe", "qwen3moe")
@@ -138,24 +140,45 @@ def _reordered(leaf: Leaf, order: np.ndarray) -> Leaf:
     return dataclasses.replace(leaf, grid=grid, read=lambda: leaf.read()[order])
 
 
-def check_order(rows: Rows, name: str, like: GGUFFile) -> None:
-    """Checks that the rows of ``like`` are in the order of its architecture, by comparing ``rows`` with them.
+def check_order(rows: Rows, order: np.ndarray, name: str, like: GGUFFile) -> None:
+    """Checks that queries or keys are in the order of ``like``, by comparing their values.
+
+    Args:
+      rows: the leaf's rows as they will be written, in ``order`` or in the leaf's.
+      order: the order in GGUF of rows that are in Hugging Face's.
+      name: the tensor.
+      like: the file.
 
     Raises:
-      ValueError: the rows of ``like`` are floats that are much closer to ``rows`` in Hugging Face's order.
+      ValueError: the values of ``like`` are known, and much closer to ``rows`` in the other order.
     """
-    kind = like.tensors[name].kind
     # The first layer decides for a whole stack, since decoding every layer would take long.
-    if rows.order is None or kind not in PLAIN or rows.layer not in (None, 0):
+    theirs = _values(like, name) if rows.layer in (None, 0) else None
+    if theirs is None:
         return
-    theirs = like.read(name).view(PLAIN[kind]).reshape(rows.shape).astype(np.float32)
-    ours = rows.values().astype(np.float32)
-    unordered = np.empty_like(ours)
-    unordered[rows.order] = ours
-    error, error_unordered = (np.mean(np.square(x - theirs)) for x in (ours, unordered))
-    if error_unordered < error / 2:
+    ours = dataclasses.replace(rows, order=None).values().astype(np.float32)
+    kept, moved = (np.mean(np.square(x - theirs)) for x in (ours, ours[order]))
+    if rows.order is not None and kept < moved / 2:
         raise ValueError(
             f"leaf {rows.leaf.path!r}: the rows of {name!r} in {like.path} are in Hugging Face's order of "
             "queries and keys, not in that of a llama in GGUF; convert `like` again, or give `names`, which "
             "leaves rows in their order"
         )
+    if rows.order is None and moved < kept / 2:
+        raise ValueError(
+            f"leaf {rows.leaf.path!r}: its rows are in Hugging Face's order of queries and keys, those of "
+            f"{name!r} in {like.path} in that of a llama in GGUF, and given names leave rows in their order; "
+            "give the path Hugging Face's name and leave it out of `names`, or reorder each head's rows "
+            "before quantizing, by reshape(heads, 2, -1, inputs).swapaxes(1, 2)"
+        )
+
+
+def _values(like: GGUFFile, name: str) -> np.ndarray | None:
+    """The values of a tensor, unless decoding them needs the package gguf."""
+    kind, shape = like.tensors[name]
+    if kind in PLAIN:
+        return like.read(name).view(PLAIN[kind]).reshape(shape).astype(np.float32)
+    if kind not in BLOCKS:
+        return None
+    codes, scales = decode(kind, like.read(name).reshape(-1, SIZES[kind][1]))
+    return (codes * scales.astype(np.float32)[:, None]).reshape(shape)

@@ -12,15 +12,8 @@ from optax_clipquant._tree import PyTree
 from optax_clipquant.formats.gguf.blocks import BLOCKS, encode
 from optax_clipquant.formats.gguf.container import PLAIN, GGUFFile, Tensor, uint32, writing
 from optax_clipquant.formats.gguf.names import check_order, gguf_name, row_order
-from optax_clipquant.formats.leaves import (
-    Leaf,
-    Names,
-    Rows,
-    Written,
-    integer_range,
-    leaves_in,
-    place,
-)
+from optax_clipquant.formats.leaves import Leaf, Written, leaves_in
+from optax_clipquant.formats.rows import Names, Rows, integer_range, place
 from optax_clipquant.quant.grid import Grid
 
 Float = Literal["float16", "bfloat16", "float32"]
@@ -73,7 +66,7 @@ def to_gguf(
         merged: ``(1, 2, 0)`` makes ``[d, heads, size]`` a tensor ``[heads * size, d]``. Without it, the
         grid, the shape or a last key ``kernel``, ``weight`` or ``embedding`` decides. A name with ``{}``,
         such as ``blk.{}.attn_q.weight``, stands for the tensors of all layers, which the leaf has along
-        its leading axis.
+        its leading axis. Leaves with a given name keep the order of their rows.
 
         By default, and for paths that a mapping lacks, a path is a name with ``/`` for ``.``; or, for a
         llama, Mistral, Mixtral, Qwen2 or Qwen3, the name in Hugging Face's model
@@ -88,8 +81,8 @@ def to_gguf(
     Raises:
       OSError: a file cannot be opened.
       ValueError: no type holds a grid exactly (zero points, a codebook, other groups), or float16 its
-        scales; ``like`` lacks a leaf, or has it with another shape, or with the
-        rows of queries or keys in Hugging Face's order; or ``like`` is not a GGUF file. The
+        scales; ``like`` lacks a leaf, or has it with another shape, fewer or more
+        layers, or visibly with the rows of queries or keys in another order; or ``like`` is not a GGUF file. The
         message names the leaf, its grid and the nearest grid that fits.
 
     References:
@@ -158,7 +151,7 @@ def write_gguf(
         placed = _placed(leaves, source, names)
         tensors = dict(source.tensors)
         for name, rows in placed.items():
-            tensors[name] = Tensor(_kind(rows, otherwise), source.tensors[name].shape)
+            tensors[name] = _tensor(rows, source.tensors[name], otherwise)
         nbytes = {
             name: tensor.nbytes if name in placed else source.nbytes(name)
             for name, tensor in tensors.items()
@@ -186,22 +179,33 @@ def _placed(leaves: Mapping[str, Leaf], source: GGUFFile, names: Names | None) -
     shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
     placed = place(leaves, shapes, names, default, source.path)
     for name, rows in placed.items():
-        if rows.leaf.path in theirs:
+        translated = rows.leaf.path in theirs
+        try:
             order = row_order(name, rows.shape[0], source.metadata)
-            placed[name] = dataclasses.replace(rows, order=order)
-            check_order(placed[name], name, source)
+        except ValueError:
+            if translated:
+                raise
+            continue
+        if order is not None:
+            placed[name] = dataclasses.replace(rows, order=order if translated else None)
+            check_order(placed[name], order, name, source)
     return placed
 
 
-def _kind(rows: Rows, otherwise: Float | None) -> str:
-    """The GGUF type for a leaf."""
+def _tensor(rows: Rows, theirs: Tensor, otherwise: Float | None) -> Tensor:
+    """The tensor that a leaf becomes in place of ``theirs``."""
+    return theirs._replace(kind=_kind(rows, theirs.kind, otherwise))
+
+
+def _kind(rows: Rows, theirs: str, otherwise: Float | None) -> str:
     leaf = rows.leaf
     # ggml only computes with norms and biases in float32.
     single = len(rows.shape) == 1 and leaf.dtype in _HELD
     if leaf.grid is None:
-        if leaf.dtype in _KINDS:
-            return "F32" if single else _KINDS[leaf.dtype]
-        problem = f"has dtype {leaf.dtype}, which GGUF lacks; cast it"
+        kind = _KINDS.get(leaf.dtype)
+        if kind is not None and (leaf.dtype in _HELD or kind == theirs):
+            return "F32" if single else kind
+        problem = f"has dtype {leaf.dtype}, which weights in GGUF cannot have; cast it"
     elif single:
         return "F32"
     else:
@@ -232,7 +236,7 @@ def _block_kind(rows: Rows, grid: Grid) -> tuple[str | None, str]:
                 if wrong is None:
                     return kind, ""
                 return None, (
-                    f"has a scale of {wrong:g}, which float16 does not hold exactly (it holds scales of 8 "
+                    f"({grid.bits:.3g} bits) has a scale of {wrong:g}, which float16 does not hold exactly (it holds scales of 8 "
                     "significant bits from 2**-17 to 65280); scale the weights"
                 )
         if grid.group is None:
