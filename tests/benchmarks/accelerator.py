@@ -30,7 +30,6 @@ if "--device" not in sys.argv:
 import jax
 import jax.numpy as jnp
 import optax
-import qwix
 import rich.box
 import rich.console
 import rich.markup
@@ -439,6 +438,8 @@ def timed(names: list[str], leaves: int, size: int, repeats: int = 7, calls: int
 
 def served_in_time(size: int, repeats: int = 7, calls: int = 20) -> list[Row]:
     """``x @ w`` beside bfloat16 and qwix."""
+    import qwix
+
     w = (jax.random.normal(jax.random.key(0), (size, size)) / size**0.5).astype(jnp.bfloat16)
     how = {
         "bfloat16": w,
