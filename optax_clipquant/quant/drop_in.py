@@ -94,8 +94,14 @@ class DropIn:
     def __neg__(self) -> jax.Array:
         return -self.dequantize()
 
+    def __pos__(self) -> jax.Array:
+        return self.dequantize()
+
     def __abs__(self) -> jax.Array:
         return abs(self.dequantize())
+
+    def __round__(self, *digits: int) -> jax.Array:
+        return round(self.dequantize(), *digits)
 
     __eq__ = _binary(operator.eq)
     __ne__ = _binary(operator.ne)
@@ -113,6 +119,8 @@ class DropIn:
     __rtruediv__ = _reflected(operator.truediv)
     __floordiv__ = _binary(operator.floordiv)
     __rfloordiv__ = _reflected(operator.floordiv)
+    __divmod__ = _binary(divmod)
+    __rdivmod__ = _reflected(divmod)
     __mod__ = _binary(operator.mod)
     __rmod__ = _reflected(operator.mod)
     __pow__ = _binary(operator.pow)

@@ -156,6 +156,19 @@ def test_operators_work_like_those_of_the_array(q):
         )
 
 
+def test_every_operator_of_float_arrays_is_defined(q):
+    w = q.dequantize()
+    chex.assert_trees_all_equal(
+        [+q, round(q), round(q, 1), *divmod(q, 2), *divmod(2, q + 9)],
+        [w, round(w), round(w, 1), *divmod(w, 2), *divmod(2, w + 9)],
+    )
+    of_integers = {f"__{r}{name}__" for name in ("and", "or", "xor", "lshift", "rshift") for r in ("", "r")}  # fmt: skip
+    others = {"__invert__", "__contains__", "__copy__", "__deepcopy__", "__setitem__", "__slots__"}
+    protocols = {"__array_namespace__", "__numpy_dtype__"}
+    names = {name for name in dir(jax.Array) if name.startswith("__")}
+    assert names - set(dir(QArray)) <= of_integers | others | protocols
+
+
 def test_conversions_work_like_those_of_the_array(q):
     w = q.dequantize()
     np.testing.assert_array_equal(np.asarray(q, np.float64), np.asarray(w, np.float64))
