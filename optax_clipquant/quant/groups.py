@@ -91,8 +91,9 @@ def groups_of(
             fits &= scales == n
     if not fits:
         raise ValueError(
-            f"scales of shape {scale_shape} in groups {group} do not fit an array of shape {shape}; a "
-            "checkpoint restored into a tree that was quantized by another rule has such"
+            f"scales of shape {scale_shape} in groups {group} do not fit an array of shape {shape}. A "
+            "checkpoint restored into a tree that was quantized by another rule has such, and so has a QArray "
+            "with axes moved past its groups, as by jax.vmap along a later axis: move those of .dequantize()"
         )
     return tuple(shared), group
 

@@ -99,7 +99,7 @@ def quantize_params(
         quantize_leaf(index, leaf, path_of(path)) for index, (path, leaf) in enumerate(leaves)
     ]
     if uses is None:
-        _warn_of_lost_slices(
+        warn_of_lost_slices(
             {
                 path_of(path): (leaf, q)
                 for (path, leaf), q in zip(leaves, quantized, strict=True)
@@ -109,18 +109,22 @@ def quantize_params(
     return treedef.unflatten(quantized)
 
 
-def _warn_of_lost_slices(leaves: Mapping[str, tuple[Any, QArray]]) -> None:
+def warn_of_lost_slices(leaves: Mapping[str, tuple[Any, QArray | Grid]]) -> None:
     """Warns of slices along the first axis, such as layers, that become zero because they share scales.
 
-    Only outside ``jax.jit``, where values are known. Rows with few weights are skipped, since some round to
+    Only outside ``jax.jit`` and on one host, where values are known. Rows with few weights are skipped, since some round to
     zero in any net.
+
+    Args:
+      leaves: each leaf by path, and what it is quantized to, or the grid that it will be rounded to.
     """
     lost = {}
     for path, (w, q) in leaves.items():
-        slices = q.shape[0] if q.ndim else 0
-        shared = q.ndim and q.scale.shape[0] < slices
-        many = q.ndim >= 3 or (q.ndim == 2 and q.shape[1] >= 32)
-        if shared and many and not isinstance(q.qvalue, Tracer):
+        slices = w.shape[0] if w.ndim else 0
+        shared = w.ndim and q.scale.shape[0] < slices
+        many = w.ndim >= 3 or (w.ndim == 2 and w.shape[1] >= 32)
+        known = not isinstance(q.scale, Tracer) and q.scale.is_fully_addressable
+        if shared and many and known:
             lost[path] = _lost_slices(w, q), slices
     found = {path: (int(count), slices) for path, (count, slices) in lost.items() if count}
     if found:
@@ -134,10 +138,11 @@ def _warn_of_lost_slices(leaves: Mapping[str, tuple[Any, QArray]]) -> None:
 
 
 @jax.jit
-def _lost_slices(w: jax.Array, q: QArray) -> jax.Array:
+def _lost_slices(w: jax.Array, q: QArray | Grid) -> jax.Array:
     """The number of slices along the first axis in which ``q`` is all zero and ``w`` is not."""
-    axes = tuple(range(1, q.ndim))
-    return jnp.sum(jnp.any(w != 0, axes) & ~jnp.any(q.dequantize() != 0, axes))
+    axes = tuple(range(1, w.ndim))
+    level = q.dequantize() if isinstance(q, QArray) else q.decode(q.encode(w))
+    return jnp.sum(jnp.any(w != 0, axes) & ~jnp.any(level != 0, axes))
 
 
 def weighting_of(

@@ -21,7 +21,7 @@ from optax_clipquant._tree import (
 )
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.groups import groups_of
-from optax_clipquant.quant.params import is_quantized, leaves_of
+from optax_clipquant.quant.params import is_quantized, leaves_of, warn_of_lost_slices
 from optax_clipquant.quant.qarray import QArray
 from optax_clipquant.quant.quantizers.base import Quantizer
 from optax_clipquant.quant.selection import (
@@ -75,7 +75,12 @@ def init_grids(
         with naming(path):
             return chosen[path].fit(p, use=use_of(uses, path), importance=importance.get(path))
 
-    return map_with_path(lambda path, p: fit(path_of(path), p), params)
+    grids = map_with_path(lambda path, p: fit(path_of(path), p), params)
+    if uses is None:
+        fitted = {path: grid for path, grid in leaves_of(grids) if path not in start}
+        leaves = dict(leaves_of(params))
+        warn_of_lost_slices({path: (leaves[path], grid) for path, grid in fitted.items()})
+    return grids
 
 
 def start_grids(

@@ -129,6 +129,9 @@ def quantize_weights(
       A ``GradientTransformation`` with a ``QuantizeWeightsState``. It keeps 4 bytes per quantized weight,
       or 1 with ``residual_bits`` (and 6 per scale). The updates of other leaves pass through.
 
+    Warns:
+      UserWarning: from ``init``, for the reasons that ``quantize_params`` has.
+
     Raises:
       ValueError: ``softness`` is a concrete number outside 0..1, or ``residual_bits`` is neither None
         nor 8, or the quantizer does not keep the grids of ``start``; in ``init``, as for

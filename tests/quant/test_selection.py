@@ -19,6 +19,7 @@ from optax_clipquant import (
     bits_per_param,
     quantize_params,
     quantize_weights,
+    round_weights,
     squared_gradients,
 )
 
@@ -82,6 +83,9 @@ def test_layer_lost_to_a_shared_scale_is_reported():
         quantize_params(stack(), Uniform(4))
     with pytest.warns(UserWarning, match=message):
         quantize_params(stack((3, 64)), Uniform(4))  # rows of an embedding
+    for transform in (quantize_weights, round_weights):
+        with pytest.warns(UserWarning, match=message):
+            transform(Uniform(4)).init(stack())
 
 
 @pytest.mark.parametrize(
@@ -93,8 +97,13 @@ def test_layer_lost_to_a_shared_scale_is_reported():
         lambda params: quantize_params(params, Uniform(2)),  # which has no level at zero
         lambda params: quantize_params({"w": params["layers"]["kernel"][0, :, :1] * 1e-3**jnp.arange(16.0)[:, None]}, Uniform(4)),
         lambda params: quantize_params(jax.tree.map(lambda w: w.at[1].set(0), params), Uniform(4)),
+        jax.jit(quantize_weights(Uniform(4)).init),
+        quantize_weights(Uniform(4), uses=Uses({"layers/kernel": Use({"dot"}, {1})})).init,
     ],
-    ids=["jit", "a scale each", "uses", "no zero level", "rows of one weight", "zero before"],
+    ids=[
+        *("jit", "a scale each", "uses", "no zero level", "rows of one weight", "zero before"),
+        *("training, jit", "training, uses"),
+    ],
 )  # fmt: skip
 def test_no_warning_where_no_slice_is_lost(quantize):
     with warnings.catch_warnings():
