@@ -3,6 +3,11 @@
 import gc
 import os
 import pathlib
+import signal
+
+# A shell that runs the tests in the background lets them, and the commands they start, ignore Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Set before jax is imported, since it reads this once. With HOST_DEVICES=1, as most users have it, tests
 # that need eight skip themselves. LLVM's optimizations would take a quarter of the gate's time; the slow
