@@ -70,7 +70,7 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> None:
     names = _check(args)
     with _leaves(args, names or {}) as leaves:
-        total = sum(math.prod(leaf.shape) for leaf in leaves.values())
+        total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())
         with progress("converting", total) as advance:
             written = _write(args, leaves, names, advance)
     if args.json:

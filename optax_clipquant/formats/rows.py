@@ -39,8 +39,9 @@ class Rows:
     order: np.ndarray | None = None
 
     @property
-    def size(self) -> int:
-        return math.prod(self.shape)
+    def nbytes(self) -> int:
+        """The size of the dequantized values, in bytes."""
+        return math.prod(self.shape) * self.leaf.dtype.itemsize
 
     def checked(self, codes: np.ndarray) -> np.ndarray:
         """``codes``, after a check that all are in the grid's range. Only a ``QArray`` made by hand can fail it."""

@@ -1,4 +1,6 @@
+import contextlib
 import json
+import math
 import re
 
 import numpy as np
@@ -7,7 +9,7 @@ import safetensors.numpy
 from helpers import weights
 
 from optax_clipquant import Uniform, from_compressed_tensors, load, quantize_params, save
-from optax_clipquant.cli import compress
+from optax_clipquant.cli import compress, convert
 from optax_clipquant.cli.main import main
 
 gguf = pytest.importorskip("gguf")
@@ -122,6 +124,23 @@ def test_files_of_other_runtimes_are_read(files):
     np.testing.assert_array_equal(less.pop(name), weights(SHAPES[name], seed=2))  # from `like`
     for ours, leaf in less.items():
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(wanted[ours]))
+
+
+def test_progress_counts_the_bytes_of_the_float_model(files, monkeypatch):
+    counted = []
+
+    @contextlib.contextmanager
+    def counting(text, total):
+        counted.append((text, total))
+        yield lambda count: counted.append(count)
+
+    monkeypatch.setattr(convert, "progress", counting)
+    size = sum(4 * math.prod(shape) for shape in SHAPES.values())
+    for to, like in (("gguf", "like.gguf"), ("compressed-tensors", "model")):
+        counted.clear()
+        assert run("convert", files / "model", files / to, "--to", to, "--like", files / like) == 0
+        assert counted.pop(0) == ("converting", size)
+        assert sum(counted) == size
 
 
 def test_wrong_arguments_are_named_and_nothing_is_written(files, capsys, monkeypatch):

@@ -88,7 +88,7 @@ def write_compressed_tensors(
     *,
     like: str | os.PathLike[str],
     names: Names | None = None,
-    progress: Callable[[int], None] = lambda elements: None,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> list[Written]:
     """``to_compressed_tensors`` for leaves that need not be in memory; returns the tensors written from them."""
     like = os.fspath(like)
@@ -217,7 +217,7 @@ def _write_shard(
                 for _ in file.putting(part, pieces):
                     pass
             if name in placed:
-                progress(placed[name].size)
+                progress(placed[name].nbytes)
     return {name: nbytes(*spec) for name, spec in specs.items()}
 
 

@@ -135,11 +135,11 @@ def write_gguf(
     like: str | os.PathLike[str],
     names: Names | None = None,
     otherwise: Float | None = None,
-    progress: Callable[[int], None] = lambda elements: None,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> list[Written]:
     """``to_gguf`` for leaves that need not be in memory; returns the tensors written from them.
 
-    ``progress`` is called with the number of elements of each tensor written from a leaf.
+    ``progress`` is called with the dequantized bytes of each tensor written from a leaf.
     """
     if otherwise not in (None, *get_args(Float)):
         raise ValueError(
@@ -161,7 +161,7 @@ def write_gguf(
         with writing(path, entries, announced, source.alignment) as file:
             for name, rows in placed.items():
                 file.put(name, _content(rows, tensors[name].kind))
-                progress(rows.size)
+                progress(rows.nbytes)
             for name in tensors.keys() - placed.keys():
                 file.put(name, source.pieces(name))
     return [Written(rows.leaf, name, *tensors[name], nbytes[name]) for name, rows in placed.items()]
