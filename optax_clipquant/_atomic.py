@@ -56,31 +56,36 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 def new_folder(path: str | os.PathLike[str]) -> Iterator[str]:
     """Makes a folder that gets its name when the block ends without an exception, and is removed otherwise.
 
-    Temporary folders that killed writers of the same ``path`` left behind are removed.
-
     Raises:
       FileExistsError: ``path`` exists and is not an empty folder.
       FileNotFoundError: its parent does not exist.
     """
     path = os.path.abspath(path)
     check_new_folder(path)
-    parent, name = os.path.split(path)
+    with scratch_folder(path) as temporary:
+        yield temporary
+        if os.path.isdir(path):
+            os.rmdir(path)  # Windows cannot rename onto a folder
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def scratch_folder(path: str | os.PathLike[str]) -> Iterator[str]:
+    """Makes a folder beside ``path`` that is removed at the end.
+
+    Temporary folders that killed writers of the same ``path`` left behind are removed.
+    """
+    parent, name = os.path.split(os.path.abspath(path))
     _remove_abandoned(parent, name)
     temporary = _temporary(parent, name)
     os.mkdir(temporary)
     with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
         if fcntl is not None:
             descriptor = os.open(temporary, os.O_RDONLY)
             stack.callback(os.close, descriptor)
             _lock(descriptor, wait=True)
-        try:
-            yield temporary
-            if os.path.isdir(path):
-                os.rmdir(path)  # Windows cannot rename onto a folder
-            os.replace(temporary, path)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        yield temporary
 
 
 def check_new_folder(path: str | os.PathLike[str]) -> None:

@@ -6,11 +6,10 @@ import functools
 import math
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from optax_clipquant._atomic import check_new_folder
+from optax_clipquant._atomic import check_new_folder, scratch_folder
 from optax_clipquant.cli import compress
 from optax_clipquant.cli.arguments import Commands, add_json
 from optax_clipquant.cli.terminal import check_free, print_json, printable, progress
@@ -192,8 +191,7 @@ def _leaves(args: argparse.Namespace, names: dict[str, Any]) -> "Iterator[dict[s
         if source.is_saved:
             _check_unquantized(args.input, wanted)
         elif wanted:
-            parent = os.path.dirname(os.path.abspath(args.output))
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".", dir=parent))
+            folder = stack.enter_context(scratch_folder(args.output))
             path = os.path.join(folder, "quantized.safetensors")
             compress.quantize(args, source, path)
             source = stack.enter_context(Checkpoint(path))
