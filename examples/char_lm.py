@@ -222,7 +222,7 @@ def train(
         fractions.append(clip_fraction_of(state.opt_state))
         if step % REPORT == 0 or step == args.steps:
             recent = np.mean([float(x) for x in losses[-REPORT:]])
-            note = f"{run.name}, seed {seed}: {recent:.3f} bits a character"
+            note = f"{run.name}, seed {seed}: {recent:.3f} bits per character"
             progress.update(args.task, advance=(step - 1) % REPORT + 1, note=note)
     params = state.params
     if run.on_grid:
@@ -294,7 +294,12 @@ def mean_and_spread(values: list[float]) -> str:
 
 def clipping_table(results: Results, rate: float, args: argparse.Namespace) -> rich.table.Table:
     table = make_table(f"Learning rate {rate:g}, {args.steps} steps", args)
-    for column in ("bits a character,\nvalidation", "worst jump\nof the loss", "clipped", "last c"):
+    for column in (
+        "bits per character,\nvalidation",
+        "worst jump\nof the loss",
+        "clipped",
+        "last c",
+    ):
         table.add_column(column, justify="right")
     for name, found in results.items():
         jumps = [worst_jump(r.losses) for r in found]
@@ -312,8 +317,8 @@ def clipping_table(results: Results, rate: float, args: argparse.Namespace) -> r
 def state_table(results: Results, rate: float, args: argparse.Namespace) -> rich.table.Table:
     table = make_table(f"Learning rate {rate:g}, {args.steps} steps", args)
     for column in (
-        *("bits a character,\nvalidation", "state, bytes\na weight"),
-        *("with params,\nbytes a weight", "seconds\na run"),
+        *("bits per character,\nvalidation", "state, bytes\nper weight"),
+        *("with params,\nbytes per weight", "seconds\nper run"),
     ):
         table.add_column(column, justify="right")
     for name, found in results.items():
@@ -343,7 +348,7 @@ def plot(path: pathlib.Path, parts: dict[str, Results]) -> None:
             name: np.array([smooth(result.losses) for result in found])
             for name, found in results.items()
         }
-        plots.curves(axis, curves, ylabel="training loss, bits a character")
+        plots.curves(axis, curves, ylabel="training loss, bits per character")
         # Diverging curves leave the plot, whose top is near the initial loss.
         every = np.concatenate(list(curves.values()))
         early = every[:, every.shape[1] // 10]

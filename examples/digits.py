@@ -171,7 +171,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--bits", type=int, help="bits a weight, 1 to 8 (default 4)")
+    parser.add_argument("--bits", type=int, help="bits per weight, 1 to 8 (default 4)")
     parser.add_argument(
         "--group-size", type=int, help="weights that share a scale (default: a channel)"
     )
@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
         "test accuracy",
         "of the file",
         "clip fraction",
-        "bits a weight",
+        "bits per weight",
         "file bytes",
         "ratio",
     ):

@@ -266,7 +266,7 @@ def tabulate(args: argparse.Namespace, results: list[Result], count: int) -> ric
         f"c = {args.c:g}, seed {args.seed}"
     )
     table.add_column("weights")
-    for column in ("test accuracy", "clipped", "bits a weight", "file bytes", "ratio"):
+    for column in ("test accuracy", "clipped", "bits per weight", "file bytes", "ratio"):
         table.add_column(column, justify="right")
     floats = [result.size for result in results if result.width == "float"]
     for result in results:

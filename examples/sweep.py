@@ -91,7 +91,7 @@ def plot(path: pathlib.Path, found: Sweep) -> None:
             bits = float(np.log2(2 * row["R"] + 1))
             series.setdefault(f"c = {row['c']}", []).append((bits, 100 * row["accuracy"]))
     plots.against_bits(right, series, ylabel="validation accuracy (%)")
-    right.set_xlabel("bits a weight, log2(2 R + 1)")
+    right.set_xlabel("bits per weight, log2(2 R + 1)")
     figure.savefig(path)
 
 

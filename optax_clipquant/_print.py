@@ -2,9 +2,12 @@
 
 import abc
 import io
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import rich.console
+    import rich.measure
     import rich.progress
     import rich.table
 
@@ -25,6 +28,34 @@ class Printed(abc.ABC):
         )
         console.print(self)
         return buffer.getvalue().rstrip("\n")
+
+
+class Name:
+    """The name of a leaf in a table: not parsed as markup, and broken after ``.``, ``/`` or ``_`` if too long."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __rich_measure__(
+        self, console: "rich.console.Console", options: "rich.console.ConsoleOptions"
+    ) -> "rich.measure.Measurement":
+        import rich.cells
+        import rich.measure
+
+        return rich.measure.Measurement(1, rich.cells.cell_len(self._name))
+
+    def __rich_console__(
+        self, console: "rich.console.Console", options: "rich.console.ConsoleOptions"
+    ) -> "rich.console.RenderResult":
+        import rich.cells
+        import rich.text
+
+        lines = [""]
+        for part in re.findall(r"[^./_]*[./_]?", self._name):
+            if lines[-1] and rich.cells.cell_len(lines[-1] + part) > options.max_width:
+                lines.append("")
+            lines[-1] += part
+        yield rich.text.Text("\n".join(lines), overflow="fold")
 
 
 def compact_table(*, show_footer: bool = False) -> "rich.table.Table":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import jax
 import jax.numpy as jnp
 
-from optax_clipquant._print import Printed, compact_table, progress_bar
+from optax_clipquant._print import Name, Printed, compact_table, progress_bar
 from optax_clipquant._tree import PyTree, flatten_with_path, path_of
 from optax_clipquant.analysis.compensation.plan import Leaves, Moments, Program
 from optax_clipquant.analysis.compensation.quantizing import Quantizing
@@ -121,8 +121,6 @@ class CalibrationReport(Printed):
     rows: tuple[CalibratedLeaf, ...]
 
     def __rich__(self) -> "rich.table.Table":
-        import rich.text
-
         table = compact_table()
         for name in ("leaf", "use", "method"):
             table.add_column(name, overflow="fold")
@@ -131,7 +129,7 @@ class CalibrationReport(Printed):
         for row in self.rows:
             errors = ("" if x is None else f"{x:.4f}" for x in (row.before, row.after))
             tokens = "" if row.tokens is None else f"{row.tokens:,}"
-            table.add_row(rich.text.Text(row.path), row.use, row.method, tokens, *errors)
+            table.add_row(Name(row.path), row.use, row.method, tokens, *errors)
         return table
 
 

@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
         return
     import rich.console
 
-    from optax_clipquant._print import compact_table
+    from optax_clipquant._print import Name, compact_table
 
     table = compact_table(show_footer=True)
     table.add_column("tensor", f"{len(written)} tensors", overflow="fold")
@@ -89,7 +89,9 @@ def run(args: argparse.Namespace) -> None:
     table.add_column("bytes", f"{nbytes:,}", justify="right")
     for item in map(_plain, written):
         shape = "x".join(map(str, item["shape"]))
-        table.add_row(printable(item["name"]), shape, item["in"], item["out"], f"{item['bytes']:,}")
+        table.add_row(
+            Name(printable(item["name"])), shape, item["in"], item["out"], f"{item['bytes']:,}"
+        )
     rich.console.Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 

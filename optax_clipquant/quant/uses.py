@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from optax_clipquant._print import Printed, compact_table
+from optax_clipquant._print import Name, Printed, compact_table
 
 if TYPE_CHECKING:
     import rich.table
@@ -144,8 +144,6 @@ class Uses(Mapping[str, Use], Printed):
         return f"Uses({self._uses!r})"
 
     def __rich__(self) -> "rich.table.Table":
-        import rich.text
-
         table = compact_table()
         sets = ("contracted", "batch", "stacked", "lookup")
         for header in ("leaf", "shape", "use", *sets):
@@ -154,7 +152,7 @@ class Uses(Mapping[str, Use], Printed):
             # The first of uses that contract different axes decides; the others are shown beside it.
             contracted = " | ".join(map(_text, (use.contracted, *use.others)))
             table.add_row(
-                rich.text.Text(path),  # not parsed as markup
+                Name(path),
                 "x".join(map(str, self.shapes.get(path, ()))),
                 ", ".join(kind for kind in KINDS if kind in use.kinds) + " (adapter)" * use.adapter
                 or "unused",

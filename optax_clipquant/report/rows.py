@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optax_clipquant._print import Printed, compact_table
+from optax_clipquant._print import Name, Printed, compact_table
 
 if TYPE_CHECKING:
     import rich.table
@@ -56,8 +56,6 @@ class Summary(Printed):
         return self.bytes_before / max(self.bytes_after, 1)
 
     def __rich__(self) -> "rich.table.Table":
-        import rich.text
-
         table = compact_table(show_footer=True)
         # Where there is no room, digits wrap rather than being cut off.
         table.add_column("leaf", "total", overflow="fold")
@@ -74,7 +72,7 @@ class Summary(Printed):
         for row in self.rows:
             errors = (row.max_error, ".2g"), (row.snr_db, ".1f")
             table.add_row(
-                rich.text.Text(row.path),  # not parsed as markup
+                Name(row.path),
                 "x".join(map(str, row.shape)),
                 f"{row.bits:.3g}",
                 f"{row.bytes_before:,}",

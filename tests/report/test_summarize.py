@@ -102,3 +102,17 @@ def test_names_are_not_parsed_as_markup():
     tree = {name: jnp.ones((3, 2)) for name in ("x[red]y", "z[/z]", "a:key:b")}
     text = str(summarize(tree, quantize_params(tree)))
     assert all(name in text for name in tree)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.q_proj.weight", "層/[red]/" + 9 * "kernel"]
+)
+def test_long_names_break_after_separators(name):
+    tree = {name: jnp.ones((8, 8))}
+    buffer = io.StringIO()
+    rich.console.Console(file=buffer, width=60).print(summarize(tree, tree))
+    lines = [line.split("  ")[0].strip() for line in buffer.getvalue().splitlines()]
+    start = next(i for i, line in enumerate(lines) if line.startswith(name[:2]))
+    parts = lines[start : lines.index("", start)]
+    assert len(parts) > 1 and "".join(parts) == name
+    assert parts[0].endswith((".", "/", "_"))
