@@ -104,6 +104,15 @@ class CalibratedLeaf:
       before: the relative root mean square error of its output with least-squares scales and nearest
         levels, on the inputs that it gets in the quantized model. None if unknown.
       after: the same error with the calibrated weights.
+
+    Examples:
+      >>> from optax_clipquant import Uniform
+      >>> params, x = {"w": jnp.ones((64, 3))}, jax.random.normal(jax.random.key(0), (256, 64))
+      >>> _, report = quantize_calibrated(
+      ...     lambda p, x: x @ p["w"], params, [x], Uniform(3), progress=False, return_report=True
+      ... )
+      >>> report.rows[0].path, report.rows[0].method, report.rows[0].tokens
+      ('w', 'compensated', 256)
     """
 
     path: str
@@ -116,7 +125,17 @@ class CalibratedLeaf:
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationReport(Printed):
-    """How ``quantize_calibrated`` quantized each leaf; ``print`` shows a table."""
+    """How ``quantize_calibrated`` quantized each leaf; ``print`` shows a table.
+
+    Examples:
+      >>> from optax_clipquant import Uniform
+      >>> params, x = {"w": jnp.ones((64, 3))}, jax.random.normal(jax.random.key(0), (256, 64))
+      >>> _, report = quantize_calibrated(
+      ...     lambda p, x: x @ p["w"], params, [x], Uniform(3), progress=False, return_report=True
+      ... )
+      >>> print(report)  # doctest: +ELLIPSIS
+      leaf ...
+    """
 
     rows: tuple[CalibratedLeaf, ...]
 

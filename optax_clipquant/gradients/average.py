@@ -25,6 +25,11 @@ class AverageGradientsState(NamedTuple):
       count: the number of updates so far.
       error: a tree with the rounding error that this device has yet to send of each large leaf, a float32
         array with a leading axis for the device; None at small leaves, or without error feedback.
+
+    Examples:
+      >>> state = average_gradients("data").init({"kernel": jnp.zeros((64, 64)), "bias": jnp.zeros(64)})
+      >>> state.error["kernel"].shape, state.error["bias"]
+      ((1, 64, 64), None)
     """
 
     count: jax.typing.ArrayLike

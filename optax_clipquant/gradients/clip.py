@@ -32,6 +32,12 @@ class ClipByValueState(NamedTuple):
       count: the number of updates so far, or None where nothing depends on it.
       clip_fraction: the fraction of all elements that the last update clamped, a float32 scalar, or
         None without telemetry.
+
+    Examples:
+      >>> tx = optax.chain(clip_by_value(1.0), optax.sgd(0.1))
+      >>> updates, state = tx.update(jnp.array([3.0, 0.5]), tx.init(jnp.zeros(2)))
+      >>> state[0].clip_fraction
+      Array(0.5, dtype=float32)
     """
 
     count: jax.typing.ArrayLike | None

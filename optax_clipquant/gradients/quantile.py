@@ -27,6 +27,12 @@ class ClipByQuantileState(NamedTuple):
       threshold: the bound of the next update, a float32 scalar; with ``per_leaf``, a dict of them by the
         path of the leaf.
       clip_fraction: the fraction of all elements that the last update clamped, a float32 scalar.
+
+    Examples:
+      >>> tx = clip_by_quantile(0.5)
+      >>> updates, state = tx.update(jnp.arange(4.0), tx.init(jnp.zeros(4)))
+      >>> bool(0 < state.threshold < 3)
+      True
     """
 
     threshold: jax.Array | dict[str, jax.Array]

@@ -22,6 +22,12 @@ class ClipByZScoreState(NamedTuple):
       norm: the global norm of the last gradients, before clipping.
       threshold: the norm above which the last gradients would have been rescaled.
       clipped: whether the last gradients were rescaled, a bool.
+
+    Examples:
+      >>> tx = clip_by_zscore(max_norm=1.0)
+      >>> updates, state = tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))
+      >>> state.norm, state.clipped
+      (Array(5., dtype=float32), Array(True, dtype=bool))
     """
 
     count: jax.typing.ArrayLike

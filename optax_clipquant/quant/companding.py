@@ -70,6 +70,14 @@ class CompandedArray:
     References:
       Li et al., Memory efficient optimizers with 4-bit states, 2023 (arXiv:2309.01507), for rank-1
       normalization.
+
+    Examples:
+      >>> import optax
+      >>> from optax_clipquant import quantize_state
+      >>> state = quantize_state(optax.sgd(0.1, momentum=0.9)).init(jnp.zeros((64, 128)))
+      >>> trace = state.inner_state[0].trace
+      >>> trace.codes.dtype, trace.decode().shape
+      (dtype('int8'), (64, 128))
     """
 
     codes: jax.Array

@@ -177,6 +177,13 @@ class Calibration:
 
     Raises:
       ValueError: a leaf has a moment but no use.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_clipquant import calibrate
+      >>> calibration = calibrate(lambda w, x: x @ w, jnp.ones((2, 3)), [jnp.array([[1.0, 2.0]])])
+      >>> calibration.moments[""].ravel()
+      Array([1., 4.], dtype=float32)
     """
 
     uses: Uses

@@ -24,7 +24,6 @@ import numpy as np
 
 try:
     import matplotlib.patches
-    import matplotlib.patheffects
     from matplotlib.axes import Axes
 except ImportError as error:
     raise ImportError(
@@ -172,15 +171,12 @@ def heat_map(
     axes.set_xticks(range(len(across)), map(_tick, across))
     axes.set_yticks(range(len(up)), map(_tick, up))
     axes.set(xlabel=x, ylabel=y)
-    outline: list[matplotlib.patheffects.AbstractPathEffect] = [
-        matplotlib.patheffects.withStroke(linewidth=2, foreground="black")
-    ]
     for (i, j), cell in np.ndenumerate(cells):
         if np.isnan(cell):
             axes.add_patch(_cell(i, j, fill=False, hatch="xx", edgecolor=GREY, linewidth=0))
         else:
-            text = axes.text(j, i, f"{cell:.3g}", ha="center", va="center", color="white")
-            text.set_path_effects(outline)
+            color = "black" if np.greater(image.norm(cell), 0.5) else "white"
+            axes.text(j, i, f"{cell:.3g}", ha="center", va="center", color=color)
     if not np.isnan(cells).all():
         best = np.nanargmax(sign * cells)
         i, j = divmod(int(best), len(across))

@@ -38,7 +38,16 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Summary(Printed):
-    """The result of ``summarize``: ``rows`` is plain data, and ``print`` shows a table."""
+    """The result of ``summarize``: ``rows`` is plain data, and ``print`` shows a table.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_clipquant import Uniform, quantize_params, summarize
+      >>> params = {"kernel": jnp.ones((64, 8))}
+      >>> summary = summarize(params, quantize_params(params, Uniform(bits=4)))
+      >>> summary.rows[0].bits, summary.bytes_before, summary.bytes_after
+      (4, 2048, 272)
+    """
 
     rows: tuple[Row, ...]
 

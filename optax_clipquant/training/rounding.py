@@ -29,6 +29,12 @@ class RoundWeightsState(NamedTuple):
       count: the number of updates so far.
       grid: a tree with the ``Grid`` of each quantized leaf, None at others.
       key: the PRNG key of stochastic rounding, raw (uint32) so that it can be saved, or None.
+
+    Examples:
+      >>> from optax_clipquant import Uniform
+      >>> state = round_weights(Uniform(bits=4)).init({"kernel": jnp.ones((3, 2))})
+      >>> state.grid["kernel"].scale.shape
+      (1, 2)
     """
 
     count: jax.typing.ArrayLike

@@ -26,6 +26,11 @@ class QuantizeStateState(NamedTuple):
     Attributes:
       count: the number of updates so far.
       inner_state: the optimizer's state, with a ``CompandedArray`` in place of each large array.
+
+    Examples:
+      >>> state = quantize_state(optax.sgd(0.1, momentum=0.9)).init(jnp.zeros((64, 128)))
+      >>> state.inner_state[0].trace.codes.dtype
+      dtype('int8')
     """
 
     count: jax.typing.ArrayLike

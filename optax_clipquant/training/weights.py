@@ -49,6 +49,11 @@ class QuantizeWeightsState(NamedTuple):
         ``residual_bits``, a ``QArray`` of their distance to the levels, or on a grid of two levels of
         their signed roots. ``latent_params`` reads all three.
       grid: a tree with the ``Grid`` of each quantized leaf, None at others.
+
+    Examples:
+      >>> state = quantize_weights(Uniform(bits=4)).init({"kernel": jnp.ones((3, 2))})
+      >>> state.grid["kernel"].scale.shape
+      (1, 2)
     """
 
     count: jax.typing.ArrayLike

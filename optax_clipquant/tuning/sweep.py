@@ -24,6 +24,12 @@ class Sweep(Printed):
     Attributes:
       rows: a dict of Python numbers for each point of the grid, in the order of ``itertools.product``:
         the value of each column, then each metric, then ``failed``, whether any metric is not finite.
+
+    Examples:
+      >>> from optax_clipquant import sweep
+      >>> result = sweep(lambda c: {"loss": (c - 1) ** 2}, {"c": [0.0, 1.0]})
+      >>> result.rows[1]
+      {'c': 1.0, 'loss': 0.0, 'failed': False}
     """
 
     rows: tuple[Row, ...]

@@ -114,5 +114,6 @@ def test_long_names_break_after_separators(name):
     lines = [line.split("  ")[0].strip() for line in buffer.getvalue().splitlines()]
     start = next(i for i, line in enumerate(lines) if line.startswith(name[:2]))
     parts = lines[start : lines.index("", start)]
-    assert len(parts) > 1 and "".join(parts) == name
+    assert len(parts) > 1
+    assert "".join(parts) == name
     assert parts[0].endswith((".", "/", "_"))

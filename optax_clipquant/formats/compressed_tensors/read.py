@@ -42,6 +42,8 @@ def from_compressed_tensors(
 
         tree, config = from_compressed_tensors("model-w4a16")
         params = dequantize_params(tree)
+
+      The example of ``to_compressed_tensors`` runs, and reads what it wrote.
     """
     folder = os.fspath(folder)
     config = read_config(folder)

@@ -77,6 +77,26 @@ def to_compressed_tensors(
         tx = optax.chain(optax.adam(1e-5), quantize_weights(Uniform(4, group_size=32)))
         ...
         to_compressed_tensors("served", export_params(params, opt_state), like="downloaded")
+
+      A model with a single layer:
+
+      >>> import json, pathlib, tempfile
+      >>> import jax.numpy as jnp
+      >>> import safetensors.flax
+      >>> from optax_clipquant import Uniform, from_compressed_tensors, quantize_params
+      >>> folder = tempfile.TemporaryDirectory()
+      >>> like = pathlib.Path(folder.name, "like")
+      >>> like.mkdir()
+      >>> _ = (like / "config.json").write_text(json.dumps({"model_type": "llama"}))
+      >>> weights = {"up_proj.weight": jnp.ones((64, 32))}
+      >>> safetensors.flax.save_file(weights, like / "model.safetensors")
+      >>> qparams = quantize_params(weights, Uniform(4, channel_axis=0, group_size=32))
+      >>> to_compressed_tensors(folder.name + "/served", qparams, like=like)
+      {'up_proj.weight': 'int4'}
+      >>> tree, config = from_compressed_tensors(folder.name + "/served")
+      >>> config["quantization_config"]["format"], tree["up_proj.weight"].bits
+      ('pack-quantized', 4)
+      >>> folder.cleanup()
     """
     written = write_compressed_tensors(folder, leaves_in(qparams), like=like, names=names)
     return {item.name: item.kind for item in written}

@@ -40,6 +40,22 @@ def from_gguf(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, A
 
         tree, metadata = from_gguf("model-q4_0.gguf")
         params = dequantize_params(tree)
+
+      Here the file is a minimal one:
+
+      >>> import tempfile
+      >>> import gguf
+      >>> import numpy as np
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     writer = gguf.GGUFWriter(folder + "/model.gguf", "llama")
+      ...     writer.add_tensor("output.weight", np.ones((64, 32), np.float16))
+      ...     writer.write_header_to_file()
+      ...     writer.write_kv_data_to_file()
+      ...     writer.write_tensors_to_file()
+      ...     writer.close()
+      ...     tree, metadata = from_gguf(folder + "/model.gguf")
+      >>> tree["output.weight"].shape, metadata["general.architecture"]
+      ((64, 32), 'llama')
     """
     with GGUFFile(path) as file:
         tree = {name: _leaf(file, name) for name in file.tensors}

@@ -29,6 +29,12 @@ class Quantizer(abc.ABC):
 
     A subclass is a frozen dataclass registered as a pytree, whose leaves are the hyperparameters
     that may be traced.
+
+    Examples:
+      >>> from optax_clipquant import Uniform
+      >>> grid = Uniform(bits=4).fit(jnp.array([[3.5, -1.0]]))
+      >>> grid.encode(jnp.array([[3.5, -1.0]]))
+      Array([[-8, -8]], dtype=int8)
     """
 
     @abc.abstractmethod
@@ -86,7 +92,13 @@ def floating(w: Any) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChannelwiseQuantizer(Quantizer):
-    """Base class of the quantizers that have a scale for each channel or group."""
+    """Base class of the quantizers that have a scale for each channel or group.
+
+    Examples:
+      >>> from optax_clipquant import Ternary, ZScore
+      >>> isinstance(Ternary(), ChannelwiseQuantizer), isinstance(ZScore(), ChannelwiseQuantizer)
+      (True, False)
+    """
 
     channel_axis: ChannelAxis = "auto"
     group_size: int | None = None
