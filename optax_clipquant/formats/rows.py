@@ -247,7 +247,7 @@ def _targets(
     layers = leaf.shape[0]
     if (following := name.replace("{}", str(layers))) in shapes:
         raise ValueError(
-            f"leaf {leaf.path!r} has {layers} layers, but `like` has {following!r} too; the stack of "
+            f"leaf {leaf.path!r} is a stack of {layers}, but `like` has {following!r} too; the stack of "
             f"{name!r} must have all layers"
         )
     for layer in range(layers):

@@ -414,7 +414,7 @@ def test_other_bad_arguments_are_named(tmp_path):
         ({"w": q}, {"names": {"w": ("w", (0, 0))}}, "names: leaf 'w' has transpose"),
         ({"w": q}, {"otherwise": "int8"}, "otherwise must be one of float16"),
         ({"w": jnp.ones(())}, {"names": {"w": "blk.{}.w"}}, "leaf 'w' has no leading axis"),
-        ({"w": jnp.ones((0, 32, 32))}, {"names": {"w": "blk.{}.w"}}, "leaf 'w' has 0 layers, but .*'blk.0.w'"),
+        ({"w": jnp.ones((0, 32, 32))}, {"names": {"w": "blk.{}.w"}}, "leaf 'w' is a stack of 0, but .*'blk.0.w'"),
         ({"w": QArray(q.qvalue - 8, q.grid)}, {"names": {"w": ("w", True)}}, "leaf 'w': codes from"),
     ]  # fmt: skip
     for tree, options, message in cases:
