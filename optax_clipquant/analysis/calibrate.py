@@ -106,13 +106,9 @@ class CalibratedLeaf:
       after: the same error with the calibrated weights.
 
     Examples:
-      >>> from optax_clipquant import Uniform
-      >>> params, x = {"w": jnp.ones((64, 3))}, jax.random.normal(jax.random.key(0), (256, 64))
-      >>> _, report = quantize_calibrated(
-      ...     lambda p, x: x @ p["w"], params, [x], Uniform(3), progress=False, return_report=True
-      ... )
-      >>> report.rows[0].path, report.rows[0].method, report.rows[0].tokens
-      ('w', 'compensated', 256)
+      >>> leaf = CalibratedLeaf("w", "dot", "compensated", tokens=256, before=0.2, after=0.1)
+      >>> leaf.after / leaf.before
+      0.5
     """
 
     path: str
@@ -128,13 +124,11 @@ class CalibrationReport(Printed):
     """How ``quantize_calibrated`` quantized each leaf; ``print`` shows a table.
 
     Examples:
-      >>> from optax_clipquant import Uniform
-      >>> params, x = {"w": jnp.ones((64, 3))}, jax.random.normal(jax.random.key(0), (256, 64))
-      >>> _, report = quantize_calibrated(
-      ...     lambda p, x: x @ p["w"], params, [x], Uniform(3), progress=False, return_report=True
-      ... )
-      >>> print(report)  # doctest: +ELLIPSIS
-      leaf ...
+      >>> leaf = CalibratedLeaf("w", "dot", "compensated", tokens=256, before=0.2, after=0.1)
+      >>> print(CalibrationReport((leaf,)))
+      leaf  use  method       tokens  error before   after
+      ────────────────────────────────────────────────────
+      w     dot  compensated     256        0.2000  0.1000
     """
 
     rows: tuple[CalibratedLeaf, ...]
