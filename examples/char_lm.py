@@ -288,8 +288,9 @@ def worst_jump(losses: np.ndarray) -> float:
 def mean_and_spread(values: list[float]) -> str:
     if not np.all(np.isfinite(values)):
         return f"diverged ({np.sum(~np.isfinite(values))} of {len(values)})"
-    spread = f" ±{np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.3f}{spread}"
+    digits = ".3f" if np.mean(values) < 1e4 else ".0e"
+    spread = f" ±{np.std(values, ddof=1):{digits}}" if len(values) > 1 else ""
+    return f"{np.mean(values):{digits}}{spread}"
 
 
 def clipping_table(results: Results, rate: float, args: argparse.Namespace) -> rich.table.Table:
