@@ -181,8 +181,11 @@ def quantize_state(
 
 
 def _check_shape(path: jax.tree_util.KeyPath, g: Any, u: Any) -> None:
-    """Raises if a gradient was broadcast to the state of a leaf that had another shape in ``init``."""
-    if jnp.shape(u) != jnp.shape(g):
+    """Raises if a gradient was broadcast to the state of a leaf that had another shape in ``init``.
+
+    An update smaller than its gradient is meant: ``optax.contrib.dpsgd`` takes a gradient for each example.
+    """
+    if jnp.size(u) > jnp.size(g):
         raise ValueError(
             f"quantize_state: updates leaf {path_of(path)!r} has shape {jnp.shape(g)}, but had "
             f"{jnp.shape(u)} in init; call tx.init again for params of other shapes"
