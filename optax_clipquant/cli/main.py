@@ -62,9 +62,8 @@ def _open_closed_streams() -> None:
     """Opens the streams that the parent closed, such as by ``>&-``, so that no file becomes one of them."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
-            descriptor = os.open(
-                os.devnull, os.O_RDWR
-            )  # the lowest that is free: that of the stream
+            # It gets the lowest free descriptor, which is that of the stream.
+            descriptor = os.open(os.devnull, os.O_RDWR)
             setattr(sys, name, os.fdopen(descriptor, "r" if name == "stdin" else "w"))
 
 

@@ -46,11 +46,12 @@ def adopt(
         e = p - served
         latent <- latent + e if abs(e) <= abs(served) / 128 else p
 
-    Differences within rounding are not edits: the rounding of ``optax.apply_updates``, and in half
-    precision, half a unit in the last place (a compiler may keep params in float32 from one step to the
-    next). Before the first update nothing has been rounded, and the params are the latent
-    weights: with 8 bits in bfloat16, half a unit in the last place is a quarter of a step, and what was
-    loaded after ``init`` would otherwise be taken for what was there before.
+    Differences within rounding are not edits: the rounding of ``optax.apply_updates``; in half precision, half
+    a unit in the last place (a compiler may keep params in float32 from one step to the next); and for
+    weights that would cross to another level, the resolution of ``kept``. Before the first update nothing
+    has been rounded, and the params are the latent weights: with 8 bits in bfloat16, half a unit in the last
+    place is a quarter of a step, and what was loaded after ``init`` would otherwise be taken for what was
+    there before.
 
     Args:
       p: the params.
