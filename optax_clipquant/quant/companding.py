@@ -21,13 +21,13 @@ from optax_clipquant.lowering.sharding import (
     split_axis,
     without,
 )
-from optax_clipquant.quant.levels import as_text, check_restored
+from optax_clipquant.quant.restore import as_text, check_restored, register_with_layout
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
 @partial(
-    jax.tree_util.register_dataclass,
+    register_with_layout,
     data_fields=("codes", "scale", "row"),
     meta_fields=("block", "bits", "dtype"),
 )

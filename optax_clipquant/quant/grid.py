@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -22,23 +23,19 @@ from optax_clipquant.lowering.sharding import (
     split_axis,
 )
 from optax_clipquant.quant.groups import groups_of
-from optax_clipquant.quant.levels import (
-    Levels,
-    accepting_code_book,
+from optax_clipquant.quant.levels import Levels, accepting_code_book
+from optax_clipquant.quant.restore import (
     as_text,
     check_restored,
-    levels_from_text,
+    levels_of,
+    register_with_layout,
 )
 
 _Fn = Callable[[jax.Array], jax.Array]
 _STATIC = tuple(field.name for field in dataclasses.fields(Levels))
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("scale", "zero_point", "max_code"),
-    meta_fields=_STATIC,
-)
+@partial(register_with_layout, data_fields=("scale", "zero_point", "max_code"), meta_fields=_STATIC)
 @accepting_code_book
 @dataclasses.dataclass(frozen=True, eq=False)
 class Grid(Levels):
@@ -275,9 +272,22 @@ def _from_state_dict(grid: Grid, state: Mapping[str, Any]) -> Grid:
 
 
 flax.serialization.register_serialization_state(Grid, _to_state_dict, _from_state_dict)
+
+
+def _to_bytes(layout: Any) -> bytes:
+    static, given = layout
+    return bytes(as_text({**dict(zip(_STATIC, static, strict=True)), "given": given}))
+
+
+def _from_bytes(text: bytes) -> Any:
+    fields = json.loads(text)
+    given = tuple(fields.pop("given"))
+    return tuple(vars(levels_of(fields)).values()), given
+
+
 jax.export.register_pytree_node_serialization(
     Grid,
     serialized_name="optax_clipquant.Grid",
-    serialize_auxdata=lambda static: bytes(as_text(dict(zip(_STATIC, static, strict=True)))),
-    deserialize_auxdata=lambda text: tuple(vars(levels_from_text(text)).values()),
+    serialize_auxdata=_to_bytes,
+    deserialize_auxdata=_from_bytes,
 )

@@ -2,9 +2,7 @@
 
 import dataclasses
 import functools
-import json
 import math
-from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import ml_dtypes
@@ -68,60 +66,6 @@ class Levels:
     def packed_size(self, size: int) -> int:
         """Bytes of ``size`` packed codes: ``ceil(size * bits / 8)``; at log2(3) bits, five codes per byte."""
         return math.ceil(size / 5) if self.bits == math.log2(3) else math.ceil(size * self.bits / 8)
-
-
-def as_text(static: Mapping[str, Any]) -> np.ndarray:
-    """``static`` as JSON in a byte array, which every kind of checkpoint can hold."""
-    return np.frombuffer(json.dumps(static, default=str).encode(), np.uint8)
-
-
-def levels_from_text(text: bytes) -> Levels:
-    """The levels that ``as_text`` wrote."""
-    found = json.loads(text)
-    for name in ("group", "codebook"):
-        found[name] = None if found[name] is None else tuple(found[name])
-    return Levels(**{**found, "dtype": np.dtype(found["dtype"])})
-
-
-def check_restored(
-    path: str,
-    here: Mapping[str, Any],
-    text: Any,
-    arrays: Mapping[str, Any],
-    saved: Mapping[str, Any],
-) -> None:
-    """Raises if a checkpoint does not match the tree it is restored into.
-
-    Args:
-      path: the place in the tree.
-      here: the static half in the tree.
-      text: the static half in the checkpoint, from ``as_text``; None in checkpoints before version 0.2.
-      arrays: the arrays in the tree.
-      saved: the arrays in the checkpoint.
-
-    Raises:
-      ValueError: the static halves or the shapes of the arrays differ; the message shows both.
-    """
-
-    # The tree may hold placeholders without shapes, such as shardings.
-    names = [name for name, x in arrays.items() if x is None or hasattr(x, "shape")]
-
-    def with_shapes(static: Mapping[str, Any], arrays: Mapping[str, Any]) -> dict[str, Any]:
-        shapes = {name: None if arrays[name] is None else [*arrays[name].shape] for name in names}
-        return {**static, **{f"shape of {name}": shape for name, shape in shapes.items()}}
-
-    own = with_shapes(json.loads(bytes(as_text(here))), arrays)
-    found = with_shapes({} if text is None else json.loads(bytes(np.asarray(text))), saved)
-    # Older checkpoints lack the fields that were added since.
-    if own | found != own:
-        raise ValueError(
-            f"{path.removeprefix('./')}: the checkpoint holds {_listed(found)}, and the tree to restore "
-            f"into has {_listed(own)}; build that tree with the quantizer that the checkpoint was saved with"
-        )
-
-
-def _listed(fields: Mapping[str, Any]) -> str:
-    return "(" + ", ".join(f"{name}={value}" for name, value in fields.items()) + ")"
 
 
 def largest_scale(largest: float, dtype: np.dtype) -> float:

@@ -15,7 +15,7 @@ from jax.core import Tracer
 from optax_clipquant.lowering.sharding import repeat_axis
 from optax_clipquant.quant.drop_in import DropIn, refuse_in_lax
 from optax_clipquant.quant.grid import Grid
-from optax_clipquant.quant.levels import check_restored
+from optax_clipquant.quant.restore import check_restored
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("qvalue", "grid"), meta_fields=())
@@ -37,9 +37,8 @@ class QArray(DropIn):
     ``q[tokens]``, which decode only the rows they take. Put it on a mesh with ``jax.device_put(qparams,
     shardings_for(qparams, shardings))``.
 
-    ``flax.serialization`` stores the static levels too, and refuses to restore into a tree with other
-    levels. Orbax stores arrays only and cannot check: save ``flax.serialization.to_state_dict(tree)``
-    with it, and pass what it restores to ``flax.serialization.from_state_dict(tree, restored)``.
+    ``flax.serialization`` and orbax refuse to restore into a tree with other levels: the former stores them,
+    and the latter finds no array under the key of the scale, in which ``jax.tree_util`` sees the levels.
 
     Examples:
       >>> grid = Grid(scale=jnp.full((1, 1), 0.5), bits=4, lower=-8, upper=7)

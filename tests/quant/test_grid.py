@@ -183,6 +183,26 @@ def test_restoring_onto_other_levels_names_both_and_the_path(through, saved, oth
         flax.serialization.from_state_dict(target, state)
 
 
+def test_orbax_refuses_other_levels_and_names_both_and_the_path(tmp_path):
+    """Orbax keeps nothing of a tree but its arrays and their keys."""
+    w = jnp.asarray(weights((8, 4)))
+    quantizers = [Uniform(bits=4), Uniform(bits=3), *(other for _, other, _ in OTHERS[:4])]
+    trees = [{"a": {"w": quantizer.quantize(w)}} for quantizer in quantizers]
+    message = r"a\.w\.grid\.scale\(bits=4, lower=-8, upper=7"
+    with ocp.StandardCheckpointer() as checkpointer:
+        for i, tree in enumerate(trees):
+            checkpointer.save(tmp_path / f"{i}", tree)
+        checkpointer.wait_until_finished()
+        for i, tree in enumerate(trees):
+            found = checkpointer.restore(tmp_path / f"{i}", jax.eval_shape(lambda tree=tree: tree))
+            chex.assert_trees_all_equal(found, tree)
+            if i:
+                with pytest.raises(ValueError, match=message):
+                    checkpointer.restore(tmp_path / f"{i}", trees[0])
+                with pytest.raises(ValueError, match=message):
+                    checkpointer.restore(tmp_path / "0", tree)
+
+
 def test_checkpoint_without_levels_is_checked_by_its_codes_and_shapes():
     w = jnp.asarray(weights((8, 4)))
     kept = {"w": Uniform(bits=4).quantize(w)}

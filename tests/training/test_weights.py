@@ -407,21 +407,17 @@ def test_state_survives_msgpack():
     chex.assert_trees_all_equal(step(params, restored, *batch()), step(params, state, *batch()))
 
 
-def test_export_warns_of_a_state_that_orbax_restored_onto_other_levels(tmp_path):
-    """Orbax restores arrays without checking that they belong to these levels."""
+def test_orbax_refuses_to_restore_a_state_onto_other_levels(tmp_path):
+    params = {"kernel": jnp.asarray(weights((16, 8)))}
 
-    def trained(quantizer):
-        tx, params = quantize_weights(quantizer), {"kernel": jnp.asarray(weights((16, 8)))}
-        state = tx.init(params)
-        updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
-        return optax.apply_updates(params, updates), state
+    def state(quantizer):
+        return quantize_weights(quantizer).init(params)
 
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "kept", trained(Uniform(bits=4)))
+        checkpointer.save(tmp_path / "kept", state(Uniform(bits=4)))
         checkpointer.wait_until_finished()
-        restored = checkpointer.restore(tmp_path / "kept", trained(Uniform(bits=2)))
-    with pytest.warns(UserWarning, match="of 128 weights are off the grid"):
-        export_params(*restored)
+        with pytest.raises(ValueError, match=r"kernel.*scale\(bits=2, lower=-2, upper=1"):
+            checkpointer.restore(tmp_path / "kept", state(Uniform(bits=2)))
 
 
 @pytest.mark.parametrize("make", [quantize_weights, round_weights])
