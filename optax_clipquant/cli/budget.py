@@ -35,9 +35,9 @@ _EMBEDDING = re.compile(
     r"(^|[./])(embed_tokens|embed_in|wte|word_embeddings|tok_embeddings|token_embd|lm_head)([./]|$)"
 )
 
-Key = tuple[Quantizer, np.dtype, int]
-"""The key of a compiled program: the quantizer of rows, the dtype of the weights, and the length of a row."""
-Program = Callable[[Quantizer, np.ndarray], tuple[jax.Array, jax.Array]]
+Key = tuple[tuple[Quantizer, ...], np.dtype, int]
+"""The key of a compiled program: the quantizers of rows, the dtype of the weights, and the length of a row."""
+Program = Callable[[tuple[Quantizer, ...], np.ndarray], tuple[jax.Array, jax.Array]]
 Programs = Mapping[Key, concurrent.futures.Future[Program]]
 
 
@@ -106,8 +106,9 @@ def measure(
     """The sum of squared errors of each tensor at each of its rule's widths.
 
     Weights that share a scale are laid out as a row, so that tensors share programs, whose compilation
-    would take most of the time with many shapes. Rows are then lengthened to one of a few lengths by
-    repeating some of their weights. Rows and tensors of more than a million weights are sampled.
+    would take most of the time with many shapes; a program measures all widths, whose searches have much in
+    common. Rows are then lengthened to one of a few lengths by repeating some of their weights. Rows and tensors
+    of more than a million weights are sampled.
 
     Raises:
       ValueError: a tensor has weights that are not finite.
@@ -118,15 +119,12 @@ def measure(
         weights[length] += min(math.prod(source.specs[name][1]), _SAMPLE)
     common = _common_lengths(weights)
     keys = {
-        name: [
-            (quantizer, _dtype(source, name), common[lengths[name]])
-            for quantizer in _row_quantizers(rule)
-        ]
+        name: (_row_quantizers(rule), _dtype(source, name), common[lengths[name]])
         for name, rule in rules.items()
     }
     buffer, found = buffer_for(source, rules), {}
     with Threads(2) as compiler, Threads(2) as runner:
-        programs = {key: compiler.submit(_lower(key).compile) for key in set().union(*keys.values())}  # fmt: skip
+        programs = {key: compiler.submit(_lower(key).compile) for key in dict.fromkeys(keys.values())}
         for name, rule in rules.items():
             w = source.read(name, buffer).astype(_dtype(source, name), copy=False)
             found[name] = _errors(w, rule, keys[name], programs, runner)
@@ -163,10 +161,10 @@ def _dtype(source: Checkpoint, name: str) -> np.dtype:
     return np.dtype(np.float32) if dtype in FLOAT8 else dtype
 
 
-def _row_quantizers(rule: Rule) -> list[Quantizer]:
+def _row_quantizers(rule: Rule) -> tuple[Quantizer, ...]:
     """The quantizer of each width, for rows."""
     as_rows = rule._replace(channel_axis=0, group_size=None)
-    return [quantizer_of(as_rows, bits) for bits in rule.widths]
+    return tuple(quantizer_of(as_rows, bits) for bits in rule.widths)
 
 
 def _length(shape: tuple[int, ...], rule: Rule) -> int:
@@ -200,33 +198,34 @@ def _common_lengths(weights: Mapping[int, int]) -> dict[int, int]:
 
 
 def _lower(key: Key) -> jax.stages.Lowered:
-    quantizer, dtype, width = key
+    quantizers, dtype, width = key
     block = jax.ShapeDtypeStruct((max(_BLOCK // width, 1), width), dtype)
-    return _squared_error.lower(quantizer, block)
+    return _squared_errors.lower(quantizers, block)
 
 
 @jax.jit
-def _squared_error(quantizer: Quantizer, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The sum of squared errors, in units of the square of the largest weight, and that weight."""
+def _squared_errors(
+    quantizers: tuple[Quantizer, ...], rows: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The sums of squared errors, in units of the square of the largest weight, and that weight."""
     w = rows.astype(jnp.float32)
     largest = jnp.max(jnp.abs(w))
     unit = jnp.where(largest == 0, 1, largest)
-    error = quantizer.quantize(rows).dequantize().astype(jnp.float32) - w
-    return jnp.sum(jnp.square(error / unit)), unit
+    errors = (q.quantize(rows).dequantize().astype(jnp.float32) - w for q in quantizers)
+    return jnp.stack([jnp.sum(jnp.square(error / unit)) for error in errors]), unit
 
 
 def _errors(
-    w: np.ndarray, rule: Rule, keys: list[Key], programs: Programs, threads: Threads
+    w: np.ndarray, rule: Rule, key: Key, programs: Programs, threads: Threads
 ) -> np.ndarray:
     """The sum of squared errors of a tensor at each width."""
-    measured = [(programs[key].result(), key[0]) for key in keys]
-    width = keys[0][-1]
+    program, (quantizers, _, width) = programs[key].result(), key
 
     def of_block(block: np.ndarray) -> np.ndarray:
-        found = [program(quantizer, block) for program, quantizer in measured]
-        return np.array([float(error) * float(unit) ** 2 for error, unit in found])
+        errors, unit = program(quantizers, block)
+        return np.asarray(errors, np.float64) * float(unit) ** 2
 
-    total = np.zeros(len(keys))
+    total = np.zeros(len(quantizers))
     for rows in _rows(w, rule):
         count, length = rows.shape
         step = max(_BLOCK // width, 1)
