@@ -124,7 +124,9 @@ def measure(
     }
     buffer, found = buffer_for(source, rules), {}
     with Threads(2) as compiler, Threads(2) as runner:
-        programs = {key: compiler.submit(_lower(key).compile) for key in dict.fromkeys(keys.values())}
+        programs = {
+            key: compiler.submit(_lower(key).compile) for key in dict.fromkeys(keys.values())
+        }
         for name, rule in rules.items():
             w = source.read(name, buffer).astype(_dtype(source, name), copy=False)
             found[name] = _errors(w, rule, keys[name], programs, runner)

@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -38,7 +38,7 @@ def register_with_layout(cls: T, data_fields: tuple[str, ...], meta_fields: tupl
         keys = (key if name == "scale" else name for name in data_fields)
         return tuple(zip(map(jax.tree_util.GetAttrKey, keys), data, strict=True)), layout
 
-    def unflatten(layout: _Layout, data: tuple[Any, ...]) -> Any:
+    def unflatten(layout: _Layout, data: Iterable[Any]) -> Any:
         x = object.__new__(cls)
         # Which arrays are given must be kept, for others put objects in place of None, or None in place of arrays.
         fields = {"_layout": layout, **dict(zip(meta_fields, layout[0], strict=True))}
