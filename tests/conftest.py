@@ -1,6 +1,7 @@
 """Settings for all tests: eight host devices, strict dtype promotion, and every available platform."""
 
 import gc
+import importlib.util
 import os
 import pathlib
 import signal
@@ -48,6 +49,14 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips the example of ``to_qwix`` where qwix, an extra, is not installed."""
+    if importlib.util.find_spec("qwix") is None:
+        for item in items:
+            if isinstance(item, pytest.DoctestItem) and item.path.name == "qwix.py":
+                item.add_marker(pytest.mark.skip(reason="needs qwix"))
 
 
 def _platforms() -> list[str]:

@@ -32,11 +32,19 @@ def to_qwix(qparams: PyTree, *, like: PyTree = None) -> PyTree:
         ``like`` has other leaves or shapes. The message names the leaf.
 
     Examples:
-      A PTQ model, and our params for it (``tests/formats/test_qwix.py`` runs the same)::
+      A PTQ model, and our params for it:
 
-        ptq = qwix.quantize_model(model, qwix.PtqProvider([qwix.QuantizationRule(weight_qtype=jnp.int4)]))
-        like = jax.eval_shape(ptq.init, jax.random.key(0), x)["params"]
-        ptq.apply({"params": to_qwix(quantize_params(params, Uniform(bits=4)), like=like)}, x)
+      >>> import flax.linen as nn
+      >>> import qwix
+      >>> from optax_clipquant import Uniform, quantize_params
+      >>> model, x = nn.Dense(8), jnp.ones((2, 16))
+      >>> qparams = quantize_params(model.init(jax.random.key(0), x)["params"], Uniform(bits=4))
+      >>> rule = qwix.QuantizationRule(weight_qtype=jnp.int4)
+      >>> ptq = qwix.quantize_model(model, qwix.PtqProvider([rule]))
+      >>> like = jax.eval_shape(ptq.init, jax.random.key(0), x)["params"]
+      >>> y = ptq.apply({"params": to_qwix(qparams, like=like)}, x)
+      >>> bool(jnp.allclose(y, model.apply({"params": qparams}, x)))
+      True
     """
     try:
         import qwix

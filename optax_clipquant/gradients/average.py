@@ -39,7 +39,7 @@ class AverageGradientsState(NamedTuple):
 def average_gradients(
     axis_name: AxisName, *, bits: int = 8, error_feedback: bool = True
 ) -> optax.GradientTransformation:
-    """Averages gradients over the devices of a mesh axis, with a quarter of the traffic of float32.
+    """Averages gradients over the devices of a mesh axis, which send each other 8 or 4 bits per number.
 
     For data-parallel loops under ``jax.shard_map``; put it first in the chain, in place of
     ``jax.lax.pmean``. Each leaf is cut into one part per device. The parts are encoded (as a

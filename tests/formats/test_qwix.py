@@ -19,9 +19,6 @@ from optax_clipquant import (
 
 qwix = pytest.importorskip("qwix")
 
-# qwix uses a name that flax has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning")
-
 FITTING = {
     name: quantizer
     for name, quantizer in QUANTIZERS.items()

@@ -38,12 +38,25 @@ def from_compressed_tensors(
         message names the file or the tensor.
 
     Examples:
-      Continue training a model that vLLM's compressor wrote::
-
-        tree, config = from_compressed_tensors("model-w4a16")
-        params = dequantize_params(tree)
-
-      The example of ``to_compressed_tensors`` runs, and reads what it wrote.
+      >>> import json, pathlib, tempfile
+      >>> import jax.numpy as jnp
+      >>> import safetensors.flax
+      >>> from optax_clipquant import Uniform, dequantize_params, quantize_params, to_compressed_tensors
+      >>> folder = tempfile.TemporaryDirectory()
+      >>> like = pathlib.Path(folder.name, "like")
+      >>> like.mkdir()
+      >>> _ = (like / "config.json").write_text(json.dumps({"model_type": "llama"}))
+      >>> weights = {"up_proj.weight": jnp.ones((64, 32)), "norm.weight": jnp.ones(32)}
+      >>> safetensors.flax.save_file(weights, like / "model.safetensors")
+      >>> rule = {"proj": Uniform(8, channel_axis=0, group_size=32)}
+      >>> written = to_compressed_tensors(
+      ...     folder.name + "/w8a16", quantize_params(weights, rule), like=like
+      ... )
+      >>> tree, config = from_compressed_tensors(folder.name + "/w8a16")
+      >>> tree["up_proj.weight"].bits, tree["norm.weight"].dtype, config["model_type"]
+      (8, dtype('float32'), 'llama')
+      >>> params = dequantize_params(tree)  # to train on from there
+      >>> folder.cleanup()
     """
     folder = os.fspath(folder)
     config = read_config(folder)
