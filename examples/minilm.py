@@ -304,9 +304,9 @@ def uses_of(params: PyTree) -> Uses:
     )
 
 
-def by_library(rules: Rules, params: PyTree, uses: Uses | None = None) -> tuple[PyTree, Size]:
+def by_library(rules: Rules, params: PyTree) -> tuple[PyTree, Size]:
     """The quantized params as loaded from a file, and their size."""
-    qparams = quantize_params(params, rules, uses=uses)
+    qparams = quantize_params(params, rules, uses=uses_of(params))
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder, "model.safetensors")
         save(file, qparams)
@@ -367,7 +367,6 @@ def absmax(w: jax.Array, bits: int, axis: int) -> tuple[jax.Array, int]:
 
 
 def by_qwix(w: jax.Array, bits: int, axis: int) -> tuple[jax.Array, int]:
-    """qwix's groups must divide an axis, so those of embeddings lie along the 384 columns."""
     q = qwix.quantize(
         w,
         {8: jnp.int8, 4: jnp.int4}.get(bits, f"int{bits}"),
@@ -384,7 +383,7 @@ MIXED, GROUPS, CHANNELS, ABSMAX, QWIX, TRAINED = (
 )
 SCHEMES: dict[str, Scheme] = {
     GROUPS: lambda params, bits: by_library(in_groups(bits), params),
-    CHANNELS: lambda params, bits: by_library(by_channel(bits), params, uses_of(params)),
+    CHANNELS: lambda params, bits: by_library(by_channel(bits), params),
     ABSMAX: lambda params, bits: by_formula(absmax, params, bits),
     QWIX: lambda params, bits: by_formula(by_qwix, params, bits),
 }
@@ -405,13 +404,18 @@ def post_training(
     progress: rich.progress.Progress,
 ) -> Results:
     results: Results = {}
-    sensitivity = sensitivity_of(params, texts)
+    sensitivity, uses = sensitivity_of(params, texts), uses_of(params)
 
     def mixed(params: PyTree, bits: int) -> tuple[PyTree, Size]:
         """A width for each matrix, within the size of ``bits`` for all."""
-        budget = bits_per_param(jax.eval_shape(quantize_params, params, in_groups(bits)))
+        uniform = functools.partial(quantize_params, quantizer=in_groups(bits), uses=uses)
         rules = allocate_bits(
-            params, sensitivity, bits_per_param=budget, choices=range(1, 9), quantizer=in_groups
+            params,
+            sensitivity,
+            bits_per_param=bits_per_param(jax.eval_shape(uniform, params)),
+            choices=range(1, 9),
+            quantizer=in_groups,
+            uses=uses,
         )
         return by_library(rules, params)
 
@@ -482,11 +486,13 @@ def finetune(
     progress: rich.progress.Progress,
 ) -> tuple[PyTree, Size]:
     """Trains on the grid; returns the params loaded from the saved file, and their size."""
-    rules = in_groups(bits)
+    rules, uses = in_groups(bits), uses_of(params)
     # Copies: the step donates its state, and the teacher's biases must outlive it.
-    start = jax.tree.map(jnp.copy, dequantize_params(quantize_params(params, rules)))
+    start = jax.tree.map(jnp.copy, dequantize_params(quantize_params(params, rules, uses=uses)))
     schedule = optax.warmup_cosine_decay_schedule(0, args.lr, args.steps // 10, args.steps)
-    tx = optax.chain(clip_by_value(args.c), optax.adamw(schedule), quantize_weights(rules))
+    tx = optax.chain(
+        clip_by_value(args.c), optax.adamw(schedule), quantize_weights(rules, uses=uses)
+    )
     state = TrainState.create(apply_fn=Encoder().apply, params=start, tx=tx)
     task = progress.add_task(f"training, {bits} bits", total=args.steps, note="")
     sentences, words = texts
