@@ -7,7 +7,7 @@ import numpy as np
 from optax_clipquant.cli.numpy_grid import Threads, decode
 from optax_clipquant.formats.checkpoint import Checkpoint
 from optax_clipquant.formats.dtypes import Opaque, nbytes
-from optax_clipquant.formats.native.description import Leaf
+from optax_clipquant.formats.native.description import LeafSpec
 from optax_clipquant.formats.native.names import path_of_name
 from optax_clipquant.formats.safetensors import bytes_of
 from optax_clipquant.report.rows import Row
@@ -31,7 +31,7 @@ class Contents:
             if path in self._names:
                 raise ValueError(f"{self.path}: two tensors would have the name {path!r}")
             self._names[path] = name
-        self.leaves: dict[str, Leaf] = {
+        self.leaves: dict[str, LeafSpec] = {
             path: checkpoint.leaves[name] for path, name in self._names.items()
         }
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from optax_clipquant.cli.rules import Rule, scale_layout
 from optax_clipquant.formats.dtypes import Spec
-from optax_clipquant.formats.native.description import Leaf
+from optax_clipquant.formats.native.description import LeafSpec
 from optax_clipquant.formats.native.file import Parts, Tensors
 from optax_clipquant.formats.packing import pack, unpack
 from optax_clipquant.quant.levels import Levels, largest_scale
@@ -37,7 +37,7 @@ class Coder(Protocol):
     """An object that quantizes a tensor, such as ``Absmax``."""
 
     @property
-    def leaf(self) -> Leaf: ...
+    def leaf(self) -> LeafSpec: ...
     def encode(self, read: Read, threads: Threads) -> Parts: ...
 
 
@@ -51,7 +51,7 @@ class Absmax(NamedTuple):
       axes: the axes that share a scale.
     """
 
-    leaf: Leaf
+    leaf: LeafSpec
     levels: Levels
     dtype: np.dtype
     axes: tuple[int, ...]
@@ -69,7 +69,7 @@ class Absmax(NamedTuple):
             "": (np.dtype(np.uint8), (levels.packed_size(math.prod(shape)),)),
             "s": (_BFLOAT16, scales),
         }
-        return cls(Leaf(specs, levels, shape), levels, dtype, axes)
+        return cls(LeafSpec(specs, levels, shape), levels, dtype, axes)
 
     def encode(self, read: Read, threads: Threads) -> Parts:
         """The codes, and then the scales, of the weights that ``read`` reads."""
@@ -152,7 +152,7 @@ def threads() -> Threads:
     return Threads(min(os.cpu_count() or 1, 8))
 
 
-def decode(leaf: Leaf, tensors: Tensors, threads: Threads) -> Iterator[np.ndarray]:
+def decode(leaf: LeafSpec, tensors: Tensors, threads: Threads) -> Iterator[np.ndarray]:
     """Dequantizes a ``QArray``, a block at a time."""
     levels = leaf.levels
     assert levels is not None

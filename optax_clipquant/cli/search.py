@@ -17,7 +17,7 @@ from optax_clipquant.cli.numpy_grid import Coder, Read, Threads
 from optax_clipquant.cli.rules import FLOAT8, Rule
 from optax_clipquant.formats.checkpoint import Checkpoint
 from optax_clipquant.formats.dtypes import nbytes
-from optax_clipquant.formats.native.description import Leaf
+from optax_clipquant.formats.native.description import LeafSpec
 from optax_clipquant.formats.native.file import Parts
 from optax_clipquant.formats.native.trees import leaf_of, parts_of
 from optax_clipquant.quant.qarray import QArray
@@ -32,7 +32,7 @@ _quantize = jax.jit(lambda quantizer, w: quantizer.quantize(w))
 class _Searched(NamedTuple):
     """The coder of a tensor whose scales are searched."""
 
-    leaf: Leaf
+    leaf: LeafSpec
     parts: Callable[[], Parts]
 
     def encode(self, read: Read, threads: Threads) -> Parts:

@@ -16,7 +16,7 @@ import numpy as np
 
 from optax_clipquant._atomic import replacing
 from optax_clipquant.formats.dtypes import Spec
-from optax_clipquant.formats.native.description import Entry, Leaf, plain
+from optax_clipquant.formats.native.description import Entry, LeafSpec, plain
 from optax_clipquant.formats.native.file import SavedFile, Tensors, is_saved
 from optax_clipquant.formats.native.names import assemble
 from optax_clipquant.formats.opening import open_file
@@ -45,7 +45,7 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
-        self.leaves: dict[str, Leaf] = {}
+        self.leaves: dict[str, LeafSpec] = {}
         self.nodes: dict[str, str] = {}
         self._readers: dict[str, Reader] = {}
         self._saved: dict[str, tuple[SavedFile, Entry]] = {}

@@ -16,7 +16,7 @@ from optax_clipquant import NormalFloat, QArray, Ternary, Uniform, load
 from optax_clipquant.cli import main as cli
 from optax_clipquant.cli.arguments import rule, size
 from optax_clipquant.cli.rules import Rule, choose
-from optax_clipquant.formats.native.description import Leaf
+from optax_clipquant.formats.native.description import LeafSpec
 
 
 def run(*args) -> int:
@@ -195,8 +195,8 @@ def test_time_is_linear_in_the_length_of_names(part):
 
 def test_work_per_tensor_does_not_grow_with_their_number(tmp_path, monkeypatch):
     calls = []
-    spec = Leaf.spec.fget
-    monkeypatch.setattr(Leaf, "spec", property(lambda leaf: calls.append(leaf) or spec(leaf)))
+    spec = LeafSpec.spec.fget
+    monkeypatch.setattr(LeafSpec, "spec", property(lambda leaf: calls.append(leaf) or spec(leaf)))
     write(tmp_path / "in", {f"w{i}": weights((8, 8)) for i in range(300)})
     assert run("compress", tmp_path / "in", tmp_path / "small") == 0
     assert len(calls) < 10 * 300

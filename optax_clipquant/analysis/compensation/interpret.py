@@ -12,17 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, gensym
 
-from optax_clipquant.analysis.compensation.streams import (
-    Pair,
-    Segments,
-    Stream,
-    bind,
-    called,
-    evaluate_one,
-    opened,
-    stream_of,
-)
-from optax_clipquant.analysis.compensation.views import (
+from optax_clipquant.analysis.compensation.moves import (
     CHANGES,
     MOVES,
     Value,
@@ -32,6 +22,16 @@ from optax_clipquant.analysis.compensation.views import (
     moved,
     stacked,
     taken,
+)
+from optax_clipquant.analysis.compensation.streams import (
+    Pair,
+    Segments,
+    Stream,
+    bind,
+    called,
+    evaluate_one,
+    opened,
+    stream_of,
 )
 
 _new_var = gensym()

@@ -33,7 +33,7 @@ class Layout:
     own: np.ndarray | None
 
 
-class Leaf:
+class RoundedLeaf:
     """The codes and scales of one leaf, initially those on ``grid``.
 
     Args:

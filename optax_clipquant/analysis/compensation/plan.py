@@ -19,8 +19,8 @@ from optax_clipquant.analysis.compensation.meetings import (
     second_moments,
     squares,
 )
+from optax_clipquant.analysis.compensation.moves import Value, View
 from optax_clipquant.analysis.compensation.streams import Segments, Stream
-from optax_clipquant.analysis.compensation.views import Value, View
 
 LARGEST = 16_384  # the most contracted weights for which second moments are kept
 

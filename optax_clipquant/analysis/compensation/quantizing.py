@@ -12,8 +12,9 @@ import numpy as np
 from jax.extend.core import JaxprEqn
 
 from optax_clipquant.analysis.compensation.interpret import Finished
-from optax_clipquant.analysis.compensation.leaf import Leaf, fitted
+from optax_clipquant.analysis.compensation.leaf import RoundedLeaf, fitted
 from optax_clipquant.analysis.compensation.meetings import matrix, second_moments
+from optax_clipquant.analysis.compensation.moves import View
 from optax_clipquant.analysis.compensation.plan import (
     COMPENSATED,
     LEAST_SQUARES,
@@ -33,7 +34,6 @@ from optax_clipquant.analysis.compensation.rounding import (
     round_on,
 )
 from optax_clipquant.analysis.compensation.streams import Stream
-from optax_clipquant.analysis.compensation.views import View
 from optax_clipquant.quant.levels import Levels
 from optax_clipquant.quant.quantizers.base import Quantizer
 from optax_clipquant.quant.uses import Use
@@ -98,14 +98,14 @@ class Quantizing(Follower):
             for key in found.times
             if found.method in (COMPENSATED, POOLED)
         }
-        self.found: dict[int, Leaf] = {}
+        self.found: dict[int, RoundedLeaf] = {}
         self.outcomes: dict[int, Outcome] = {}
         self._moments: dict[tuple, tuple] = {}  # moments of the last inputs
 
     def wants(self, leaf: int) -> bool:
         return self.methods[leaf] in (COMPENSATED, POOLED)
 
-    def leaf(self, number: int) -> Leaf:
+    def leaf(self, number: int) -> RoundedLeaf:
         """The leaf with this number; quantized at once if it is not to be compensated."""
         if number not in self.found:
             value, method = self.leaves.values[number], self.methods[number]
@@ -124,7 +124,7 @@ class Quantizing(Follower):
                 self.uses[number],
                 importance if method == SEARCH else None,
             )
-            leaf = self.found[number] = Leaf(value, grid)
+            leaf = self.found[number] = RoundedLeaf(value, grid)
             self.methods[number] = method
             self.outcomes[number] = Outcome(method)
             if method not in (COMPENSATED, POOLED):
@@ -180,7 +180,7 @@ class Quantizing(Follower):
             self._moments = {key: (*_trusted(*sums), {}, x)}
         return self._moments[key]
 
-    def _round(self, leaf: Leaf, part: Part, w: jax.Array, moments: tuple) -> None:
+    def _round(self, leaf: RoundedLeaf, part: Part, w: jax.Array, moments: tuple) -> None:
         h, cross, tokens, factors = moments[:4]
         layout = leaf.layout(part.index)
         name = layout.rows.tobytes(), layout.size

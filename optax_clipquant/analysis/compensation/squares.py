@@ -6,9 +6,9 @@ import numpy as np
 from jax.extend.core import JaxprEqn
 
 from optax_clipquant.analysis.compensation.meetings import squares
+from optax_clipquant.analysis.compensation.moves import View
 from optax_clipquant.analysis.compensation.plan import Follower, Leaves, Part
 from optax_clipquant.analysis.compensation.streams import Stream
-from optax_clipquant.analysis.compensation.views import View
 from optax_clipquant.quant.uses import Use
 
 

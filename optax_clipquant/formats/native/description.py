@@ -32,7 +32,7 @@ _PARTS = {
 _PART = re.compile(r"~[szm]")
 
 
-class Leaf(NamedTuple):
+class LeafSpec(NamedTuple):
     """The description of a leaf in a file.
 
     Attributes:
@@ -67,9 +67,9 @@ class Leaf(NamedTuple):
         return sum(nbytes(*spec) for spec in self.specs.values())
 
 
-def plain(spec: Spec) -> Leaf:
+def plain(spec: Spec) -> LeafSpec:
     """The description of an array."""
-    return Leaf({"": spec}, None, spec[1])
+    return LeafSpec({"": spec}, None, spec[1])
 
 
 class Entry(NamedTuple):
@@ -83,7 +83,7 @@ class Entry(NamedTuple):
     """
 
     name: str
-    leaf: Leaf
+    leaf: LeafSpec
     tensors: dict[str, str]
     checksum: int
 
@@ -105,7 +105,7 @@ class Description:
       entries: the leaves, by name.
     """
 
-    def __init__(self, leaves: Mapping[str, Leaf], nodes: Mapping[str, str]) -> None:
+    def __init__(self, leaves: Mapping[str, LeafSpec], nodes: Mapping[str, str]) -> None:
         self.specs: dict[str, Spec] = {}
         self.entries: dict[str, Entry] = {}
         self._nodes = dict(nodes)
@@ -179,7 +179,7 @@ def read_description(specs: Mapping[str, Spec], content: Any) -> tuple[list[Entr
     return entries, nodes
 
 
-def _quantized(item: Any, specs: Mapping[str, Spec], levels: list[Levels]) -> tuple[Leaf, int]:
+def _quantized(item: Any, specs: Mapping[str, Spec], levels: list[Levels]) -> tuple[LeafSpec, int]:
     """Parses the item of a quantized leaf; returns the leaf, with the tensors it has, and its checksum."""
     if not (isinstance(item, list) and len(item) == 3):
         raise ValueError(f"it is listed as {short(item)}, neither a checksum nor three items")
@@ -188,12 +188,12 @@ def _quantized(item: Any, specs: Mapping[str, Spec], levels: list[Levels]) -> tu
         raise ValueError(f"it has the grid {short(index)} of {len(levels)}")
     if not (isinstance(shape, list) and is_count(*shape) and all(0 <= n < 2**63 for n in shape)):
         raise ValueError(f"its shape is {short(shape)}")
-    leaf = Leaf(dict(specs), levels[index], tuple(shape))
+    leaf = LeafSpec(dict(specs), levels[index], tuple(shape))
     check_leaf(leaf)
     return leaf, checksum
 
 
-def check_leaf(leaf: Leaf) -> None:
+def check_leaf(leaf: LeafSpec) -> None:
     """Raises ``ValueError`` if a quantized leaf is not valid in a file."""
     levels, shape, specs = leaf.levels, leaf.shape, leaf.specs
     assert levels is not None

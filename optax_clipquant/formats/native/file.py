@@ -18,7 +18,7 @@ from optax_clipquant.formats.native.description import (
     VERSION,
     Description,
     Entry,
-    Leaf,
+    LeafSpec,
     read_description,
 )
 from optax_clipquant.formats.native.names import assemble
@@ -28,7 +28,7 @@ _HEADER = "optax_clipquant"
 _DIGEST = "optax_clipquant.sha256"
 
 Tensors = dict[str, np.ndarray]
-"""The tensors of a leaf, by kind (see ``Leaf``)."""
+"""The tensors of a leaf, by kind (see ``LeafSpec``)."""
 Parts = Iterable[tuple[str, Iterable[np.ndarray]]]
 """The tensors of a leaf with their kinds, in the order of kinds, each in pieces."""
 
@@ -56,7 +56,7 @@ class SavedWriter:
 @contextlib.contextmanager
 def writing_saved(
     path: str | os.PathLike[str],
-    leaves: Mapping[str, Leaf],
+    leaves: Mapping[str, LeafSpec],
     *,
     nodes: Mapping[str, str],
     metadata: Mapping[str, str] | None = None,

@@ -16,7 +16,7 @@ from optax_clipquant._tree import PyTree
 from optax_clipquant.formats.checkpoint import Checkpoint, files_of
 from optax_clipquant.formats.dtypes import DTYPES, Opaque, Spec
 from optax_clipquant.formats.native.calibration import KEY, calibration_of, text_of
-from optax_clipquant.formats.native.description import Leaf, check_leaf, plain
+from optax_clipquant.formats.native.description import LeafSpec, check_leaf, plain
 from optax_clipquant.formats.native.file import Parts, Tensors, writing_saved
 from optax_clipquant.formats.native.names import assemble, name_of, path_of_name
 from optax_clipquant.formats.native.placement import fill, place
@@ -185,7 +185,7 @@ def _children(tree: PyTree) -> list[tuple[Any, PyTree]] | None:
     ]
 
 
-def leaf_of(leaf: Any, path: str) -> Leaf:
+def leaf_of(leaf: Any, path: str) -> LeafSpec:
     """The description of ``leaf`` in a file. Raises as ``save`` does if it cannot be stored.
 
     It may be abstract, made of ``jax.ShapeDtypeStruct``; the scales of a ``QArray`` must then fit
@@ -205,7 +205,7 @@ def leaf_of(leaf: Any, path: str) -> Leaf:
             specs["z"] = grid.zero_point.dtype, grid.zero_point.shape
     else:
         specs |= {kind: (x.dtype, x.shape) for kind, x in _grid_arrays(leaf, path).items()}
-    stored = Leaf(specs, grid.levels, shape)
+    stored = LeafSpec(specs, grid.levels, shape)
     try:
         check_leaf(stored)
     except ValueError as error:
@@ -246,7 +246,7 @@ def _grid_arrays(q: QArray, path: str) -> dict[str, np.ndarray]:
     return found
 
 
-def restored(leaf: Leaf, tensors: Tensors) -> Any:
+def restored(leaf: LeafSpec, tensors: Tensors) -> Any:
     """Rebuilds a leaf, made of NumPy arrays, from its tensors."""
     if isinstance(leaf.dtype, Opaque):
         # As uint8, with the bytes of a row along the last axis if rows fill whole bytes.
