@@ -207,10 +207,10 @@ def _mean(
 
     def encode(x: jax.Array, stage: int) -> CompandedArray:
         if error is not None:
-            return compand(x, (-1, _BLOCK), bits, keep_nan=True)
+            return compand(x, (-1, _BLOCK), bits, keep_nan=True, rows=False)
         # Noise that is independent between leaves, stages and devices.
         number = (2 * stream + stage) * devices + device
-        return compand(x, (-1, _BLOCK), bits, noise(x, number, count), keep_nan=True)
+        return compand(x, (-1, _BLOCK), bits, noise(x, number, count), keep_nan=True, rows=False)
 
     sent = encode(parts, 0)
     received = jax.tree.map(

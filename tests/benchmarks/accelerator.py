@@ -224,10 +224,19 @@ LEAVES: dict[str, tuple[PyTree, Any, Loss]] = {
         convolutions,
     ),
     "8 of 2048 x 12 x 128": (_many(8, 2048, 12, 128), batch(2048), heads),
-    "50,257 rows of 768": (
-        {"embedding": jax.ShapeDtypeStruct((50257, 768), jnp.float32)},
-        jax.ShapeDtypeStruct((64,), jnp.int32),
-        tied,
+    **{
+        f"{rows:,} rows of 768": (
+            {"embedding": jax.ShapeDtypeStruct((rows, 768), jnp.float32)},
+            jax.ShapeDtypeStruct((64,), jnp.int32),
+            tied,
+        )
+        for rows in (50257, 50304)
+    },
+    "10,000 x 4000": (_many(1, 10000, 4000), batch(10000), dense),
+    "convolution of 3 x 3 x 1000 x 1000": (
+        _many(1, 3, 3, 1000, 1000),
+        jax.ShapeDtypeStruct((4, 16, 16, 1000), jnp.float32),
+        convolutions,
     ),
 }  # fmt: skip
 # With one slot for each weight, two, three, or factored ones, which stay float.

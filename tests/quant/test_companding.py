@@ -98,7 +98,13 @@ def test_stochastic_rounding_is_unbiased(bits, positive):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(
     ("shape", "block"),
-    [((150, 80), (-2, 64)), ((3, 128, 64), (-2, 64)), ((70, 12, 8), (-3, 64)), ((100,), (-1, 64))],
+    [
+        ((150, 80), (-2, 64)),
+        ((3, 128, 64), (-2, 64)),
+        ((70, 12, 8), (-3, 64)),
+        ((100,), (-1, 64)),
+        ((3, 150, 80), (-1, 80)),  # a row lies along the axis of 150
+    ],
 )
 def test_error_is_within_a_level_of_the_smaller_magnitude(shape, block, bits, positive):
     """The smaller of the largest magnitudes of its block and its row, with rows and columns that span decades."""
@@ -117,8 +123,8 @@ def test_error_is_within_a_level_of_the_smaller_magnitude(shape, block, bits, po
         axis,
     )
     if len(shape) > 1:
-        trailing = tuple(range(axis + 1, len(shape)))
-        scale = np.minimum(scale, magnitude.max(trailing, keepdims=True))
+        along = tuple(range(axis + 1, len(shape))) or (axis - 1,)
+        scale = np.minimum(scale, magnitude.max(along, keepdims=True))
     table = levels(bits, not positive)
     assert np.all(np.abs(found - x) <= 0.51 * np.diff(table).max() * scale + 1e-7 * magnitude)
     # Small rows have many levels.
@@ -132,11 +138,16 @@ def test_error_is_within_a_level_of_the_smaller_magnitude(shape, block, bits, po
     [
         ((1024, 2048), (-2, 256)),
         ((784, 10), (-2, 196)),
-        ((50257, 768), (-2, 256)),  # the last is shorter
+        ((50257, 768), (-1, 768)),  # a prime factor too large for a block
+        ((50000, 768), (-1, 768)),  # blocks of 250 would cut tiles of 32
+        ((2, 3, 1000, 257), (-1, 257)),
+        ((50304, 768), (-1, 768)),  # far more rows than columns
+        ((100, 768), (-2, 100)),  # a single block
+        ((50257, 1), (-2, 256)),  # the last is shorter
         ((768, 12, 64), (-3, 256)),
         ((3, 3, 64, 128), (-2, 64)),
         ((3, 3, 16, 128), (-1, 128)),
-        ((1009, 1013), (-2, 256)),
+        ((1009, 1013), (-1, 1013)),
         ((100, 7), (-2, 100)),
         ((65536,), (-1, 256)),
     ],
@@ -202,6 +213,9 @@ def test_restoring_into_other_bits_or_blocks_names_both(bits):
         restore({"mu": compand(x, (-2, 64), 12 - bits)}, raw)
     with pytest.raises(ValueError, match=r"scale=\[1, 64\].*restore into has .*scale=\[2, 64\]"):
         restore({"mu": compand(x, (-2, 32), bits)}, raw)
+    # As of a leaf whose blocks were cut short before.
+    with pytest.raises(ValueError, match=r"mu: .*block=\[-2, 64\].*into has .*block=\[-1, 64\]"):
+        restore({"mu": compand(x, (-1, 64), bits)}, raw)
     # Older checkpoints have no layout.
     state = flax.serialization.to_state_dict(kept)
     del state["layout"]

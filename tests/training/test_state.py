@@ -169,6 +169,37 @@ def test_adam_agrees_within_the_tolerance_of_bitsandbytes():
     assert float(jnp.median(relative)) < 6e-4
 
 
+@pytest.mark.parametrize(("bits", "bound"), [(8, 1.5e-4), (4, 2e-3)])
+@pytest.mark.parametrize(
+    "decades",
+    [pytest.param((0, 0), marks=pytest.mark.slow), pytest.param((4, 0), marks=pytest.mark.slow), (0, 4)],
+    ids=["equal", "rows", "columns"],
+)  # fmt: skip
+def test_leaf_that_equal_blocks_do_not_fill_follows_float_adam(decades, bits, bound):
+    """In a leaf of a prime number of rows, each block is a row, and each column has a magnitude."""
+    tx, exact = quantize_state(optax.adam(1e-3), bits=bits), optax.adam(1e-3)
+    params = jnp.zeros((331, 128))
+    rng = np.random.default_rng(0)
+    rows, columns = (
+        10 ** -rng.uniform(0, d, n) for d, n in zip(decades, params.shape, strict=True)
+    )
+    size = jnp.asarray(0.01 * rows[:, None] * columns[None], jnp.float32)
+
+    def run(tx):
+        def step(carry, key):
+            params, state = carry
+            g = size * jax.random.normal(key, params.shape)
+            updates, state = tx.update(g, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        keys = jax.random.split(jax.random.key(0), 50)
+        return jax.jit(lambda: jax.lax.scan(step, (params, tx.init(params)), keys)[0])()
+
+    (found, state), (expected, _) = run(tx), run(exact)
+    assert state.inner_state[0].nu.block == (-1, 128)
+    assert float(jnp.mean(jnp.abs(found - expected))) < bound
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_steps_stay_small_where_gradients_span_decades(bits):
     """No second moment rounds to zero beside a first that does not."""
@@ -417,6 +448,16 @@ def test_no_leaf_costs_more_than_float():
     assert isinstance(trace["long"], CompandedArray)
     for name in params:
         assert sum(x.nbytes for x in jax.tree.leaves(trace[name])) <= params[name].nbytes
+
+
+def test_large_vector_that_equal_blocks_do_not_fill_stays_float():
+    shape = jax.ShapeDtypeStruct((9_000_011,), jnp.float32)
+    params = {"odd": shape, "even": jax.ShapeDtypeStruct((9_000_192,), jnp.float32)}
+    with pytest.warns(UserWarning, match=r"'0/trace/odd' of .* stay float.* multiple of 256"):
+        state = jax.eval_shape(quantize_state(optax.sgd(0.1, momentum=0.9)).init, params)
+    trace = state.inner_state[0].trace
+    assert trace["odd"].dtype == jnp.float32
+    assert isinstance(trace["even"], CompandedArray)
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -57,6 +57,15 @@ def test_steps_of_large_leaves_meet_their_targets():
         assert costs["temporaries"] <= temporaries, name
 
 
+@pytest.mark.slow
+def test_leaves_that_equal_blocks_do_not_fill_cost_less_than_in_float():
+    rows = ("50,257 rows of 768", "50,304 rows of 768", "10,000 x 4000")
+    process = run_python(BENCHMARK, "--part", "state", *rows, timeout=900, COLUMNS="160")
+    # Every row has a target, below float's peak; the exit status tells whether all are met.
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert all(row in process.stdout for row in rows)
+
+
 SIZE = 4096
 # In a subprocess, since libtpu reads its settings when it starts.
 SCRIPT = """
