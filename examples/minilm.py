@@ -542,7 +542,7 @@ def table_of(floats: tuple[Size, Scores], results: Results) -> rich.table.Table:
     )
     table.add_column("scheme", no_wrap=True)
     for column in (
-        *("bits", "bits a\nweight", "MB", "WordSim\nrho", "SimLex\nrho"),
+        *("bits", "bits per\nweight", "MB", "WordSim\nrho", "SimLex\nrho"),
         *("cosine,\nwords", "cosine,\nsentences"),
     ):
         table.add_column(column, justify="right")

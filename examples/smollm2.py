@@ -171,7 +171,7 @@ def log_probabilities(config: Config, params: PyTree, tokens: jax.Array) -> jax.
 
 
 def divergence(expected: jax.Array, found: jax.Array) -> jax.Array:
-    """Mean Kullback-Leibler divergence, in nats a token, of two arrays of log-probabilities."""
+    """Mean Kullback-Leibler divergence, in nats per token, of two arrays of log-probabilities."""
     return jnp.mean(jnp.sum(jnp.exp(expected) * (expected - found), axis=-1))
 
 

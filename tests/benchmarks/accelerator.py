@@ -252,7 +252,7 @@ TWO_SLOTS = ("adam", "ademamix")
 
 
 def states(names: list[str]) -> Iterator[Row]:
-    """Peaks in bytes a weight; the target is at most .75 with two slots or more, and 1 with others."""
+    """Peaks in bytes per weight; the target is at most .75 with two slots or more, and 1 with others."""
     cases = {name: (_ADAM, *LEAVES[name]) for name in LEAVES} | {
         f"{name}, 8 of 2048 x 2048": (tx, *LEAVES["8 of 2048 x 2048"])
         for name, tx in OPTIMIZERS.items()
@@ -493,7 +493,7 @@ def on_device(platform: str, names: list[str], leaves: int, size: int) -> None:
         rows = timed(names, leaves, size)
         show(
             f"One step, {leaves} leaves of {size} x {size}",
-            ["step", "ms", "relative", "peak, bytes a weight"],
+            ["step", "ms", "relative", "peak, bytes per weight"],
             iter(rows),
             len(rows),
             caption,
@@ -536,7 +536,7 @@ def main() -> None:
     caption = tpu.versions()
     if args.part == "steps":
         met = show(
-            f"One step on a TPU v5e, {args.leaves} leaves of {args.size} x {args.size}, bytes a weight",
+            f"One step on a TPU v5e, {args.leaves} leaves of {args.size} x {args.size}, bytes per weight",
             ["step", "HBM", "temporaries", "arguments", "compile s"],
             steps(names, args.leaves, args.size),
             len(names),
@@ -544,7 +544,7 @@ def main() -> None:
         )
     elif args.part == "state":
         met = show(
-            "Peak memory of a step on a TPU v5e, bytes a weight, and relative to float state",
+            "Peak memory of a step on a TPU v5e, bytes per weight, and relative to float state",
             ["leaves", "float", "8 bits", "relative 8", "4 bits", "relative 4"],
             states(args.names),
             len(args.names) or len(LEAVES) + len(OPTIMIZERS) - 1,
@@ -553,14 +553,14 @@ def main() -> None:
     elif args.part == "serving":
         met = show(
             "HBM traffic of a product on a TPU v5e, relative to codes and scales",
-            ["weight", *(f"{rows} rows" for rows in BATCHES), "bytes a weight", "temporaries"],
+            ["weight", *(f"{rows} rows" for rows in BATCHES), "bytes per weight", "temporaries"],
             serving(args.names),
             len(FORMS) * (len(args.names) or len(QUANTIZERS)),
             caption,
         )
     else:
         met = show(
-            f"A step of a scanned transformer on a TPU v5e, {args.layers} layers, 8 x 1024 tokens, bytes a weight",
+            f"A step of a scanned transformer on a TPU v5e, {args.layers} layers, 8 x 1024 tokens, bytes per weight",
             ["optimizer", "peak, GiB", "relative", "arguments", "temporaries", "HBM", "compile time"],
             recipe(args.layers),
             3,

@@ -359,7 +359,7 @@ def table_of(results: list[dict[str, Any]]) -> rich.table.Table:
     table = rich.table.Table(box=rich.box.MARKDOWN)
     table.add_column("bits", justify="right")
     table.add_column("method", no_wrap=True)
-    for name in ("bits a weight", "KL", "perplexity", "s", "peak, GB"):
+    for name in ("bits per weight", "KL", "perplexity", "s", "peak, GB"):
         table.add_column(name, justify="right")
     for row in results:
         table.add_row(
@@ -381,7 +381,7 @@ def plot(path: pathlib.Path, results: list[dict[str, Any]]) -> None:
         if row["method"] != "float":
             series.setdefault(row["method"], []).append((row["size"], row["kl"]))
     (axis,) = np.ravel(axes)
-    plots.against_bits(axis, series, ylabel="KL to the float model, nats a token", mode="min")
+    plots.against_bits(axis, series, ylabel="KL to the float model, nats per token", mode="min")
     axis.set_yscale("log")
     figure.savefig(path)
 

@@ -173,7 +173,7 @@ def main() -> None:
         ]
         shown = [f"{r:.2f}" if name != "float" else f"{1e3 * np.median(f[name]):.0f} ms" for r, f in zip(ratios, seconds.values(), strict=True)]  # fmt: skip
         limit = 2.1 if "8" in name else 1.2
-        note("state, bytes a weight", name, bytes_a_weight(tx), limit if name in near else None)
+        note("state, bytes per weight", name, bytes_a_weight(tx), limit if name in near else None)
         for batch, ratio in zip(BATCHES, ratios, strict=True):
             if name in near:
                 note("training step, 10 million weights", f"{name}, batch {batch}", ratio, 1.15)
@@ -202,9 +202,9 @@ def main() -> None:
         table.add_row(name, *(f"{error:.1e}" for error in errors), f"{target:.1e}")
     console.print(table)
     weights = 4 + bytes_a_weight(ALL_THREE)
-    note("bytes a weight", "params, 8-bit state, 8-bit latent weights", weights, 7.2)
+    note("bytes per weight", "params, 8-bit state, 8-bit latent weights", weights, 7.2)
     console.print(
-        f"Params, 8-bit state of AdamW and latent weights in 8 bits: {weights:.2f} bytes a weight "
+        f"Params, 8-bit state of AdamW and latent weights in 8 bits: {weights:.2f} bytes per weight "
         "(target 7.2), of 12 for AdamW in float."
     )
 
