@@ -11,12 +11,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Set before jax is imported, since it reads this once. With HOST_DEVICES=1, as most users have it, tests
-# that need eight skip themselves. LLVM's optimizations would take a quarter of the gate's time; the slow
-# tests, which are further cases of the same kinds, run with them (see .ci/run).
+# that need eight skip themselves. Two thirds of the tests' time goes into XLA's compiler. Of its CPU seconds
+# for a training step, optimized as by default, LLVM's optimizations take a quarter, the emitters that lower
+# each fusion through MLIR another half, and the split of a small program into parts for several threads
+# a tenth. Slow tests of arithmetic run with the first two, as users have them (see .ci/run).
 os.environ["XLA_FLAGS"] = " ".join(
     [
         f"--xla_force_host_platform_device_count={os.environ.get('HOST_DEVICES', 8)}",
         "--xla_backend_optimization_level=0",
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
         os.environ.get("XLA_FLAGS", ""),
     ]
 )

@@ -477,9 +477,9 @@ def test_error_in_the_reading_thread_is_reported(source, tmp_path, monkeypatch, 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A folder with ``in``, 10 tensors of 16 MB, and ``small``, its compressed version."""
+    """A folder with ``in``, 5 tensors of 16 MB, and ``small``, its compressed version."""
     folder = tmp_path_factory.mktemp("large")
-    specs = {f"w{i}": (np.dtype(np.float32), (2048, 2048)) for i in range(10)}
+    specs = {f"w{i}": (np.dtype(np.float32), (2048, 2048)) for i in range(5)}
     with container.writing(folder / "in", specs, {}) as file:
         for name in specs:
             file.put(name, np.full((2048, 2048), 0.5, np.float32))

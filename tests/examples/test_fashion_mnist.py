@@ -7,7 +7,6 @@ import re
 import numpy as np
 import pytest
 from helpers import refusal, run_example
-from sklearn.datasets import load_digits
 
 DEBIAN = pathlib.Path("/usr/share/datasets/fashion-mnist")
 
@@ -21,6 +20,9 @@ def write_idx(path: pathlib.Path, array: np.ndarray, packed: bool) -> None:
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """1,797 digits of 28 x 28 pixels; half of the files gzipped."""
+    # Only slow tests need it, and its import takes seconds.
+    from sklearn.datasets import load_digits
+
     folder = tmp_path_factory.mktemp("digits")
     images, labels = load_digits(return_X_y=True)
     images = images.reshape(-1, 8, 8).repeat(3, 1).repeat(3, 2) * 15

@@ -45,6 +45,12 @@ def joined(header: dict, data: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text + data
 
 
+def put(path: pathlib.Path, content: bytes) -> None:
+    """Writes a new file: ext4 flushes one that is cut to nothing and rewritten, in ten times as long."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(content)
+
+
 def leaf(tree, name: str):
     if name == "~":
         return tree
@@ -90,7 +96,7 @@ def test_altered_bytes_are_found_or_harmless(tmp_path, content, count):
                 del altered[where : where + rng.randrange(1, 9)]
             else:
                 altered[where:where] = rng.randbytes(rng.randrange(1, 9))
-        path.write_bytes(altered)
+        put(path, altered)
         try:
             load(path)
         except ValueError as error:
@@ -144,7 +150,7 @@ def test_altered_contents_with_right_checksums_are_exact_or_refused(tmp_path, co
             else:
                 spec["shape"] = spec["shape"][::-1] + rng.choice([[], [1], [1, 1]])
             specs[name] = spec
-        path.write_bytes(joined({"__metadata__": signed(described, specs, stored)} | specs, bytes(stored)))  # fmt: skip
+        put(path, joined({"__metadata__": signed(described, specs, stored)} | specs, bytes(stored)))  # fmt: skip
         loaded += exact_or_refused(path)
     assert loaded > count / 10  # other bits of codes and scales are valid contents
 

@@ -9,6 +9,9 @@ from helpers import case_rows, weights
 
 from optax_clipquant import Quantizer, Ternary, Uniform, quantize_params
 
+# Together in one worker: clearing the caches of a long run takes seconds, and what follows is traced again.
+pytestmark = pytest.mark.xdist_group("clears caches")
+
 SEARCHING = [
     Uniform(bits=2),
     Uniform(bits=3),

@@ -148,6 +148,7 @@ def test_cpu_reduces_arrays_together_where_no_device_shares_a_run(devices):
     assert reduced_at_once(jnp.zeros((32, 64)), (0,), "cpu") == 1  # too small to be worth it
 
 
+@pytest.mark.xdist_group("clears caches")  # see test_blocks.py
 @pytest.mark.parametrize("axis", cases([0, -1], [0]))
 @pytest.mark.parametrize(
     "name",
