@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import itertools
 import os
 import pathlib
 import signal
@@ -61,6 +62,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if isinstance(item, pytest.DoctestItem) and item.path.name == "qwix.py":
                 item.add_marker(pytest.mark.skip(reason="needs qwix"))
+
+
+_tests = itertools.count(1)
+
+
+def pytest_runtest_teardown() -> None:
+    """Forgets programs now and then: 1.4 MB each, and 200 of them make any compilation 4 ms slower (32 ms without)."""
+    if next(_tests) % 100 == 0:
+        jax.clear_caches()
 
 
 def _platforms() -> list[str]:
