@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from optax_clipquant._tree import PyTree, is_float0
-from optax_clipquant.lowering.noise import noise
+from optax_clipquant.lowering.noise import noise, stream_of
 from optax_clipquant.quant.companding import CompandedArray, compand
 
 AxisName = str | tuple[str, ...]
@@ -210,7 +210,8 @@ def _mean(
             return compand(x, (-1, _BLOCK), bits, keep_nan=True, rows=False)
         # Noise that is independent between leaves, stages and devices.
         number = (2 * stream + stage) * devices + device
-        return compand(x, (-1, _BLOCK), bits, noise(x, number, count), keep_nan=True, rows=False)
+        draws = noise(x, stream_of(number), count)
+        return compand(x, (-1, _BLOCK), bits, draws, keep_nan=True, rows=False)
 
     sent = encode(parts, 0)
     received = jax.tree.map(

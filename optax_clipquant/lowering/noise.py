@@ -1,13 +1,22 @@
 """Noise for stochastic rounding, computed where it is used."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_clipquant.lowering.sharding import reshard, spec_of
 
 _GOLDEN = 0x9E3779B9  # 2**32 over the golden ratio
+
+
+def stream_of(number: int | jax.Array) -> jax.typing.ArrayLike:
+    """The start of a stream of ``noise``; for a Python integer, no program computes it."""
+    if isinstance(number, int):
+        return _mix(np.array([number], np.uint32))[0]  # a scalar would warn of overflow
+    return _mix(number.astype(jnp.uint32))
 
 
 # Only the shape and sharding of `like` are used; keeping the argument tells jit the devices.
@@ -31,13 +40,13 @@ def noise(
 
     Args:
       like: the array to be rounded.
-      stream: a number that differs from array to array, so that no two get the same noise.
+      stream: ``stream_of`` a number that differs from array to array, so that no two get the same noise.
       step: the number of the step, an integer.
       alone: for arrays as large as weights, whether streams have no intermediate values in common. A TPU
         computes common values once and rounds all weights that read them in one fusion, so that all are
         in memory at the same time: 4.0 bytes a weight of temporaries instead of 2.0, with two weights.
     """
-    start = index = _mix(jnp.asarray(stream).astype(jnp.uint32))
+    start = index = jnp.asarray(stream).astype(jnp.uint32)
     # An odd multiplier for each axis spreads neighbours over all bits; mixing does the rest.
     multiplier = 0x9E3779B1
     for axis in range(like.ndim):
@@ -49,8 +58,8 @@ def noise(
     return (turned >> 8).astype(jnp.float32) * 2.0**-24
 
 
-def _mix(x: jax.Array) -> jax.Array:
+def _mix(x: Any) -> Any:
     """The 32-bit finalizer ``lowbias32`` of Wellons' hash prospector (public domain)."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
     return x ^ (x >> 16)

@@ -28,6 +28,7 @@ _AT_A_TIME, _OF_MUCH = 16, 8
 _MUCH = (
     6  # work, where an array that is compared counts as 1, and one that is computed and added as 2
 )
+_LEFT = 2**16  # integers that are reduced at once after a first loop
 _FEW = 64  # elements that may be summed in sequence; for more, partial sums round less often
 _WHOLE = {"max": functools.partial(jnp.max, initial=0), "sum": jnp.sum}
 _PAIR = {"max": jax.lax.max, "sum": jax.lax.add}
@@ -74,26 +75,33 @@ class Span:
     def _each(self, kinds: Sequence[Kind], *arrays: jax.Array) -> list[jax.Array]:
         return [self._whole(kind, x) for kind, x in zip(kinds, arrays, strict=True)]
 
-    def _together(self, kinds: Sequence[Kind], *arrays: jax.Array) -> list[jax.Array]:
+    def _together(
+        self, kinds: Sequence[Kind], *arrays: jax.Array, again: bool = False
+    ) -> list[jax.Array]:
         integers = all(map(_is_integer, arrays))
-        if part := self._part(arrays):
+        # What is left of integers is few enough for one loop more, which costs compile time.
+        last = again and integers and arrays[0].size <= _LEFT
+        if part := None if last else self._part(arrays):
             axis, size, reduced, rest = part
             length = arrays[0].shape[axis] - rest
             parts = [split_axis(x, axis, 0, length, size) for x in arrays]
-            found = self._together(kinds, *_reduce(kinds, parts, (reduced,)))
+            found = self._together(kinds, *_reduce(kinds, parts, (reduced,)), again=True)
             if not rest:
                 return found
-            last = [jax.lax.slice_in_dim(x, length, length + rest, axis=axis) for x in arrays]
-            pairs = zip(kinds, found, self._together(kinds, *last), strict=True)
+            tail = [jax.lax.slice_in_dim(x, length, length + rest, axis=axis) for x in arrays]
+            pairs = zip(kinds, found, self._together(kinds, *tail), strict=True)
             return [_PAIR[kind](x, y) for kind, x, y in pairs]
         axes = self.reduced(arrays[0].ndim)
         few = math.prod(arrays[0].shape[axis] for axis in axes) <= _FEW
         if jax.device_count() == 1 and (integers or few):
-            arrays = tuple(jnp.expand_dims(x, axes) for x in _reduce(kinds, arrays, axes))
+            found = (jnp.expand_dims(x, axes) for x in _reduce(kinds, arrays, axes))
+            return [self._runs(kind, x) for kind, x in zip(kinds, found, strict=True)]
         return self._each(kinds, *arrays)
 
     def _whole(self, kind: Kind, x: jax.Array) -> jax.Array:
-        each = _WHOLE[kind](x, axis=self.axes, keepdims=True)
+        return self._runs(kind, _WHOLE[kind](x, axis=self.axes, keepdims=True))
+
+    def _runs(self, kind: Kind, each: jax.Array) -> jax.Array:
         return reduce_runs(_WHOLE[kind], each, self.axis, self.run)
 
     def _part(self, arrays: Sequence[jax.Array]) -> tuple[int, int, int, int] | None:

@@ -160,11 +160,10 @@ def compand(
     else:
         part = view.split(noise) if noise.shape == x.shape else view.spread(noise)
     up = ratio - low > part * (level(below + 1) - low)
-    k = jnp.where(up, below + 1, below)
-    first = jnp.minimum(k, half - 1)
-    first = jnp.where(w < 0, -first, first)
-    first = jnp.where(finite, first, -half if keep_nan else jnp.where(jnp.isnan(w), 0, first))
-    second = jnp.where(magnitude == 0, 0, jnp.clip(k - 1, 1, 2 * half - 1)) - half
+    k = jnp.minimum(jnp.where(up, below + 1, below), steps)
+    first = jnp.where(w < 0, -k, k)
+    first = jnp.where(finite, first, -half) if keep_nan else jnp.where(jnp.isnan(w), 0, first)
+    second = jnp.where(magnitude == 0, 0, jnp.maximum(k - 1, 1)) - half
     codes = jnp.where(negative, first, second).astype(jnp.int8 if bits == 8 else jnp.int4)
     return CompandedArray(view.merge(codes), scale, row, block, bits, x.dtype)
 

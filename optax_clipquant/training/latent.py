@@ -62,8 +62,9 @@ def adopt(
       between: whether the params may lie between levels after an update.
     """
     level, latent = recall(p, grid, kept)
-    wide = p.astype(jnp.float32)
-    served, slack = soften(level, latent, softness), 0.0
+    wide, slack = p.astype(jnp.float32), 0.0
+    # Without softness it is 1 before the first update, then 0.
+    served = soften(level, latent, softness) if between else jnp.where(softness > 0, latent, level)
     if isinstance(kept, QArray) and (between or p.dtype.itemsize < 4):
         # Those that would cross were served from exact latent weights, and perhaps from another level.
         crossing = crosses(served, level, grid)

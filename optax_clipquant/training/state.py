@@ -8,15 +8,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.extend.core import Literal
+from jax.core import Tracer
 
 from optax_clipquant._tree import is_placeholder, map_with_path, path_of, unboxed
-from optax_clipquant.lowering.noise import noise
+from optax_clipquant.lowering.noise import noise, stream_of
 from optax_clipquant.lowering.outline import opaque, outlined
 from optax_clipquant.quant.companding import CompandedArray, block_of, compand, row_axes
 from optax_clipquant.quant.params import PyTree, is_quantized
 from optax_clipquant.quant.quantizers.base import is_int
 from optax_clipquant.quant.selection import Where
+from optax_clipquant.training.origins import origins_of
 from optax_clipquant.training.weights import weight_states
 
 # From here on, an array whose last block is shorter costs a TPU more than in float: its temporaries, 28 bytes
@@ -122,10 +123,10 @@ def quantize_state(
                 "quantize_state: the optimizer quantizes weights, whose state must be exact; put that "
                 "transform after: optax.chain(quantize_state(optimizer), quantize_weights(quantizer))"
             )
-        iterates = _iterates(optimizer, params, inner)
         found, refused, ragged = False, [], []
+        known: dict[Any, CompandedArray] = {}
 
-        def shrink(path: jax.tree_util.KeyPath, x: Any, is_iterate: bool) -> Any:
+        def shrink(path: jax.tree_util.KeyPath, x: Any, is_iterate: bool, is_zero: bool) -> Any:
             nonlocal found
             if not _is_large(x, min_size) or (where is not None and not where(path_of(path), x)):
                 return x
@@ -139,9 +140,16 @@ def quantize_state(
             if is_iterate:
                 refused.append(path)
                 return x
-            return compand(opaque(x), block, bits)
+            if not (is_zero and isinstance(x, Tracer)):
+                return compand(opaque(x), block, bits)
+            # A program that encoded each of hundreds of zero arrays would take long to compile.
+            kind = jax.typeof(x)
+            if kind not in known:
+                known[kind] = compand(opaque(x), block, bits)
+            return jax.tree.map(jnp.copy, known[kind])
 
-        inner = map_with_path(shrink, inner, iterates, is_leaf=is_quantized)
+        origins = origins_of(optimizer, params, inner)
+        inner = map_with_path(shrink, inner, *origins, is_leaf=is_quantized)
         if refused:
             raise ValueError(_refusal(refused, bits))
         if ragged:
@@ -188,7 +196,7 @@ def quantize_state(
         def keep(before: Any, x: Any) -> Any:
             if not _is_companded(before):
                 return x
-            stream = jnp.uint32(next(streams))
+            stream = stream_of(next(streams))
             return _encode(before.block, before.bits, x, before.scale, stream, state.count)
 
         inner = jax.tree.map(keep, state.inner_state, inner, is_leaf=_is_companded)
@@ -243,14 +251,6 @@ def _bytes(shape: tuple[int, ...], block: tuple[int, int], bits: int) -> float:
     return math.prod(shape) * bits / 8 + 4 * (scales + rows)
 
 
-# States that hold iterates, gradients and their differences, from which the next step is computed.
-_EXACT = (
-    optax.ScaleByLBFGSState,
-    optax.ScaleByZoomLinesearchState,
-    optax.ScaleByBacktrackingLinesearchState,
-)
-
-
 def _refusal(paths: list[jax.tree_util.KeyPath], bits: int) -> str:
     fields = tuple(dict.fromkeys(path_of(_field(path)) for path in paths))
     fields = repr(fields[0] if len(fields) == 1 else fields)
@@ -265,42 +265,3 @@ def _field(path: jax.tree_util.KeyPath) -> jax.tree_util.KeyPath:
     """The start of ``path`` up to the last field of a named tuple, without the names of params."""
     ends = [i for i, key in enumerate(path, 1) if isinstance(key, jax.tree_util.GetAttrKey)]
     return path[: ends[-1]] if ends else path
-
-
-def _iterates(optimizer: optax.GradientTransformation, params: PyTree, state: PyTree) -> PyTree:
-    """For each leaf of the initial ``state``, whether it holds iterates.
-
-    It does if the program of ``init`` computes it from the values of the params, which is independent of
-    their values and works under tracing; or if it belongs to L-BFGS or a line search, which start at zero.
-    """
-    traced = jax.make_jaxpr(optimizer.init)(unboxed(params))
-    depends = _dependent(traced.jaxpr, [True] * len(traced.jaxpr.invars))
-
-    def is_exact(x: Any) -> bool:
-        return isinstance(x, _EXACT)
-
-    memory = [
-        is_exact(node)
-        for node in jax.tree.leaves(state, is_leaf=is_exact)
-        for _ in jax.tree.leaves(node)
-    ]
-    marks = [a or b for a, b in zip(depends, memory, strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(state), marks)
-
-
-def _dependent(jaxpr: Any, inputs: list[bool]) -> list[bool]:
-    known = dict(zip(jaxpr.invars, inputs, strict=True))
-
-    def of(variables: Any) -> list[bool]:
-        return [not isinstance(v, Literal) and known.get(v, False) for v in variables]
-
-    for eqn in jaxpr.eqns:
-        given = of(eqn.invars)
-        inner = eqn.params.get("jaxpr")
-        inner = getattr(inner, "jaxpr", inner)
-        if eqn.primitive.name in ("jit", "pjit") and inner is not None:
-            found = _dependent(inner, given)
-        else:
-            found = [any(given)] * len(eqn.outvars)
-        known.update(zip(eqn.outvars, found, strict=True))
-    return of(jaxpr.outvars)

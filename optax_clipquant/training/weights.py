@@ -14,6 +14,7 @@ from optax_clipquant._tree import (
     unboxed,
 )
 from optax_clipquant.gradients.clip import Bound, clip_by_value
+from optax_clipquant.lowering.noise import stream_of
 from optax_clipquant.lowering.outline import outlined
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.params import leaves_of, weighting_of
@@ -199,7 +200,7 @@ def quantize_weights(
             latent = jnp.array(p, jnp.float32, copy=True)
             if residual_bits is None:
                 return latent
-            return residual.start(latent, level_of(grids[path], latent), grids[path])
+            return _start_residual(latent, grids[path])
 
         latent = map_with_path(lambda path, p: keep(path_of(path), p), unboxed(params))
         return QuantizeWeightsState(jnp.zeros((), jnp.int32), latent, grid)
@@ -228,7 +229,7 @@ def quantize_weights(
                     soft,
                     before,
                     weighting.get(path),
-                    jnp.uint32(index[path]),
+                    stream_of(index[path]),
                     state.count,
                 )
 
@@ -276,6 +277,7 @@ def _advance(
 
 
 _advance_residual = outlined(_advance, statics=2)
+_start_residual = outlined(lambda w, grid: residual.start(w, level_of(grid, w), grid))
 
 
 def clipquant(

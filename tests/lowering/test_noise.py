@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from optax_clipquant.lowering.noise import noise
+from optax_clipquant.lowering.noise import noise, stream_of
 
 
 def numbers(shape, steps, stream=0, alone=False):
-    fn = jax.jit(lambda step: noise(jnp.zeros(shape), stream, step, alone=alone))
+    fn = jax.jit(lambda step: noise(jnp.zeros(shape), stream_of(stream), step, alone=alone))
     return np.array([fn(step) for step in steps], np.float64)
 
 
 def test_noise_is_uniform_in_each_step(platform, variant):
-    fn = variant(lambda step: noise(jnp.zeros((512, 300)), 0, step))
+    fn = variant(lambda step: noise(jnp.zeros((512, 300)), stream_of(0), step))
     values = np.array([fn(step) for step in (0, 1, 2, 1000, 2**31 - 1)], np.float64)
     assert values.min() >= 0
     assert values.max() < 1
@@ -40,7 +40,7 @@ def test_neighbours_and_streams_are_independent(alone):
     for name, (x, y) in pairs.items():
         correlation = np.corrcoef(x.ravel(), y.ravel())[0, 1]
         assert abs(correlation) < 5 / x.size**0.5, name
-    assert noise(jnp.zeros(()), 0, 3, alone=alone).shape == ()
+    assert noise(jnp.zeros(()), stream_of(0), 3, alone=alone).shape == ()
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 10])

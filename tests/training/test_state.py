@@ -471,6 +471,16 @@ def test_init_accepts_abstract_params(bits):
         chex.assert_trees_all_equal_shapes_and_dtypes(made, expected)
 
 
+def test_init_under_jit_encodes_equal_zeros_once_and_others_each():
+    tx = quantize_state(optax.chain(optax.scale_by_adam(), optax.scale_by_rss(0.1)))
+    params = {name: jnp.zeros((64, 128)) for name in "abc"}
+    jitted, eager = jax.jit(tx.init)(params), tx.init(params)
+    chex.assert_trees_all_equal(jitted, eager)
+    assert str(jax.make_jaxpr(tx.init)(params)).count("name=compand") == 1 + 3
+    pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(jitted)]
+    assert len(set(pointers)) == len(pointers)  # all can be donated
+
+
 def test_updates_may_differ_in_structure_from_the_gradients():
     """Lookahead takes gradients of its fast params, and returns updates of both copies."""
     params = optax.LookaheadParams.init_synced({"w": jnp.ones((64, 64))})

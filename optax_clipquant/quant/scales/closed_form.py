@@ -28,7 +28,7 @@ def round_scale(scale: jax.Array, largest: float, dtype: np.dtype) -> jax.Array:
     cap = largest_scale(largest, dtype)
     rounded = jnp.clip(jax.lax.reduce_precision(scale, 8, 7), -cap, cap)
     rounded = jnp.where(jnp.abs(rounded) < 2.0**-126, 0, rounded)
-    return jnp.where(jnp.isinf(scale), scale, rounded)
+    return jnp.where(jnp.isfinite(scale), rounded, scale)
 
 
 @partial(jax.jit, static_argnames="axes")
