@@ -12,10 +12,12 @@ from optax_clipquant.lowering.sharding import reshard, spec_of
 _GOLDEN = 0x9E3779B9  # 2**32 over the golden ratio
 
 
-def stream_of(number: int | jax.Array) -> jax.typing.ArrayLike:
+def stream_of(number: int | jax.Array) -> jax.Array:
     """The start of a stream of ``noise``; for a Python integer, no program computes it."""
     if isinstance(number, int):
-        return _mix(np.array([number], np.uint32))[0]  # a scalar would warn of overflow
+        return jnp.asarray(
+            _mix(np.array([number], np.uint32))[0]
+        )  # a scalar would warn of overflow
     return _mix(number.astype(jnp.uint32))
 
 

@@ -64,7 +64,7 @@ def adopt(
     level, latent = recall(p, grid, kept)
     wide, slack = p.astype(jnp.float32), 0.0
     # Without softness it is 1 before the first update, then 0.
-    served = soften(level, latent, softness) if between else jnp.where(softness > 0, latent, level)
+    served = soften(level, latent, softness) if between else jnp.where(softness == 1, latent, level)
     if isinstance(kept, QArray) and (between or p.dtype.itemsize < 4):
         # Those that would cross were served from exact latent weights, and perhaps from another level.
         crossing = crosses(served, level, grid)
