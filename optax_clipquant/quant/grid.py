@@ -25,6 +25,7 @@ from optax_clipquant.lowering.sharding import (
 from optax_clipquant.quant.groups import groups_of
 from optax_clipquant.quant.levels import Levels, accepting_code_book
 from optax_clipquant.quant.restore import (
+    Layout,
     as_text,
     check_restored,
     levels_of,
@@ -274,20 +275,9 @@ def _from_state_dict(grid: Grid, state: Mapping[str, Any]) -> Grid:
 flax.serialization.register_serialization_state(Grid, _to_state_dict, _from_state_dict)
 
 
-def _to_bytes(layout: Any) -> bytes:
-    static, given = layout
-    return bytes(as_text({**dict(zip(_STATIC, static, strict=True)), "given": given}))
-
-
-def _from_bytes(text: bytes) -> Any:
-    fields = json.loads(text)
-    given = tuple(fields.pop("given"))
-    return tuple(vars(levels_of(fields)).values()), given
-
-
 jax.export.register_pytree_node_serialization(
     Grid,
     serialized_name="optax_clipquant.Grid",
-    serialize_auxdata=_to_bytes,
-    deserialize_auxdata=_from_bytes,
+    serialize_auxdata=lambda layout: bytes(as_text(dict(zip(_STATIC, layout.static, strict=True)))),
+    deserialize_auxdata=lambda text: Layout(tuple(vars(levels_of(json.loads(text))).values())),
 )

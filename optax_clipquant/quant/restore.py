@@ -1,5 +1,6 @@
 """What tells a checkpoint of other levels apart when it is restored."""
 
+import dataclasses
 import json
 import zlib
 from collections.abc import Iterable, Mapping
@@ -11,8 +12,21 @@ import numpy as np
 from optax_clipquant.quant.levels import Levels
 
 T = TypeVar("T", bound=type)
-_Layout = tuple[tuple[Any, ...], tuple[str, ...]]
-"""The static fields, and the names of the arrays that are given."""
+_ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What a tree keeps of a dataclass beside its arrays.
+
+    Attributes:
+      static: the static fields.
+      given: the names of the arrays that are given. They are not compared: as for any dataclass, a prefix
+        of a tree (of ``in_axes``, or of shardings) may hold None in place of an array.
+    """
+
+    static: tuple[Any, ...]
+    given: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
 
 def register_with_layout(cls: T, data_fields: tuple[str, ...], meta_fields: tuple[str, ...]) -> T:
@@ -23,37 +37,38 @@ def register_with_layout(cls: T, data_fields: tuple[str, ...], meta_fields: tupl
     array when they restore into a tree with another layout, and say which keys differ.
     """
 
-    def flatten(x: Any) -> tuple[tuple[Any, ...], _Layout]:
-        data = tuple([getattr(x, name) for name in data_fields])
-        return data, vars(x).get("_layout") or (
-            tuple([getattr(x, name) for name in meta_fields]),
-            tuple(
-                [name for name in data_fields if name != "scale" and getattr(x, name) is not None]
-            ),
-        )
+    optional = tuple(name for name in data_fields if name != "scale")
 
-    def flatten_with_keys(x: Any) -> tuple[tuple[Any, ...], _Layout]:
+    def flatten(x: Any) -> tuple[tuple[Any, ...], Layout]:
+        data = tuple([getattr(x, name) for name in data_fields])
+        static = tuple([getattr(x, name) for name in meta_fields])
+        given = vars(x).get("_given")
+        if given is None or isinstance(x.scale, _ARRAYS):
+            given = tuple([name for name in optional if getattr(x, name) is not None])
+        return data, Layout(static, given)
+
+    def flatten_with_keys(x: Any) -> tuple[tuple[Any, ...], Layout]:
         data, layout = flatten(x)
         key = "scale" + _listed(_as_fields(meta_fields, layout))
         keys = (key if name == "scale" else name for name in data_fields)
         return tuple(zip(map(jax.tree_util.GetAttrKey, keys), data, strict=True)), layout
 
-    def unflatten(layout: _Layout, data: Iterable[Any]) -> Any:
+    def unflatten(layout: Layout, data: Iterable[Any]) -> Any:
         x = object.__new__(cls)
-        # Which arrays are given must be kept, for others put objects in place of None, or None in place of arrays.
-        fields = {"_layout": layout, **dict(zip(meta_fields, layout[0], strict=True))}
-        vars(x).update(fields, **dict(zip(data_fields, data, strict=True)))
+        vars(x).update(zip(meta_fields, layout.static, strict=True))
+        # For trees of placeholders: orbax puts objects in place of None too, and others None in place of arrays.
+        vars(x).update(zip(data_fields, data, strict=True), _given=layout.given)
         return x
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
 
 
-def _as_fields(meta_fields: tuple[str, ...], layout: _Layout) -> dict[str, Any]:
-    fields = dict(zip(meta_fields, layout[0], strict=True))
+def _as_fields(meta_fields: tuple[str, ...], layout: Layout) -> dict[str, Any]:
+    fields = dict(zip(meta_fields, layout.static, strict=True))
     if fields.get("codebook"):  # its numbers are too long for the name of a file
         fields["codebook"] = f"{zlib.crc32(repr(fields['codebook']).encode()):08x}"
-    given = dict.fromkeys(layout[1], "given")
+    given = dict.fromkeys(layout.given, "given")
     return {name: x for name, x in fields.items() if x is not None} | given
 
 

@@ -1,5 +1,6 @@
 """QArrays of stacked layers and experts can be split, sharded and exported."""
 
+import dataclasses
 import functools
 import operator
 
@@ -46,6 +47,36 @@ def stack_of(kind: str) -> QArray:
 def assert_is(found, expected, *, quantized=True):
     assert isinstance(found, QArray) == quantized
     np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+
+
+def without(q, name: str):
+    return dataclasses.replace(q, grid=dataclasses.replace(q.grid, **{name: None}))
+
+
+def test_prefixes_hold_none_in_place_of_an_array():
+    """As those of any dataclass: an axis of None, or a sharding of None."""
+    q = stack_of("asymmetric")
+    axes = without(jax.tree.map(lambda _: 0, q), "zero_point")
+    point = q.grid.zero_point[0]
+    shared = dataclasses.replace(q, grid=dataclasses.replace(q.grid, zero_point=point))
+    found = jax.vmap(lambda w: w.grid.zero_point, in_axes=(axes,), out_axes=None)(shared)
+    np.testing.assert_array_equal(found, point)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shardings = without(jax.tree.map(lambda _: here, q), "zero_point")
+    chex.assert_trees_all_equal(jax.jit(lambda w: w, in_shardings=(shardings,))(q), q)
+
+
+def test_structure_and_keys_are_those_of_the_fields():
+    """Also of a tree in which an array was put in place of None, or None in place of an array."""
+    q = stack_of("asymmetric")
+    bare = without(q, "zero_point")
+    for before, after in ((q, bare), (bare, q)):
+        found = jax.tree.map(lambda _, x: x, before, after, is_leaf=lambda x: x is None)
+        (paths, structure), (expected, same) = map(
+            jax.tree_util.tree_flatten_with_path, (found, after)
+        )
+        assert structure == same
+        assert [path for path, _ in paths] == [path for path, _ in expected]
 
 
 @pytest.mark.parametrize("kind", KINDS)
