@@ -13,7 +13,13 @@ from jax.core import Tracer
 from optax_clipquant._tree import is_placeholder, map_with_path, path_of, unboxed
 from optax_clipquant.lowering.noise import noise, stream_of
 from optax_clipquant.lowering.outline import opaque, outlined
-from optax_clipquant.quant.companding import CompandedArray, block_of, compand, row_axes
+from optax_clipquant.quant.companding import (
+    CompandedArray,
+    block_of,
+    compand,
+    is_saved_form,
+    row_axes,
+)
 from optax_clipquant.quant.params import PyTree, is_quantized
 from optax_clipquant.quant.quantizers.base import is_int
 from optax_clipquant.quant.selection import Where
@@ -170,6 +176,11 @@ def quantize_state(
         updates: PyTree, state: PyTree, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, PyTree]:
         def widen(path: jax.tree_util.KeyPath, x: Any) -> Any:
+            if is_saved_form(x):
+                raise ValueError(
+                    f"quantize_state: {path_of(path)!r} of the state was restored from a checkpoint in which it "
+                    "was quantized, and stays float here; make the state anew with tx.init(params)"
+                )
             if not _is_companded(x):
                 return x
             expected = block_of(x.codes.shape, block_size)
@@ -182,7 +193,10 @@ def quantize_state(
                 )
             return x.decode()
 
-        inner = map_with_path(widen, state.inner_state, is_leaf=_is_companded)
+        def is_leaf(x: Any) -> bool:
+            return _is_companded(x) or is_saved_form(x)
+
+        inner = map_with_path(widen, state.inner_state, is_leaf=is_leaf)
         # The state is that of bare arrays; NNX's variables are put around the updates again. What else
         # changes the structure is meant to: lookahead takes gradients of the half of its params.
         boxes, bare = jax.tree.structure(updates), unboxed(updates)

@@ -218,6 +218,7 @@ LEAVES: dict[str, tuple[PyTree, Any, Loss]] = {
     "the same in bfloat16": (square(8, 2048, jnp.bfloat16), batch(2048, jnp.bfloat16), dense),
     "2 of 8192 x 8192": (square(2, 8192), batch(8192), dense),
     "64 vectors of 16,384": (_many(64, 16384), jax.ShapeDtypeStruct((8, 16384), jnp.float32), vectors),
+    "a vector of 8,388,608": (_many(1, 2**23), jax.ShapeDtypeStruct((1,), jnp.float32), vectors),
     "8 convolutions of 3 x 3 x 512 x 512": (
         _many(8, 3, 3, 512, 512),
         jax.ShapeDtypeStruct((4, 16, 16, 512), jnp.float32),

@@ -216,6 +216,8 @@ def test_restoring_into_other_bits_or_blocks_names_both(bits):
     # As of a leaf whose blocks were cut short before.
     with pytest.raises(ValueError, match=r"mu: .*block=\[-2, 64\].*into has .*block=\[-1, 64\]"):
         restore({"mu": compand(x, (-1, 64), bits)}, raw)
+    with pytest.raises(ValueError, match=rf"^mu: .*array in float, .*one in {bits} bits"):
+        restore({"mu": kept}, flax.serialization.to_bytes({"mu": x}))
     # Older checkpoints have no layout.
     state = flax.serialization.to_state_dict(kept)
     del state["layout"]

@@ -460,6 +460,19 @@ def test_large_vector_that_equal_blocks_do_not_fill_stays_float():
     assert isinstance(trace["even"], CompandedArray)
 
 
+def test_leaf_that_a_checkpoint_holds_quantized_and_the_state_in_float_is_refused_by_name():
+    """Flax puts what it saved of the leaf in place of its array, whatever that is."""
+    params = {"w": jnp.zeros((64, 128))}
+    tx = optax.sgd(0.1, momentum=0.9)
+    saved = flax.serialization.to_bytes(quantize_state(tx).init(params))
+    exact = quantize_state(tx, where=lambda path, leaf: False)
+    with pytest.warns(UserWarning, match="nothing is quantized"):
+        state = exact.init(params)
+    restored = flax.serialization.from_bytes(state, saved)
+    with pytest.raises(ValueError, match=r"'0/trace/w' of the state .* checkpoint .* quantized"):
+        exact.update(params, restored, params)
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_init_accepts_abstract_params(bits):
     """ShapeDtypeStructs, which hold no values and which Orbax restores into, and tracers under ``eval_shape``."""

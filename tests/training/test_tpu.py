@@ -58,8 +58,8 @@ def test_steps_of_large_leaves_meet_their_targets():
 
 
 @pytest.mark.slow
-def test_leaves_that_equal_blocks_do_not_fill_cost_less_than_in_float():
-    rows = ("50,257 rows of 768", "50,304 rows of 768")
+def test_embeddings_and_large_vectors_cost_less_than_in_float():
+    rows = ("50,257 rows of 768", "50,304 rows of 768", "a vector of 8,388,608")
     process = run_python(BENCHMARK, "--part", "state", *rows, timeout=900, COLUMNS="160")
     # Every row has a target, below float's peak; the exit status tells whether all are met.
     assert process.returncode == 0, process.stdout + process.stderr
