@@ -322,7 +322,7 @@ def test_warm_starts_recover_from_any_scale(quantizer):
     cold = squared_error(quantizer, np.asarray(w))
     for factor in (0.0, 1e-20, 1e-3, 30.0, np.inf, np.nan):
         grid = quantizer.fit(w)
-        grid = type(grid)(**{**vars(grid), "scale": grid.scale * jnp.float32(factor)})
+        grid = dataclasses.replace(grid, scale=grid.scale * jnp.float32(factor))
         for _ in range(60):
             grid = quantizer.fit(w, start=grid)
         error = np.sum((np.asarray(grid.decode(grid.encode(w))) - np.asarray(w)) ** 2)
