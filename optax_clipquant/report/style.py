@@ -44,8 +44,13 @@ def subplots(
 
 
 def styled(series: Mapping[str, Any]) -> Iterable[tuple[tuple[str, Any], Style]]:
-    """Pairs each name and its values with a style."""
-    return ((item, STYLES[i % len(STYLES)]) for i, item in enumerate(series.items()))
+    """Pairs each name and its values with a style; those of up to 14 series differ."""
+    for i, item in enumerate(series.items()):
+        turn, place = divmod(i, len(STYLES))
+        color, line, marker = STYLES[place]
+        if turn % 2:  # the colours again, with other lines and markers
+            line, marker = STYLES[(place + 3) % len(STYLES)][1], "*d<>hp8"[place]
+        yield item, (color, line, marker)
 
 
 def sign_of(mode: str) -> int:

@@ -194,6 +194,14 @@ def test_styles_can_be_told_apart_without_colour():
     assert len(set(colors)) == len(set(map(str, lines))) == len(set(markers)) == len(colors)
 
 
+def test_fourteen_series_can_be_told_apart_by_their_markers():
+    _, (axes,) = plots.subplots()
+    series = {f"{i}": [(2.0, 1.0), (3.0, 2.0)] for i in range(14)}
+    plots.against_bits(axes, series, ylabel="accuracy", mode="max")
+    markers = [line.get_marker() for line in axes.get_lines() if line.get_label() in series]
+    assert len(set(markers)) == 14
+
+
 def test_matplotlib_settings_are_unchanged():
     before = dict(matplotlib.rcParams)
     figure, axes = plots.subplots(2, 2)
