@@ -351,8 +351,8 @@ def table_of(rows: list[Row], args: argparse.Namespace) -> rich.table.Table:
     )
     table.add_column("weights", no_wrap=True)
     for column in (
-        *("perplexity,\nJAX", "perplexity,\nllama.cpp", "KL to\nfloat"),
-        *("bits a\nweight", "MB", "tokens\ngenerated", "as float\ngenerates"),
+        *("perplexity\nin JAX", "in\nllama.cpp", "KL to\nfloat"),
+        *("bits per\nweight", "MB", "generated\nas by float"),
     ):
         table.add_column(column, justify="right")
     for row in rows:
@@ -364,8 +364,7 @@ def table_of(rows: list[Row], args: argparse.Namespace) -> rich.table.Table:
             f"{row.scores.kl:.4f}",
             f"{row.bits:.2f}",
             f"{row.size / 1e6:.1f}",
-            str(len(row.generated)) if row.generated else "",
-            str(same) if row.generated else "",
+            f"{same} of {len(row.generated)}" if row.generated else "",
         )
     return table
 
