@@ -70,7 +70,8 @@ def test_smollm2(tmp_path: pathlib.Path):
     rows = {
         name: [float(x) for x in cells.split()]
         for name, cells in re.findall(
-            r"(?m)^ *(float|rounded|calibrated|trained)  +([\d. ]+) *$", process.stdout
+            r"(?m)^ *(float|rounded|calibrated|trained)  +([\d. ]+?)(?: +\d+ of \d+)? *$",
+            process.stdout,
         )
     }
     assert list(rows) == ["float", "rounded", "calibrated", "trained"], process.stdout
