@@ -296,17 +296,21 @@ def by_channel(bits: int) -> Uniform:
     return Uniform(bits=bits, scale_rule="mse")
 
 
-def uses_of(params: PyTree) -> Uses:
+@functools.cache
+def encoder_uses() -> Uses:
     """How the encoder uses its weights: kernels have output channels, tables have rows, each with a scale."""
-    ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)  # positions and types are data too, and looked up
+    ids = (
+        jax.ShapeDtypeStruct((1, 8), jnp.int32),
+    ) * 3  # positions and types are data too, and looked up
+    params = jax.eval_shape(Encoder().init, jax.random.key(0), *ids)["params"]
     return trace_weights(
-        lambda params, *ids: Encoder().apply({"params": params}, *ids), params, ids, ids, ids
+        lambda params, *ids: Encoder().apply({"params": params}, *ids), params, *ids
     )
 
 
 def by_library(rules: Rules, params: PyTree) -> tuple[PyTree, Size]:
     """The quantized params as loaded from a file, and their size."""
-    qparams = quantize_params(params, rules, uses=uses_of(params))
+    qparams = quantize_params(params, rules, uses=encoder_uses())
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder, "model.safetensors")
         save(file, qparams)
@@ -404,7 +408,7 @@ def post_training(
     progress: rich.progress.Progress,
 ) -> Results:
     results: Results = {}
-    sensitivity, uses = sensitivity_of(params, texts), uses_of(params)
+    sensitivity, uses = sensitivity_of(params, texts), encoder_uses()
 
     def mixed(params: PyTree, bits: int) -> tuple[PyTree, Size]:
         """A width for each matrix, within the size of ``bits`` for all."""
@@ -486,7 +490,7 @@ def finetune(
     progress: rich.progress.Progress,
 ) -> tuple[PyTree, Size]:
     """Trains on the grid; returns the params loaded from the saved file, and their size."""
-    rules, uses = in_groups(bits), uses_of(params)
+    rules, uses = in_groups(bits), encoder_uses()
     # Copies: the step donates its state, and the teacher's biases must outlive it.
     start = jax.tree.map(jnp.copy, dequantize_params(quantize_params(params, rules, uses=uses)))
     schedule = optax.warmup_cosine_decay_schedule(0, args.lr, args.steps // 10, args.steps)

@@ -106,9 +106,9 @@ def measure(
     """The sum of squared errors of each tensor at each of its rule's widths.
 
     Weights that share a scale are laid out as a row, so that tensors share programs, whose compilation
-    would take most of the time with many shapes; a program measures all widths, whose searches have much in
-    common. Rows are then lengthened to one of a few lengths by repeating some of their weights. Rows and tensors
-    of more than a million weights are sampled.
+    would take most of the time with many shapes. Rows are then lengthened to one of a few lengths by
+    repeating some of their weights. Rows and tensors of more than a million weights are sampled. A program
+    measures all widths, whose searches have much in common.
 
     Raises:
       ValueError: a tensor has weights that are not finite.
