@@ -150,6 +150,10 @@ def _reduce(
     kinds: Sequence[Kind], arrays: Sequence[jax.Array], axes: tuple[int, ...]
 ) -> list[jax.Array]:
     """Reduces all arrays in one loop."""
+    if all(arrays[0].shape[axis] == 1 for axis in axes):
+        # XLA would return the only element (seen with jaxlib 0.10.2), without comparing it with 0.
+        each = (jax.lax.squeeze(x, axes) for x in arrays)
+        return [jnp.maximum(x, 0) if k == "max" else x for k, x in zip(kinds, each, strict=True)]
     return jax.lax.reduce(
         tuple(arrays),
         tuple(jnp.zeros((), x.dtype) for x in arrays),

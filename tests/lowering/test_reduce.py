@@ -42,6 +42,14 @@ def test_extremes_include_zero_and_keep_infinities():
     assert extremes(jnp.zeros((0, 3)), Span((0,)))[0].shape == (1, 3)
 
 
+@pytest.mark.parametrize("axes", [(), (0,), (0, 1)])
+def test_extremes_of_one_element_include_zero(devices, axes):
+    """XLA drops the initial value of a reduction of one element."""
+    for x in (-1.0, 2.0):
+        found = jax.jit(lambda x: extremes(x, Span(axes)))(jnp.full((1, 1), x))
+        assert tuple(found) == (max(x, 0), min(x, 0))
+
+
 def test_extremes_are_exact_at_the_limits_of_the_range(devices):
     huge = np.float32(np.finfo(np.float32).max)
     x = np.full((192, 256), huge)
