@@ -3,8 +3,8 @@
 It is imported only where needed, since importing JAX takes several times as long as the rest of the command.
 """
 
-import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,20 +13,32 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from optax_clipquant.cli.numpy_grid import Coder, Read, Threads
-from optax_clipquant.cli.rules import FLOAT8, Rule
+from optax_clipquant.cli.numpy_grid import Coder, Read, Threads, in_turn
+from optax_clipquant.cli.rows import (
+    Key,
+    Part,
+    Quantizers,
+    dtype_of,
+    keys_of,
+    parts_of,
+    quantizer_of,
+)
+from optax_clipquant.cli.rules import Rule, scale_layout
 from optax_clipquant.formats.checkpoint import Checkpoint
 from optax_clipquant.formats.dtypes import nbytes
+from optax_clipquant.formats.native import trees
 from optax_clipquant.formats.native.description import LeafSpec
 from optax_clipquant.formats.native.file import Parts
-from optax_clipquant.formats.native.trees import leaf_of, parts_of
 from optax_clipquant.quant.qarray import QArray
-from optax_clipquant.quant.quantizers.base import Quantizer
-from optax_clipquant.quant.quantizers.normal_float import NormalFloat
-from optax_clipquant.quant.quantizers.ternary import Ternary
-from optax_clipquant.quant.quantizers.uniform import Uniform
+from optax_clipquant.quant.quantizers.base import quantize_rows
 
-_quantize = jax.jit(lambda quantizer, w: quantizer.quantize(w))
+_BLOCK = 2**19  # weights; with fewer in a call, the calls take up to half of the time
+
+
+@jax.jit
+def _quantize(quantizers: Quantizers, rows: jax.Array, valid: jax.Array) -> QArray:
+    (quantizer,) = quantizers
+    return quantize_rows(quantizer, rows, valid)
 
 
 class _Searched(NamedTuple):
@@ -48,9 +60,22 @@ def searching(source: Checkpoint, rules: Mapping[str, Rule]) -> Iterator[dict[st
     written, so that memory holds two tensors. Other threads compile meanwhile.
     """
     check_platform()
-    quantizers = {name: quantizer_of(rule, rule.width) for name, rule in rules.items()}
-    keys = {name: (quantizers[name], source.specs[name]) for name in source.specs if name in rules}
-    buffer, left = buffer_for(source, keys), iter(keys)
+    names = [name for name in source.specs if name in rules]
+    parts = {name: parts_of(source.specs[name][1], rules[name]) for name in names}
+    keys = keys_of(
+        {
+            (name, i): (
+                (quantizer_of(rules[name], rules[name].width),),
+                dtype_of(source.specs[name]),
+                part.rows,
+                part.length,
+            )
+            for name in names
+            for i, part in enumerate(parts[name])
+        },
+        _BLOCK,
+    )
+    buffer, left = buffer_for(source, names), iter(names)
     with contextlib.ExitStack() as stack:
 
         def threads(count: int) -> Threads:
@@ -58,34 +83,70 @@ def searching(source: Checkpoint, rules: Mapping[str, Rule]) -> Iterator[dict[st
             stack.callback(pool.shutdown, cancel_futures=True)
             return pool
 
-        runner, compiler = threads(1), threads(2)
-        programs: dict[Any, jax.stages.Lowered] = {}
-        compiled: dict[Any, concurrent.futures.Future[jax.stages.Compiled]] = {}
-        for name, key in keys.items():
-            if key not in programs:
-                # One is compiled while the next is traced, which with many shapes takes seconds.
-                programs[key] = _quantize.lower(quantizers[name], _abstract(source, name))
-                compiled[key] = compiler.submit(programs[key].compile)
+        ahead, runner, compiler = threads(1), threads(2), threads(2)
+        lowered = {key: key.lower(_quantize) for key in dict.fromkeys(keys.values())}
+        compiled = {key: compiler.submit(lowered[key].compile) for key in lowered}
+
+        def empty(name: str, zeros: Callable[..., Any]) -> QArray:
+            """A tensor's ``QArray`` to fill, or abstract."""
+            _, shape = source.specs[name]
+            _, scales, group = scale_layout(shape, rules[name].channel_axis, rules[name].group_size)
+            grid = lowered[keys[name, 0]].out_info.grid
+            arrays = {
+                name: zeros(scales, x.dtype) for name, x in grid.arrays.items() if x is not None
+            }
+            return QArray(zeros(shape, np.int8), dataclasses.replace(grid, group=group, **arrays))
 
         def run() -> QArray | None:
             """The next tensor, None after the last."""
             if (name := next(left, None)) is None:
                 return None
-            w = _on_device(source.read(name, buffer))
             # The next tensor overwrites the buffer.
-            return jax.block_until_ready(compiled[keys[name]].result()(quantizers[name], w))
+            w, q = source.read(name, buffer), empty(name, np.zeros)
+            for i, part in enumerate(parts[name]):
+                key = keys[name, i]
+                _fill(q, w, part, key, compiled[key].result(), runner)
+            return q
 
-        ahead = [runner.submit(run)]
+        done = [ahead.submit(run)]
 
-        def parts(name: str) -> Parts:
-            leaf = ahead.pop().result()
-            ahead.append(runner.submit(run))
-            return parts_of(leaf, name)
+        def parts_for(name: str) -> Parts:
+            leaf = done.pop().result()
+            done.append(ahead.submit(run))
+            return trees.parts_of(leaf, name)
 
         yield {
-            name: _Searched(leaf_of(programs[key].out_info, name), functools.partial(parts, name))
-            for name, key in keys.items()
+            name: _Searched(
+                trees.leaf_of(empty(name, jax.ShapeDtypeStruct), name),
+                functools.partial(parts_for, name),
+            )
+            for name in names
         }
+
+
+def _fill(
+    q: QArray, w: np.ndarray, part: Part, key: Key, program: jax.stages.Compiled, threads: Threads
+) -> None:
+    """Quantizes a part of ``w`` into ``q``, which holds NumPy arrays."""
+    valid = key.valid(part.length)
+
+    def fill_block(block: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
+        """Fills in the codes, and returns the grid's arrays."""
+        rows, codes = part.matrix(block[0]), block[1]
+        found = program(key.quantizers, key.block(rows), valid)
+        count, length = rows.shape
+        codes[...] = np.asarray(found.qvalue)[:count, :length].reshape(codes.shape)
+        return {
+            kind: np.asarray(x)[:count] for kind, x in found.grid.arrays.items() if x is not None
+        }
+
+    codes: Any = q.qvalue
+    blocks = zip(part.blocks(w, key.rows), part.blocks(codes, key.rows), strict=True)
+    found = list(in_turn(threads, fill_block, blocks))
+    for kind, array in q.grid.arrays.items():
+        if array is not None and found:
+            target: Any = array[part.scales]
+            target[...] = np.concatenate([x[kind] for x in found]).reshape(target.shape)
 
 
 def check_platform() -> None:
@@ -98,29 +159,9 @@ def check_platform() -> None:
         ) from error
 
 
-def quantizer_of(rule: Rule, bits: int) -> Quantizer:
-    where = {"channel_axis": rule.channel_axis, "group_size": rule.group_size}
-    if rule.quantizer == "ternary":
-        return Ternary(**where, scale_rule=rule.scale_rule or "mse")
-    if rule.quantizer == "normal-float":
-        return NormalFloat(bits, **where)
-    return Uniform(bits, **where, symmetric=rule.quantizer == "uniform", scale_rule=rule.scale_rule)
-
-
-def _abstract(source: Checkpoint, name: str) -> jax.ShapeDtypeStruct:
-    dtype, shape = source.specs[name]
-    return jax.ShapeDtypeStruct(shape, np.float32 if dtype in FLOAT8 else dtype)
-
-
 def buffer_for(source: Checkpoint, names: Iterable[str]) -> np.ndarray:
     """A buffer for the largest of these tensors, aligned so that jax need not copy it."""
     size = max(nbytes(*source.specs[name]) for name in names)
     room = np.empty(size + 64, np.uint8)
     first = -room.ctypes.data % 64
     return room[first : first + size]
-
-
-def _on_device(array: np.ndarray) -> jax.Array:
-    if array.dtype in FLOAT8:
-        array = array.astype(np.float32)
-    return jax.device_put(array, may_alias=True)

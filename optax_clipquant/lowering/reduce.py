@@ -39,12 +39,14 @@ class Span:
     """The elements that are reduced together: all along ``axes`` (by default all axes), for ``run`` neighbours
     along ``axis``.
 
-    Each of the neighbours gets the result. The last run may be shorter.
+    Each of the neighbours gets the result. The last run may be shorter. If ``valid`` is given, which broadcasts
+    to the array, elements where it is 0 are padding: they are 0 too, and must not count.
     """
 
     axes: tuple[int, ...] | None = None
     axis: int = 0
     run: int = 1
+    valid: jax.Array | None = None
 
     def reduced(self, ndim: int) -> tuple[int, ...]:
         """The non-negative ``axes`` of an array with ``ndim`` axes."""
@@ -136,7 +138,9 @@ class Span:
         return (axis, few, axis + 1, rest) if axis != last else (axis, share, axis, rest)
 
     def counts(self, shape: tuple[int, ...]) -> np.ndarray:
-        """The number of elements that are reduced together: a scalar, or with runs an array with one per run."""
+        """The number of elements that are reduced together, with padding: a scalar, or with runs an array with
+        one per run.
+        """
         count = math.prod(shape[axis] for axis in self.reduced(len(shape)))
         if self.run == 1:
             return np.asarray(count)

@@ -8,6 +8,7 @@ from helpers import weights
 from optax_clipquant import Uniform, allocate_bits, load, quantize_params
 from optax_clipquant.cli import budget
 from optax_clipquant.cli.main import main
+from optax_clipquant.cli.rows import Key, common_lengths
 from optax_clipquant.cli.rules import Rule
 from optax_clipquant.formats.checkpoint import Checkpoint
 
@@ -23,7 +24,7 @@ def squared_error(tree, rules) -> float:
 # A shorter last group, runs along a convolution's axes, columns, and a whole tensor, which is sampled.
 LAYOUTS = {
     "channels": ((300, 64), {"channel_axis": 0}, 1e-5),
-    "groups": ((200, 90), {"channel_axis": 0, "group_size": 40}, 0.03),
+    "groups": ((200, 90), {"channel_axis": 0, "group_size": 40}, 1e-5),
     "convolution": ((64, 24, 3, 3), {"channel_axis": 0, "group_size": 36}, 1e-5),
     "columns": ((48, 300), {"channel_axis": -1}, 1e-5),
     "tensor": ((300, 500), {"channel_axis": None}, 0.03),
@@ -46,25 +47,31 @@ def test_errors_match_the_quantizer(tmp_path, monkeypatch, layout):
     assert found == pytest.approx(wanted, rel=tolerance)
 
 
-def test_rows_are_extended_to_few_lengths(tmp_path):
-    tree = {f"w{n}": weights((400, n), seed=n) for n in (50, 64, 70)}
+def test_rows_are_extended_to_few_lengths(tmp_path, monkeypatch):
+    tree = {f"w{n}": weights((400, n), seed=n) for n in (7, 50, 64, 70)}
     safetensors.numpy.save_file(tree, tmp_path / "in")
-    rules = dict.fromkeys(tree, Rule(4))
-    with Checkpoint(tmp_path / "in") as source, pytest.MonkeyPatch.context() as patch:
-        lowered = []
-        patch.setattr(budget, "_lower", lambda key, lower=budget._lower: lowered.append(key) or lower(key))  # fmt: skip
+    lowered = set()
+    lower = Key.lower
+    monkeypatch.setattr(Key, "lower", lambda key, fn: lowered.add(key.length) or lower(key, fn))
+    rules = dict.fromkeys(tree, Rule())
+    with Checkpoint(tmp_path / "in") as source:
         found = budget.measure(source, rules, lambda n: None)
-    assert {length for _, _, length in lowered} == {70}
+    assert lowered == {7, 70}
     for name, w in tree.items():
-        wanted = squared_error({name: w}, Uniform(4, channel_axis=0))
-        assert found[name] == pytest.approx([wanted], rel=0.03)
+        wanted = [squared_error({name: w}, Uniform(n, channel_axis=0)) for n in (2, 3, 4, 6, 8)]
+        assert found[name] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_lengths_are_merged_where_that_saves_time():
     few, many = 10**5, 10**9
-    assert budget._common_lengths({64: few, 70: few, 4096: few}) == {64: 4096, 70: 4096, 4096: 4096}
-    assert budget._common_lengths({64: many, 70: few, 4096: many}) == {64: 64, 70: 4096, 4096: 4096}
-    assert budget._common_lengths({}) == {}
+    assert common_lengths({64: few, 70: few, 4096: few}) == {64: 4096, 70: 4096, 4096: 4096}
+    assert common_lengths({64: many, 70: few, 4096: many}) == {64: 64, 70: 4096, 4096: 4096}
+    assert common_lengths({3: few, 31: few, 32: few}) == {
+        3: 31,
+        31: 31,
+        32: 32,
+    }  # searched otherwise
+    assert common_lengths({}) == {}
 
 
 def test_large_tensors_are_sampled(tmp_path, monkeypatch):

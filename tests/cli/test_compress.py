@@ -14,6 +14,7 @@ from helpers import weights
 
 from optax_clipquant import NormalFloat, QArray, Ternary, Uniform, load
 from optax_clipquant.cli import main as cli
+from optax_clipquant.cli import search
 from optax_clipquant.cli.arguments import rule, size
 from optax_clipquant.cli.rules import Rule, choose
 from optax_clipquant.formats.native.description import LeafSpec
@@ -64,6 +65,33 @@ def test_each_quantizer_matches_the_library(tmp_path, options, quantizer):
     assert found.grid.levels == wanted.grid.levels
     np.testing.assert_array_equal(found.qvalue, wanted.qvalue)
     np.testing.assert_array_equal(found.scale, wanted.scale)
+
+
+@pytest.mark.parametrize(
+    ("options", "quantizer"),
+    [
+        ("--bits 1", Uniform(1, channel_axis=0)),
+        ("--bits 2 --group-size 40", Uniform(2, channel_axis=0, group_size=40)),
+        ("--bits 2 --channel-axis none", Uniform(2, channel_axis=None)),
+        ("--bits 3 --channel-axis -1", Uniform(3, channel_axis=-1)),
+        ("--bits 3 --channel-axis 1 --group-size 36", Uniform(3, channel_axis=1, group_size=36)),
+        ("--bits 3 --quantizer affine", Uniform(3, symmetric=False, channel_axis=0)),
+    ],
+)  # fmt: skip
+def test_tensors_that_share_programs_match_the_library(tmp_path, monkeypatch, options, quantizer):
+    """Rows of many lengths, groups of which the last is shorter or longer than ``FEW``, and no rows."""
+    monkeypatch.setattr(search, "_BLOCK", 2**11)
+    shapes = [(70, 48), (33, 90), (16, 75), (24, 12, 3, 3), (3, 1200), (500, 8), (0, 8), (8, 0)]
+    tree = {f"w{i}": weights(shape, seed=i) for i, shape in enumerate(shapes)}
+    write(tmp_path / "in", tree)
+    assert run("compress", tmp_path / "in", tmp_path / "small", *options.split()) == 0
+    found = load(tmp_path / "small")
+    for name, w in tree.items():
+        wanted = quantizer.quantize(jnp.asarray(w))
+        if isinstance(found[name], QArray):
+            assert found[name].grid.levels == wanted.grid.levels
+            np.testing.assert_array_equal(found[name].scale, wanted.scale, name)
+            np.testing.assert_array_equal(found[name].qvalue, wanted.qvalue, name)
 
 
 def specs(**tensors) -> dict:

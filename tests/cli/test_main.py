@@ -30,7 +30,7 @@ from optax_clipquant import (
 )
 from optax_clipquant.cli import arguments, compress, decompress, inspect, numpy_grid, rules
 from optax_clipquant.cli import main as cli
-from optax_clipquant.cli import search as searching
+from optax_clipquant.cli.rows import Key
 from optax_clipquant.formats import safetensors as container
 from optax_clipquant.formats.native import file as saved
 
@@ -487,10 +487,13 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return folder
 
 
-@pytest.mark.parametrize("command", ["compress", "decompress", "inspect"])
+@pytest.mark.parametrize("command", ["compress", "3 bits", "budget", "decompress", "inspect"])
 def test_numpy_memory_holds_few_tensors(tmp_path, large, command):
+    importlib.import_module("scipy.optimize")  # its code takes a tensor's memory
     args = {
         "compress": ("compress", large / "in", tmp_path / "out"),
+        "3 bits": ("compress", large / "in", tmp_path / "out", "--bits", 3),
+        "budget": ("compress", large / "in", tmp_path / "out", "--budget", 5),
         "decompress": ("decompress", large / "small", tmp_path / "out"),
         "inspect": ("inspect", large / "small", "--against", large / "in"),
     }[command]
@@ -502,27 +505,20 @@ def test_numpy_memory_holds_few_tensors(tmp_path, large, command):
 
 
 @pytest.mark.parametrize("options", [("--bits", 3), ("--budget", 5)], ids=["3 bits", "budget"])
-def test_jax_memory_holds_few_tensors(tmp_path, large, options):
-    """Counted at allocation, since tracemalloc does not see JAX's memory."""
+def test_jax_memory_holds_few_blocks(tmp_path, large, monkeypatch, options):
+    """Counted where blocks are made, since tracemalloc does not see JAX's memory."""
     gc.collect()
     device = sum(x.nbytes for x in jax.live_arrays())
     peak = 0
 
-    def watch(fn):
-        def watched(*args, **kwargs):
-            nonlocal peak
-            result = fn(*args, **kwargs)
-            peak = max(peak, sum(x.nbytes for x in jax.live_arrays()) - device)
-            return result
+    def watched(key, rows, block=Key.block):
+        nonlocal peak
+        peak = max(peak, sum(x.nbytes for x in jax.live_arrays()) - device)
+        return block(key, rows)
 
-        return watched
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(container.Reader, "read", watch(container.Reader.read))
-        patch.setattr(searching, "_on_device", watch(searching._on_device))
-        patch.setattr(searching, "parts_of", watch(searching.parts_of))
-        assert run("compress", large / "in", tmp_path / "out", *options) == 0
-    assert 0 < peak <= 3 * 16 * 2**20
+    monkeypatch.setattr(Key, "block", watched)
+    assert run("compress", large / "in", tmp_path / "out", *options) == 0
+    assert 0 < peak <= 16 * 2**20
 
 
 CHILD = """

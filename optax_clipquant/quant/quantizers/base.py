@@ -152,6 +152,21 @@ class ChannelwiseQuantizer(Quantizer):
         """The grid with a scale for each span; runs of a group repeat the group's scale."""
 
 
+def quantize_rows(quantizer: ChannelwiseQuantizer, rows: jax.Array, valid: jax.Array) -> QArray:
+    """Quantizes rows that end in padding, with a scale for each.
+
+    The scales are those of the rows without padding, if ``FEW`` is above the numbers of weights with and
+    without it, or above neither.
+
+    Args:
+      quantizer: its axes and groups are ignored.
+      rows: ``[rows, weights]``, with 0 as padding.
+      valid: ``[1, weights]`` in float32: 1 for weights, and 0 for padding.
+    """
+    grid = quantizer._fit_axes(rows, Span((1,), valid=valid), None)
+    return QArray(grid.encode(rows), grid)
+
+
 def target_dtype(w: jax.Array, start: Grid | None) -> np.dtype:
     """The dtype of the params, in whose range the levels must lie.
 

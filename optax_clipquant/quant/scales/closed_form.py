@@ -79,7 +79,10 @@ def _ratio(x: jax.Array, unit: jax.Array) -> jax.Array:
 
 def mean_magnitude(w: jax.Array, span: Span) -> jax.Array:
     """The mean of ``abs(w)`` in each span, capped so that twice the mean is finite where ``w`` is."""
-    fraction = jnp.asarray(0.5 / np.maximum(span.counts(w.shape), 1), jnp.float32)
+    if span.valid is None:
+        fraction = jnp.asarray(0.5 / np.maximum(span.counts(w.shape), 1), jnp.float32)
+    else:
+        fraction = 0.5 / jnp.maximum(jnp.sum(span.valid), 1)
     half = sum_magnitudes(w * fraction, span)
     return 2 * jnp.where(jnp.isinf(half), half, jnp.minimum(half, _LARGEST / 4))
 

@@ -14,6 +14,8 @@ from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.scales.closed_form import round_scale
 from optax_clipquant.quant.scales.nearest import is_mirrored, largest_level, nearest_levels
 
+FEW = 32
+"""Weights: with fewer for a scale, the search tries more scales."""
 Place = Callable[[jax.Array, jax.Array], Grid]  # takes the largest and the smallest weight
 
 
@@ -39,7 +41,7 @@ def _from_scratch(w: jax.Array, place: Place, span: Span) -> Grid:
     scale = _search(w, span, grid)
     for _ in range(2):
         scale = jnp.where(scale == 0, 1, scale)
-        scale = _best(grid, scale, *span.reduce(("sum", "sum"), _terms(w, grid, scale)))
+        scale = _best(grid, scale, *span.reduce(("sum", "sum"), _terms(w, grid, scale, span)))
     return dataclasses.replace(grid, scale=scale)
 
 
@@ -49,13 +51,13 @@ def _from_start(w: jax.Array, start: Grid, place: Place, span: Span) -> Grid:
     usable = jnp.isfinite(scale) & (scale != 0)
     scale = jnp.where(usable, scale, 1)
     levels = dataclasses.replace(jax.eval_shape(place, scale, scale), zero_point=start.zero_point)
-    high, low, squares, products = extremes(w, span, *_terms(w, levels, scale))
+    high, low, squares, products = extremes(w, span, *_terms(w, levels, scale, span))
     grid = place(high, low)
     best = _best(grid, scale, squares, products)
     return dataclasses.replace(grid, scale=jnp.where(usable, best, grid.scale))
 
 
-def _terms(w: jax.Array, grid: Grid, scale: jax.Array) -> list[jax.Array]:
+def _terms(w: jax.Array, grid: Grid, scale: jax.Array, span: Span) -> list[jax.Array]:
     """The squares of the nearest levels and their products with ``w``, whose sums give the least-squares scale.
 
     In units of the scale, so that none overflows.
@@ -63,8 +65,14 @@ def _terms(w: jax.Array, grid: Grid, scale: jax.Array) -> list[jax.Array]:
     if is_mirrored(grid, grid.zero_point):
         w, scale = jnp.abs(w), jnp.abs(scale)
     steps = w * (1 / scale)
-    levels = nearest_levels(grid, steps, grid.zero_point)
+    levels = _levels(grid, steps, span)
     return [jnp.square(levels), steps * levels]
+
+
+def _levels(grid: Grid, steps: jax.Array, span: Span) -> jax.Array:
+    """The nearest levels, and 0 for padding, whatever the level nearest to 0 is."""
+    levels = nearest_levels(grid, steps, grid.zero_point)
+    return levels * span.valid if grid.offset and span.valid is not None else levels
 
 
 def _best(grid: Grid, scale: jax.Array, squares: jax.Array, products: jax.Array) -> jax.Array:
@@ -87,9 +95,7 @@ def _search(w: jax.Array, span: Span, absmax: Grid) -> jax.Array:
         best: tuple[jax.Array, jax.Array], ratios: jax.Array, here: np.ndarray
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
         ratio, least = best
-        errors = [
-            jnp.square(x - r * nearest_levels(absmax, x / r, absmax.zero_point)) for r in ratios
-        ]
+        errors = [jnp.square(x - r * _levels(absmax, x / r, span)) for r in ratios]
         for r, error in zip(ratios, span.reduce(("sum",) * 3, errors), strict=True):
             better = (error < least) & here
             ratio = jnp.where(better, r, ratio)
@@ -98,7 +104,7 @@ def _search(w: jax.Array, span: Span, absmax: Grid) -> jax.Array:
 
     best = jnp.ones_like(base), jnp.full_like(base, jnp.inf)
     # The fewer weights share a scale, the more rugged the error is as a function of it.
-    few = span.counts(w.shape) < 32
+    few = span.counts(w.shape) < FEW
     for starts, here in ((6, ~few), (24, few)):
         if here.any():
             ratios = jnp.asarray([1.0, *np.geomspace(narrowest, 1, starts)[:-1]], jnp.float32)
