@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -51,6 +52,25 @@ def opaque(x: jax.Array) -> jax.Array:
     that takes minutes (8-bit Adam of a model with 31 million weights, on a CPU: over 180 s instead of 0.8).
     """
     return jax.lax.optimization_barrier(x)
+
+
+def _to_int4(codes: jax.Array) -> jax.Array:
+    return codes.astype(jnp.int4)
+
+
+def _to_int8(codes: jax.Array) -> jax.Array:
+    return codes.astype(jnp.int8)
+
+
+to_int4 = outlined(_to_int4)
+"""Converts int8 codes to int4.
+
+XLA's CPU backend (jaxlib 0.10.2) writes int4 by an atomic operation for each number, and computes what is fused
+with it one number at a time: to encode 2048 x 2048 numbers in 4 bits takes 56 ms so, and 27 ms apart.
+"""
+
+to_int8 = outlined(_to_int8)
+"""Converts int4 codes to int8; apart, 2048 x 2048 numbers are decoded in 2.8 ms instead of 4.1 on a CPU."""
 
 
 def _operand(x: jax.Array) -> jax.Array:

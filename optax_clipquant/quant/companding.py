@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_clipquant.lowering.outline import to_int4, to_int8
 from optax_clipquant.lowering.sharding import (
     for_groups,
     for_pieces,
@@ -91,8 +92,9 @@ class CompandedArray:
     @jax.jit
     def decode(self) -> jax.Array:
         """Decodes the array, in its dtype."""
-        view = _View(self.codes, self.block)
-        k = view.split(self.codes).astype(jnp.float32)
+        codes = self.codes if self.bits == 8 else to_int8(self.codes)
+        view = _View(codes, self.block)
+        k = view.split(codes).astype(jnp.float32)
         s, negative = view.scales(self.scale, self.row)
         half = 2.0 ** (self.bits - 1)
         first = jnp.sign(k) * jnp.square(k / (half - 1)) * s
@@ -132,12 +134,11 @@ def compand(
     view = _View(x, block)
     w = view.split(x).astype(jnp.float32)
     finite = jnp.isfinite(w)
-    magnitude = jnp.where(finite, jnp.abs(w), 0)
-    below_zero = jnp.where(w < 0 if not keep_nan else (w < 0) | ~finite, 1.0, 0.0)
-    largest = view.reduce(magnitude)
-    negative = view.reduce(below_zero) > 0
-    scale = jnp.where(negative, -jnp.maximum(largest, _TINY), largest)
-    row = view.row(magnitude) if rows else None
+    kept = jnp.where(finite, w, -_TINY if keep_nan else 0)
+    low = view.reduce(jnp.min, kept)
+    largest = jnp.maximum(view.reduce(jnp.max, kept), -low)
+    scale = jnp.where(low < 0, -jnp.maximum(largest, _TINY), largest)
+    row = view.row(kept) if rows else None
     s, negative = view.scales(scale, row)
     half = 2.0 ** (bits - 1)
     # Levels are counted by their distance from zero: codes from 1 up without negative numbers, else magnitudes.
@@ -145,7 +146,7 @@ def compand(
     # The inverse of a scale above 2**126 is flushed to zero, and so is s / 16 of a small one. It follows
     # from s: one array more of a number for each block, and a TPU encodes two moments in two passes.
     near_one = jnp.where(s > 1, 2.0**-4, 2.0**24)
-    magnitude = jnp.where(finite, magnitude, s)
+    magnitude = jnp.where(finite, jnp.abs(w), s)
     ratio = jnp.minimum((magnitude * near_one) / jnp.maximum(s * near_one, _TINY), 1)
     root = jnp.sqrt(ratio)
     below = jnp.floor(jnp.where(negative, root, jnp.sqrt(root)) * steps)
@@ -164,8 +165,8 @@ def compand(
     first = jnp.where(w < 0, -k, k)
     first = jnp.where(finite, first, -half) if keep_nan else jnp.where(jnp.isnan(w), 0, first)
     second = jnp.where(magnitude == 0, 0, jnp.maximum(k - 1, 1)) - half
-    codes = jnp.where(negative, first, second).astype(jnp.int8 if bits == 8 else jnp.int4)
-    return CompandedArray(view.merge(codes), scale, row, block, bits, x.dtype)
+    codes = view.merge(jnp.where(negative, first, second).astype(jnp.int8))
+    return CompandedArray(codes if bits == 8 else to_int4(codes), scale, row, block, bits, x.dtype)
 
 
 def block_of(shape: tuple[int, ...], largest: int) -> tuple[int, int]:
@@ -232,20 +233,21 @@ class _View:
         """Expands values of blocks to pieces."""
         return for_pieces(scale, self.axis, self.run, self.length // self.piece)
 
-    def reduce(self, x: jax.Array) -> jax.Array:
-        """The largest number of each block; numbers must be at least 0."""
-        each = jnp.max(x, axis=self.axis + 1, keepdims=True)
-        return for_groups(reduce_runs(jnp.max, each, self.axis, self.run), self.axis, self.run)
+    def reduce(self, fn: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+        """The largest or smallest number of each block; 0 may count as one of them."""
+        each = fn(x, axis=self.axis + 1, keepdims=True)
+        return for_groups(reduce_runs(fn, each, self.axis, self.run), self.axis, self.run)
 
     def row(self, x: jax.Array) -> jax.Array | None:
-        """The largest number of each row, or None if rows are short."""
+        """The largest magnitude of each row, or None if rows are short."""
         if not self.rows:
             return None
-        found = jnp.max(x, axis=tuple(a + (a > self.axis) for a in self.rows), keepdims=True)
+        axes = tuple(a + (a > self.axis) for a in self.rows)
+        high, low = (fn(x, axis=axes, keepdims=True) for fn in (jnp.max, jnp.min))
         spec = self.spec
         for axis in self.rows:
             spec = without(spec, axis)
-        return merge_axis(found, self.axis, spec)
+        return merge_axis(jnp.maximum(high, -low), self.axis, spec)
 
     def scales(self, scale: jax.Array, row: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """The magnitude ``s`` of each element, and whether its block has negative numbers."""
