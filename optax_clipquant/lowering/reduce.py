@@ -170,6 +170,17 @@ def _is_integer(x: jax.Array | jax.ShapeDtypeStruct) -> bool:
     return jnp.issubdtype(x.dtype, jnp.integer)
 
 
+def _plain_extremes(span: Span, x: jax.Array, *sums: jax.Array) -> list[jax.Array]:
+    low = jnp.min(x, axis=span.axes, keepdims=True, initial=0)
+    high = jnp.max(x, axis=span.axes, keepdims=True, initial=0)
+    least = functools.partial(jnp.min, initial=0)
+    return [
+        reduce_runs(_WHOLE["max"], high, span.axis, span.run),
+        reduce_runs(least, low, span.axis, span.run),
+        *span._each(("sum",) * len(sums), *sums),
+    ]
+
+
 def extremes(x: jax.Array, span: Span = Span(), *sums: jax.Array) -> list[jax.Array]:
     """The largest and the smallest element of each span, with 0 included, in float32; NaN if an element is.
 
@@ -182,16 +193,6 @@ def extremes(x: jax.Array, span: Span = Span(), *sums: jax.Array) -> list[jax.Ar
     compile, runs 14 times as long over a whole array, and has no all-reduce on several CPUs or GPUs.
     """
 
-    def plain(x: jax.Array, *sums: jax.Array) -> list[jax.Array]:
-        low = jnp.min(x, axis=span.axes, keepdims=True, initial=0)
-        high = jnp.max(x, axis=span.axes, keepdims=True, initial=0)
-        least = functools.partial(jnp.min, initial=0)
-        return [
-            reduce_runs(_WHOLE["max"], high, span.axis, span.run),
-            reduce_runs(least, low, span.axis, span.run),
-            *span._each(("sum",) * len(sums), *sums),
-        ]
-
     def of_bits(x: jax.Array, *sums: jax.Array) -> list[jax.Array]:
         bits = [jax.lax.bitcast_convert_type(y, jnp.int32) for y in (x, -x)]
         kinds: list[Kind] = ["max", "max", *("sum" for _ in sums)]
@@ -201,6 +202,28 @@ def extremes(x: jax.Array, span: Span = Span(), *sums: jax.Array) -> list[jax.Ar
         return [jnp.where(nan, jnp.nan, high), jnp.where(nan, jnp.nan, -low), *found]
 
     # Bits have no derivative, so there is none on any platform.
+    x = jax.lax.stop_gradient(x.astype(jnp.float32))
+    plain = functools.partial(_plain_extremes, span)
+    return jax.lax.platform_dependent(x, *sums, cpu=of_bits, default=plain)
+
+
+def furthest(x: jax.Array, span: Span, *sums: jax.Array) -> list[jax.Array]:
+    """The element of each span that is furthest from 0, of two the negative one; else as ``extremes``.
+
+    XLA's CPU backend takes half as long for this and two sums as for both extremes and two sums (fitting 25
+    million weights by least squares: 20 ms instead of 43). Of the bits, it compares the magnitude, then the sign.
+    """
+
+    def plain(x: jax.Array, *sums: jax.Array) -> list[jax.Array]:
+        high, low, *found = _plain_extremes(span, x, *sums)
+        return [jnp.where(high > -low, high, low), *found]
+
+    def of_bits(x: jax.Array, *sums: jax.Array) -> list[jax.Array]:
+        bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+        kinds: list[Kind] = ["max", *("sum" for _ in sums)]
+        key, *found = span._together(kinds, (bits << 1) | (bits >> 31), *sums)
+        return [jax.lax.bitcast_convert_type((key >> 1) | (key << 31), jnp.float32), *found]
+
     x = jax.lax.stop_gradient(x.astype(jnp.float32))
     return jax.lax.platform_dependent(x, *sums, cpu=of_bits, default=plain)
 

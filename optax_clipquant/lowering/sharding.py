@@ -55,6 +55,11 @@ def piece_of(x: jax.Array, axis: int, size: int) -> int:
     return math.gcd(length // parts, size)
 
 
+def is_on_one_device() -> bool:
+    """Whether no array can lie across devices, so that arrays need not be taken apart by device."""
+    return jax.device_count() == 1
+
+
 def repeat_axis(x: jax.Array, axis: int, times: int, length: int) -> jax.Array:
     """Repeats each entry along ``axis``, and cuts the result to ``length``."""
     if times == 1:

@@ -16,6 +16,7 @@ import numpy as np
 
 from optax_clipquant.lowering.sharding import (
     for_pieces,
+    is_on_one_device,
     merge_axis,
     piece_of,
     repeat_axis,
@@ -190,8 +191,9 @@ class Grid(Levels):
     def _view(self, x: jax.Array) -> tuple[_Fn, _Fn, _Fn]:
         """Functions that split an array like ``x`` into groups, expand a scale to match, and merge the array back.
 
-        Groups become an axis, or pieces of groups where these lie across devices. Where the last
-        group is shorter, arrays keep their shape and the scales are repeated.
+        On several devices groups become an axis, or pieces of groups where these lie across devices. Else, and
+        where the last group is shorter, arrays keep their shape and the scales are repeated: XLA cannot
+        overwrite a donated array that another shape of it was computed from, and would copy it.
         """
 
         def same(y: jax.Array) -> jax.Array:
@@ -207,7 +209,7 @@ class Grid(Levels):
         axis += x.ndim
         length = x.shape[axis]
         piece = piece_of(x, axis, size)
-        if length % piece:
+        if length % piece or is_on_one_device():
             return same, partial(repeat_axis, axis=axis, times=size, length=length), same
 
         return (

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import QUANTIZERS, cases, weights
 
-from optax_clipquant.lowering.reduce import Span, extremes
+from optax_clipquant.lowering.reduce import Span, extremes, furthest
 
 
 @pytest.fixture(params=[1, 8])
@@ -74,6 +74,18 @@ def test_extremes_and_sums_share_one_loop(devices, dtype, axes):
     np.testing.assert_allclose(found[2], np.square(wide).sum(**whole), rtol=1e-5)
     error = np.abs(found[3] - wide.sum(**whole)) / np.abs(wide).sum(**whole)
     assert error.max() < 1e-6
+
+
+@pytest.mark.parametrize("axes", [(0,), (1,), (0, 1)])
+def test_the_furthest_element_keeps_its_sign(devices, axes):
+    x = np.round(4 * weights((192, 256))).astype(
+        np.float32
+    )  # ties, of which the negative one counts
+    x[:, 3], x[5, 9], x[7, 64], x[100] = -0.0, np.nan, -np.inf, -np.abs(x[100])
+    found, total = jax.jit(lambda x: furthest(x, Span(axes), jnp.square(x)))(jnp.asarray(x))
+    high, low = x.max(axes, keepdims=True), x.min(axes, keepdims=True)
+    np.testing.assert_array_equal(found, np.where(high > -low, high, low))
+    np.testing.assert_allclose(total, np.square(x).sum(axes, keepdims=True), rtol=1e-6)
 
 
 def results(x: jax.Array, span: Span) -> list[jax.Array]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_clipquant.lowering.blocks import fit_in_blocks
-from optax_clipquant.lowering.reduce import Span, extremes
+from optax_clipquant.lowering.reduce import Span, extremes, furthest
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.scales.closed_form import round_scale
 from optax_clipquant.quant.scales.nearest import is_mirrored, largest_level, nearest_levels
@@ -51,7 +51,12 @@ def _from_start(w: jax.Array, start: Grid, place: Place, span: Span) -> Grid:
     usable = jnp.isfinite(scale) & (scale != 0)
     scale = jnp.where(usable, scale, 1)
     levels = dataclasses.replace(jax.eval_shape(place, scale, scale), zero_point=start.zero_point)
-    high, low, squares, products = extremes(w, span, *_terms(w, levels, scale, span))
+    terms = _terms(w, levels, scale, span)
+    if start.zero_point is None:
+        far, squares, products = furthest(w, span, *terms)
+        high, low = jnp.maximum(far, 0), jnp.minimum(far, 0)
+    else:
+        high, low, squares, products = extremes(w, span, *terms)
     grid = place(high, low)
     best = _best(grid, scale, squares, products)
     return dataclasses.replace(grid, scale=jnp.where(usable, best, grid.scale))
