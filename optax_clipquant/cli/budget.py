@@ -31,7 +31,7 @@ from optax_clipquant.cli.search import buffer_for, check_platform
 from optax_clipquant.cli.terminal import Progress
 from optax_clipquant.formats.checkpoint import Checkpoint
 from optax_clipquant.formats.dtypes import nbytes
-from optax_clipquant.quant.quantizers.base import quantize_rows
+from optax_clipquant.quant.quantizers.base import ChannelwiseQuantizer, quantize_rows
 from optax_clipquant.tuning.allocate import Table, budget_of
 
 _BLOCK = 2**17  # weights that fit a cache
@@ -54,8 +54,7 @@ def allocate_rules(
     its tensors stay within one bit of the largest width that all can have.
 
     Raises:
-      ValueError: the budget is below the smallest size, which is noticed before anything is read; or as
-        ``measure`` does.
+      ValueError: the budget is below the smallest size, which is noticed before anything is read.
     """
     check_platform()
     sizes = [
@@ -109,10 +108,7 @@ def measure(
     """The sum of squared errors of each tensor at each of its rule's widths.
 
     Rows and tensors of more than a million weights are sampled. A program measures all widths, whose searches
-    have much in common.
-
-    Raises:
-      ValueError: a tensor has weights that are not finite.
+    have much in common. Rows with weights that are not finite do not count.
     """
     parts = {name: parts_of(source.specs[name][1], rule) for name, rule in rules.items()}
     keys = keys_of(
@@ -135,10 +131,6 @@ def measure(
             for i, part in enumerate(parts[name]):
                 key = keys[name, i]
                 found[name] += _errors(part, w, key, programs[key].result(), runner)
-            if not np.isfinite(found[name]).all():
-                raise ValueError(
-                    f"tensor {name!r} has weights that are infinite or NaN; fix them, or keep it with --rule"
-                )
             progress(nbytes(*source.specs[name]))
     return found
 
@@ -173,12 +165,21 @@ def _padded(choices: Any) -> list[Any]:
 def _squared_errors(
     quantizers: Quantizers, rows: jax.Array, valid: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The sums of squared errors, in units of the square of the largest weight, and that weight."""
+    """The sums of squared errors, in units of the square of the largest weight, and that weight.
+
+    Rows with weights that are not finite do not count: they are lost at any width.
+    """
     w = rows.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(w))
+    reach = jnp.max(jnp.abs(w), axis=1)
+    largest = jnp.max(jnp.where(jnp.isfinite(reach), reach, 0))
     unit = jnp.where(largest == 0, 1, largest)
-    decoded = (quantize_rows(q, rows, valid).dequantize().astype(jnp.float32) for q in quantizers)
-    return jnp.stack([jnp.sum(valid * jnp.square((x - w) / unit)) for x in decoded]), unit
+
+    def error(quantizer: ChannelwiseQuantizer) -> jax.Array:
+        q = quantize_rows(quantizer, rows, valid)
+        squares = valid * jnp.square((q.dequantize().astype(jnp.float32) - w) / unit)
+        return jnp.sum(jnp.where(jnp.isfinite(q.scale), squares, 0))
+
+    return jnp.stack([error(quantizer) for quantizer in quantizers]), unit
 
 
 def _errors(
@@ -199,6 +200,7 @@ def _errors(
     if count > most:
         # Errors of rows scale with the squares of their largest weights, which are known for all rows.
         squares = np.square(_largest(rows).astype(np.float64))
+        squares[~np.isfinite(squares)] = 0
         sample = np.sort(rng.choice(count, most, replace=False))
         rows, found = rows[sample], squares[sample].sum()
         factor *= squares.sum() / found if found else count / most

@@ -156,7 +156,9 @@ def test_tensors_left_unquantized_are_summed_up_in_one_line(tmp_path, capsys):
         assert reason in lines[1]
 
 
-@pytest.mark.parametrize("options", [[], ["--bits", "2"]], ids=["numpy", "jax"])
+@pytest.mark.parametrize(
+    "options", [[], ["--bits", "2"], ["--budget", "4"]], ids=["numpy", "jax", "budget"]
+)
 def test_non_finite_weights_are_reported(tmp_path, capsys, options):
     w = weights((16, 16))
     w[1, 2], w[3, 4] = np.nan, np.inf
