@@ -17,11 +17,7 @@ what was interrupted goes on there; delete a line to have it measured again. ``-
 adds distillation on the grid (``--steps``), from the scales and codes of least squares or of
 ``quantize_calibrated``.
 
-The peers are functions of qwix on single matrices with the inputs of the float model, which is what its hooks
-gather: its int4, int3 and int2, nf4, GPTQ and AWQ. HQQ is the formula of Badri and Shaji
-(Half-Quadratic Quantization of Large Machine Learning Models, 2023) with the settings of their package, which
-needs PyTorch. It has zero points, so its groups are of 64, for equal bits per weight. (In groups of 32, a grid
-of 4 bits with zero points is that of the file, Q4_1, and finds the float model's weights again.)
+The peers are in ``peers.py``.
 """
 
 import argparse
@@ -61,6 +57,7 @@ from optax_clipquant import (
 )
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples"))
+import peers
 import smollm2
 
 LENGTH = 512
@@ -193,124 +190,18 @@ def trained(start: str, work: Work, bits: int) -> PyTree:
     return trained
 
 
-def qwix_type(bits: int) -> Any:
-    return {4: jnp.int4, 2: jnp.int2}.get(bits, f"int{bits}")
-
-
-def how(qtype: Any) -> Any:
-    """Of a matrix ``[out, in]``."""
-    import qwix._src.core.qarray
-
-    return qwix._src.core.qarray.HowToQuantize(
-        qtype=qtype, channelwise_axes=(0,), tiled_axes={1: smollm2.GROUP}
-    )
-
-
-def by_qwix(qtype: Any, fit: Callable[..., jax.Array], *arguments: Any) -> jax.Array:
-    """``fit`` for each layer, of the matrix ``[out, in]``; in and out are ``[layers, in, out]``."""
-    return jax.lax.map(lambda xs: fit(xs[0].T, *xs[1:], how(qtype)).T, arguments)
-
-
-def qwix_plain(work: Work, bits: int, qtype: Any = None) -> PyTree:
-    from qwix._src.core import qarray
-
-    def fit(w: jax.Array, how: Any) -> jax.Array:
-        return qarray.dequantize(qarray.quantize(w, how))
-
-    return work.by_matrix(lambda _, w: by_qwix(qtype or qwix_type(bits), fit, w))
-
-
-def gptq_matrix(w: jax.Array, hessian: jax.Array, how: Any) -> jax.Array:
-    """``gptq_core.quantize_weight`` with a block for each group, as loops: unrolled, it compiles for long."""
-    from qwix.contrib import gptq_core
-
-    size, columns = smollm2.GROUP, w.shape[1]
-    damping = 0.01 * jnp.trace(hessian) / columns
-    lower = jnp.linalg.cholesky(hessian + damping * jnp.eye(columns))
-    u = jnp.linalg.cholesky(gptq_core.cholesky_inverse(lower), upper=True)
-
-    def group(w: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
-        inside = jax.lax.dynamic_slice_in_dim(w, first, size, 1)
-        rows = jax.lax.dynamic_slice_in_dim(u, first, size, 0)
-        local = jax.lax.dynamic_slice_in_dim(rows, first, size, 1)
-        scale, zero_point = gptq_core.find_params(inside, how)
-
-        def column(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            inside, found, errors = carry
-            _, level = gptq_core.quantize(inside[:, j][:, None], how.qtype, scale, zero_point)
-            error = (inside[:, j] - level[:, 0]) / local[j, j]
-            inside = inside - jnp.where(jnp.arange(size) >= j, local[j], 0)[None] * error[:, None]
-            return inside, found.at[:, j].set(level[:, 0]), errors.at[:, j].set(error)
-
-        zeros = jnp.zeros_like(inside)
-        _, found, errors = jax.lax.fori_loop(0, size, column, (inside, zeros, zeros))
-        later = jnp.where(jnp.arange(columns)[None] >= first + size, errors @ rows, 0)
-        return w - later, found
-
-    _, found = jax.lax.scan(group, w, jnp.arange(0, columns, size))
-    return jnp.moveaxis(found, 0, 1).reshape(w.shape)
-
-
-def qwix_gptq(work: Work, bits: int) -> PyTree:
-    from qwix.contrib import gptq_core
-
-    hessians = work.statistics(lambda x: gptq_core.compute_hessian(x.T))
-    return work.by_matrix(lambda name, w: by_qwix(qwix_type(bits), gptq_matrix, w, hessians[name]))
-
-
-def qwix_awq(work: Work, bits: int) -> PyTree:
-    from qwix._src.core import qarray
-    from qwix.contrib import awq_core
-
-    def fit(w: jax.Array, inputs: jax.Array, how: Any) -> jax.Array:
-        codes, scales = awq_core.quantize_weight(w, inputs, how)
-        return qarray.dequantize(codes) / scales
-
-    inputs = work.statistics(awq_core.compute_act_scale)
-    return work.by_matrix(lambda name, w: by_qwix(qwix_type(bits), fit, w, inputs[name]))
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def hqq_matrix(w: jax.Array, bits: int) -> jax.Array:
-    """Zero points that minimise the error in the l_p quasi-norm, p = .7, by half-quadratic splitting.
-
-    ``W_e`` is the proximal step on the error, the zero point then fits ``W - W_e`` in closed form;
-    beta starts at 10 and grows by 1.01, 20 rounds.
-    """
-    shape, top, p = w.shape, 2**bits - 1, 0.7
-    w = w.reshape(shape[0], -1, 2 * smollm2.GROUP, shape[2])
-    low, high = jnp.min(w, 2, keepdims=True), jnp.max(w, 2, keepdims=True)
-    scale = top / jnp.maximum(high - low, 1e-8)
-
-    def codes(zero: jax.Array) -> jax.Array:
-        return jnp.clip(jnp.round(w * scale + zero), 0, top)
-
-    def round_(i: jax.Array, zero: jax.Array) -> jax.Array:
-        q = codes(zero)
-        error = w - (q - zero) / scale
-        size = jnp.maximum(jnp.abs(error), 1e-12)
-        shrunk = jnp.sign(error) * jnp.maximum(size - size ** (p - 1) / (10 * 1.01**i), 0)
-        return jnp.mean(q - (w - shrunk) * scale, 2, keepdims=True)
-
-    zero = jax.lax.fori_loop(0, 20, round_, -low * scale)
-    return ((codes(zero) - zero) / scale).reshape(shape)
-
-
-def hqq(work: Work, bits: int) -> PyTree:
-    return work.by_matrix(lambda _, w: hqq_matrix(w, bits))
-
-
 Method = Callable[[Work, int], PyTree]
 METHODS: dict[str, Method] = {
     "absmax": absmax,
     "least squares": least_squares,
     "calibration=": weighted,
     "quantize_calibrated": calibrated,
-    "qwix int": qwix_plain,
-    "qwix nf4": lambda work, bits: qwix_plain(work, bits, "nf4"),
-    "qwix GPTQ": qwix_gptq,
-    "qwix AWQ": qwix_awq,
-    "HQQ": hqq,
+    "qwix int": peers.qwix_plain,
+    "qwix nf4": lambda work, bits: peers.qwix_plain(work, bits, "nf4"),
+    "qwix GPTQ": peers.qwix_gptq,
+    "qwix AWQ": peers.qwix_awq,
+    "HQQ": peers.hqq,
+    "AWQ": peers.awq,
     "least squares, trained": functools.partial(trained, "least squares"),
     "quantize_calibrated, trained": functools.partial(trained, "quantize_calibrated"),
 }
