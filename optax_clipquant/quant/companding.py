@@ -243,11 +243,11 @@ class _View:
         if not self.rows:
             return None
         axes = tuple(a + (a > self.axis) for a in self.rows)
-        high, low = (fn(x, axis=axes, keepdims=True) for fn in (jnp.max, jnp.min))
+        found = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
         spec = self.spec
         for axis in self.rows:
             spec = without(spec, axis)
-        return merge_axis(jnp.maximum(high, -low), self.axis, spec)
+        return merge_axis(found, self.axis, spec)
 
     def scales(self, scale: jax.Array, row: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """The magnitude ``s`` of each element, and whether its block has negative numbers."""

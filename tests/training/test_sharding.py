@@ -649,9 +649,9 @@ def test_collectives_grow_only_with_the_scales(place, kind):
         text = jax.jit(tx.update).lower(params, tx.init(params), params).compile().as_text()
     found = collectives(text)
     assert found.pop(("all-reduce", "s32[]")) == 3
-    # Both extremes of the weights for each of `a` and `c`, whose scales lie across devices; and two sums for
-    # `c`, whose scales are least squares. All of one dtype go in one message.
-    rows = {("all-reduce", "s32[128]"): 2 + 2, ("all-reduce", "f32[128]"): 2}
+    # Both extremes of the weights for `a`, whose scales lie across devices; for `c`, whose scales are least
+    # squares, the furthest weight and two sums. All of one dtype go in one message.
+    rows = {("all-reduce", "s32[128]"): 2, ("all-reduce", "u32[128]"): 1, ("all-reduce", "f32[128]"): 2}  # fmt: skip
     assert found == (rows if place == "rows" else {})
 
 
