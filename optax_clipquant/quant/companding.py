@@ -136,7 +136,7 @@ def compand(
     finite = jnp.isfinite(w)
     kept = jnp.where(finite, w, -_TINY if keep_nan else 0)
     low = view.reduce(jnp.min, kept)
-    largest = jnp.maximum(view.reduce(jnp.max, kept), -low)
+    largest = view.reduce(jnp.max, jnp.abs(kept))
     scale = jnp.where(low < 0, -jnp.maximum(largest, _TINY), largest)
     row = view.row(kept) if rows else None
     s, negative = view.scales(scale, row)
