@@ -161,12 +161,13 @@ def budget_of(sizes: np.ndarray, weights: float, bits_per_param: float) -> int:
     Raises:
       ValueError: the least of ``sizes``, a row for each leaf, exceed it.
     """
-    budget = int(bits_per_param * weights // 8)
+    # A decimal such as 2.312 may be just below the fraction that it stands for.
+    budget = int(bits_per_param * weights / 8 * (1 + 1e-12))
     least = int(sizes.min(1).sum())
     if least > budget:
         raise ValueError(
             f"bits_per_param is {bits_per_param}, but with the scales the smallest choices take "
-            f"{8 * least / max(weights, 1):.3f}; raise it, or let more weights share a scale (group_size)"
+            f"{math.ceil(8000 * least / max(weights, 1)) / 1000:.3f}; raise it, or let more weights share a scale (group_size)"
         )
     return budget
 

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -215,6 +216,14 @@ def test_impossible_budget_is_refused_before_reading(source, tmp_path, monkeypat
     monkeypatch.setattr(container.Reader, "read", lambda *args: pytest.fail("it read"))
     assert run("compress", source, tmp_path / "out", "--budget", 1.5) == 1
     assert "bits_per_param is 1.5, but with the scales the smallest" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shape", [(11, 33), (2, 50)], ids=["2.49036", "2.32"])  # 2.32 * 100 < 232
+def test_least_budget_of_the_message_is_enough(tmp_path, capsys, shape):
+    safetensors.numpy.save_file({"w": np.ones(shape, np.float32)}, tmp_path / "in")
+    assert run("compress", tmp_path / "in", tmp_path / "out", "--budget", 1) == 1
+    (least,) = re.findall(r"choices take (\d+\.\d+);", capsys.readouterr().err)
+    assert run("compress", tmp_path / "in", tmp_path / "out", "--budget", least) == 0
 
 
 def test_inspect(source, tmp_path, capsys):
