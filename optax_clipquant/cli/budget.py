@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_clipquant.cli.numpy_grid import Threads, in_turn
+from optax_clipquant.cli.numpy_grid import Threads, in_turn, threads
 from optax_clipquant.cli.rows import (
     Key,
     Part,
@@ -25,6 +25,7 @@ from optax_clipquant.cli.rows import (
     keys_of,
     parts_of,
     quantizer_of,
+    valid_of,
 )
 from optax_clipquant.cli.rules import WIDTHS, Rule
 from optax_clipquant.cli.search import buffer_for, check_platform
@@ -120,7 +121,7 @@ def measure(
         _BLOCK,
     )
     buffer, found = buffer_for(source, rules), {}
-    with Threads(2) as compiler, Threads(2) as runner:
+    with threads(2) as compiler, threads(2) as runner:
         programs = {
             key: compiler.submit(key.lower(_squared_errors).compile)
             for key in dict.fromkeys(keys.values())
@@ -163,13 +164,13 @@ def _padded(choices: Any) -> list[Any]:
 
 @jax.jit
 def _squared_errors(
-    quantizers: Quantizers, rows: jax.Array, valid: jax.Array
+    quantizers: Quantizers, rows: jax.Array, count: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The sums of squared errors, in units of the square of the largest weight, and that weight.
 
     Rows with weights that are not finite do not count: they are lost at any width.
     """
-    w = rows.astype(jnp.float32)
+    w, valid = rows.astype(jnp.float32), valid_of(rows, count)
     reach = jnp.max(jnp.abs(w), axis=1)
     largest = jnp.max(jnp.where(jnp.isfinite(reach), reach, 0))
     unit = jnp.where(largest == 0, 1, largest)
@@ -188,10 +189,9 @@ def _errors(
     """The sum of squared errors of a part of a tensor at each width."""
     rows = part.matrix(part.view(w)) if w.size else np.zeros((0, 1), w.dtype)
     count, length = len(rows), min(part.length, _LONGEST)
-    valid = key.valid(length)
 
     def of_block(block: np.ndarray) -> np.ndarray:
-        errors, unit = program(key.quantizers, key.block(block), valid)
+        errors, unit = program(key.quantizers, key.block(block), np.int32(length))
         return np.asarray(errors, np.float64) * float(unit) ** 2
 
     most = max(_SAMPLE // (key.rows * part.length), 1) * key.rows

@@ -6,6 +6,7 @@ The results equal, bit for bit, those of ``Uniform`` with absmax scales from 3 b
 
 import collections
 import concurrent.futures
+import contextlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -148,8 +149,14 @@ class Absmax(NamedTuple):
         return codes
 
 
-def threads() -> Threads:
-    return Threads(min(os.cpu_count() or 1, 8))
+@contextlib.contextmanager
+def threads(count: int = min(os.cpu_count() or 1, 8)) -> Iterator[Threads]:
+    """Threads that on an error, or Ctrl-C, begin nothing more."""
+    pool = Threads(count)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def decode(leaf: LeafSpec, tensors: Tensors, threads: Threads) -> Iterator[np.ndarray]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from optax_clipquant.cli.rules import FLOAT8, Rule, scale_layout
@@ -22,6 +23,9 @@ from optax_clipquant.quant.scales.least_squares import FEW
 
 # Weights that can be measured in the time it takes to compile the programs for one length.
 _COMPILATION = 10**8
+_LONG = (
+    2**22
+)  # weights; rows are extended to no more, which would take the memory of another tensor
 
 Quantizers = tuple[ChannelwiseQuantizer, ...]
 Place = tuple[str, int]
@@ -37,10 +41,9 @@ class Key(NamedTuple):
     length: int
 
     def lower(self, program: Any) -> jax.stages.Lowered:
-        """Traces ``program(quantizers, rows, valid)``, which takes ``block`` and ``valid``."""
+        """Traces ``program(quantizers, rows, count)``, where rows begin with ``count`` weights."""
         rows = jax.ShapeDtypeStruct((self.rows, self.length), self.dtype)
-        valid = jax.ShapeDtypeStruct((1, self.length), np.float32)
-        return program.lower(self.quantizers, rows, valid)
+        return program.lower(self.quantizers, rows, jax.ShapeDtypeStruct((), np.int32))
 
     def block(self, rows: np.ndarray) -> np.ndarray:
         """The block that begins with ``rows``; the rest is 0."""
@@ -50,9 +53,10 @@ class Key(NamedTuple):
         block[: len(rows), : rows.shape[1]] = rows
         return block
 
-    def valid(self, length: int) -> np.ndarray:
-        """1 for the weights of rows of a length, and 0 for padding."""
-        return (np.arange(self.length) < length).astype(np.float32)[None]
+
+def valid_of(rows: jax.Array, count: jax.Array) -> jax.Array:
+    """1 for the ``count`` weights that rows begin with, and 0 for padding."""
+    return (jnp.arange(rows.shape[1]) < count).astype(jnp.float32)[None]
 
 
 def keys_of(
@@ -92,7 +96,8 @@ def common_lengths(weights: Mapping[int, int]) -> dict[int, int]:
         costs = []
         cost = float(_COMPILATION)
         for first in range(last - 1, -1, -1):
-            if lengths[first] < FEW <= common:
+            extends = lengths[first] < common
+            if extends and (lengths[first] < FEW <= common or common > _LONG):
                 break
             cost += weights[lengths[first]] * common / lengths[first]
             costs.append((best[first][0] + cost, first))

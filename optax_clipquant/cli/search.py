@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from optax_clipquant.cli.numpy_grid import Coder, Read, Threads, in_turn
+from optax_clipquant.cli.numpy_grid import Coder, Read, Threads, in_turn, threads
 from optax_clipquant.cli.rows import (
     Key,
     Part,
@@ -22,6 +22,7 @@ from optax_clipquant.cli.rows import (
     keys_of,
     parts_of,
     quantizer_of,
+    valid_of,
 )
 from optax_clipquant.cli.rules import Rule, scale_layout
 from optax_clipquant.formats.checkpoint import Checkpoint
@@ -36,9 +37,9 @@ _BLOCK = 2**19  # weights; with fewer in a call, the calls take up to half of th
 
 
 @jax.jit
-def _quantize(quantizers: Quantizers, rows: jax.Array, valid: jax.Array) -> QArray:
+def _quantize(quantizers: Quantizers, rows: jax.Array, count: jax.Array) -> QArray:
     (quantizer,) = quantizers
-    return quantize_rows(quantizer, rows, valid)
+    return quantize_rows(quantizer, rows, valid_of(rows, count))
 
 
 class _Searched(NamedTuple):
@@ -76,14 +77,7 @@ def searching(source: Checkpoint, rules: Mapping[str, Rule]) -> Iterator[dict[st
         _BLOCK,
     )
     buffer, left = buffer_for(source, names), iter(names)
-    with contextlib.ExitStack() as stack:
-
-        def threads(count: int) -> Threads:
-            pool = Threads(count)
-            stack.callback(pool.shutdown, cancel_futures=True)
-            return pool
-
-        ahead, runner, compiler = threads(1), threads(2), threads(2)
+    with threads(1) as ahead, threads(2) as runner, threads(2) as compiler:
         lowered = {key: key.lower(_quantize) for key in dict.fromkeys(keys.values())}
         compiled = {key: compiler.submit(lowered[key].compile) for key in lowered}
 
@@ -128,12 +122,11 @@ def _fill(
     q: QArray, w: np.ndarray, part: Part, key: Key, program: jax.stages.Compiled, threads: Threads
 ) -> None:
     """Quantizes a part of ``w`` into ``q``, which holds NumPy arrays."""
-    valid = key.valid(part.length)
 
     def fill_block(block: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
         """Fills in the codes, and returns the grid's arrays."""
         rows, codes = part.matrix(block[0]), block[1]
-        found = program(key.quantizers, key.block(rows), valid)
+        found = program(key.quantizers, key.block(rows), np.int32(part.length))
         count, length = rows.shape
         codes[...] = np.asarray(found.qvalue)[:count, :length].reshape(codes.shape)
         return {

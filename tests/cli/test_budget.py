@@ -1,5 +1,9 @@
 """The errors that ``--budget`` chooses by, against those of the quantizers."""
 
+import signal
+import time
+import types
+
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -71,7 +75,19 @@ def test_lengths_are_merged_where_that_saves_time():
         31: 31,
         32: 32,
     }  # searched otherwise
+    assert common_lengths({64: 64, 2**24: 2**24}) == {64: 64, 2**24: 2**24}  # for want of memory
     assert common_lengths({}) == {}
+
+
+def test_ctrl_c_waits_for_no_further_compilation(tmp_path, monkeypatch):
+    compiled = []
+    program = types.SimpleNamespace(compile=lambda: compiled.append(time.sleep(0.1)))
+    monkeypatch.setattr(Key, "lower", lambda key, fn: program)
+    monkeypatch.setattr(Checkpoint, "read", lambda *args: signal.raise_signal(signal.SIGINT))
+    safetensors.numpy.save_file({f"w{n}": weights((8, 40)) for n in range(2, 9)}, tmp_path / "in")
+    with Checkpoint(tmp_path / "in") as source, pytest.raises(KeyboardInterrupt):
+        budget.measure(source, {f"w{n}": Rule(n) for n in range(2, 9)}, lambda n: None)
+    assert len(compiled) <= 4
 
 
 def test_large_tensors_are_sampled(tmp_path, monkeypatch):

@@ -541,21 +541,27 @@ with container.writing(sys.argv[1] + "/in", specs, {}) as file:
     for name in specs:
         file.put(name, w)
 del w
-code = cli.main(["compress", sys.argv[1] + "/in", sys.argv[1] + "/out", "--bits", sys.argv[2]])
+code = cli.main(["compress", sys.argv[1] + "/in", sys.argv[1] + "/out", *sys.argv[2].split()])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)
 sys.exit(code)
 """
 
 
 @pytest.mark.parametrize(
-    ("bits", "most"), [(4, 2**26 + 60e6), (3, 3 * 2**26 + 300e6)], ids=["numpy", "jax"]
+    ("options", "most"),
+    [
+        ("--bits 4", 2**26 + 60e6),
+        ("--bits 3", 3 * 2**26 + 300e6),
+        ("--bits 3 --channel-axis none", 3 * 2**26 + 300e6),
+    ],
+    ids=["numpy", "jax", "one row"],
 )
-def test_peak_resident_memory(tmp_path, bits, most):
+def test_peak_resident_memory(tmp_path, options, most):
     """On 670 MB in tensors of 67 MB, of which the test itself holds one."""
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     # Started by a small process, since a child's peak includes its parent's memory.
     process = subprocess.run(
-        ["sh", "-c", '"$0" -c "$1" "$2" "$3"', sys.executable, CHILD, str(tmp_path), str(bits)],
+        ["sh", "-c", '"$0" -c "$1" "$2" "$3"', sys.executable, CHILD, str(tmp_path), options],
         capture_output=True, text=True, check=True, env=env,
     )  # fmt: skip
     assert "10 of 10 tensors quantized" in process.stdout
