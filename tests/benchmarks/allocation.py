@@ -13,7 +13,8 @@ predictions from the leaf's rounding error e:
 
 Then ``allocate_bits`` spends budgets on the leaves with the last of these as sensitivity, and chooses among
 allocations by the KL on a chunk that calibrates (``evaluate=``). The KL of its choice is measured on
-the evaluation, beside uniform widths of at least the same size.
+the evaluation, beside uniform widths of at least the same size: with calibrated scales, and with
+``quantize_calibrated``.
 
     python tests/benchmarks/allocation.py --evaluation TEXT --calibration TEXT
 """
@@ -27,6 +28,7 @@ import jax.numpy as jnp
 import language_model
 import numpy as np
 import rich.box
+import rich.markup
 import rich.progress
 import rich.table
 import scipy.stats
@@ -39,6 +41,7 @@ from optax_clipquant import (
     bits_per_param,
     calibrate,
     dequantize_params,
+    quantize_calibrated,
     quantize_params,
     squared_gradients,
     trace_weights,
@@ -46,6 +49,7 @@ from optax_clipquant import (
 
 PyTree = Any
 CHOICES = (2, 3, 4, 5, 6)
+PARTS = ("leaves", "budgets")
 
 
 def unstacked(blocks: PyTree, layers: int) -> list[PyTree]:
@@ -129,8 +133,8 @@ def measured(work: language_model.Work, levels: PyTree) -> dict[tuple[str, int],
 
 def allocated(
     work: language_model.Work, calibration: Calibration, outputs: dict[tuple[str, int], float]
-) -> dict[float, tuple[float, float, dict[int, int]]]:
-    """For each budget, the size, the KL and the number of leaves of each width."""
+) -> dict[float, tuple[float, dict[str, float], dict[int, int]]]:
+    """For each budget, the size, the KL of each method and the number of leaves of each width."""
     layers = len(work.params["blocks"]["attn_norm"])
     rest = {"norms": {k: v for k, v in work.params["blocks"].items() if k not in smollm2.MATRICES}}
     rest |= {name: leaf for name, leaf in work.params.items() if name != "blocks"}
@@ -170,10 +174,34 @@ def allocated(
             evaluate=evaluate,
         )
         qparams = quantize_params(params, rules, calibration=Calibration(uses, moments))
-        size, kl = bits_per_param(qparams), work.scores(restacked(qparams)).kl
+        rounded = quantize_calibrated(forward, params, work.calibration, rules, uses=uses)
+        kl = {
+            "calibration=": work.scores(restacked(qparams)).kl,
+            "quantize_calibrated": work.scores(restacked(rounded)).kl,
+        }
         widths = [rule.bits for rule in rules.values()]
-        found[budget] = size, kl, {bits: widths.count(bits) for bits in sorted(set(widths))}
+        counts = {bits: widths.count(bits) for bits in sorted(set(widths))}
+        found[budget] = bits_per_param(qparams), kl, counts
     return found
+
+
+def correlations(
+    predicted: dict[str, dict[tuple[str, int], float]], kl: dict[tuple[str, int], float]
+) -> rich.table.Table:
+    """How well each prediction agrees with the measured KL."""
+    table = rich.table.Table(
+        box=rich.box.MARKDOWN, title=f"KL of {len(kl)} leaves alone at 3 bits, and predictions"
+    )
+    for column in ("prediction", "rank correlation", "correlation of logarithms"):
+        table.add_column(column, justify="left" if column == "prediction" else "right")
+    y = np.array([kl[leaf] for leaf in kl])
+    for name, of_leaf in predicted.items():
+        x = np.array([of_leaf[leaf] for leaf in kl])
+        rank = scipy.stats.spearmanr(x, y).statistic
+        logs = np.corrcoef(np.log(x), np.log(np.maximum(y, 1e-9)))[0, 1]
+        table.add_row(rich.markup.escape(name), f"{rank:.2f}", f"{logs:.2f}")
+        note("language model, prediction of KL, rank correlation", name, rank)
+    return table
 
 
 def main() -> None:
@@ -181,6 +209,7 @@ def main() -> None:
         description=__doc__.splitlines()[0], epilog="also the options of language_model.py"
     )
     parser.add_argument("--budgets", type=float, nargs="*", default=[3.5, 4.5])
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     own, others = parser.parse_known_args()
     args = language_model.parse(others)
     args.budgets = own.budgets
@@ -200,30 +229,29 @@ def main() -> None:
     }
     levels = dequantize_params(qparams[3])["blocks"]
     predicted, outputs = predictions(work, calibration, fisher, levels)
-    kl = measured(work, levels)
     console = rich.console.Console(width=120)
-    table = rich.table.Table(
-        box=rich.box.MARKDOWN, title=f"KL of {len(kl)} leaves alone at 3 bits, and predictions"
-    )
-    for column in ("prediction", "rank correlation", "correlation of logarithms"):
-        table.add_column(column, justify="left" if column == "prediction" else "right")
-    y = np.array([kl[leaf] for leaf in kl])
-    for name, of_leaf in predicted.items():
-        x = np.array([of_leaf[leaf] for leaf in kl])
-        rank = scipy.stats.spearmanr(x, y).statistic
-        logs = np.corrcoef(np.log(x), np.log(np.maximum(y, 1e-9)))[0, 1]
-        table.add_row(name, f"{rank:.2f}", f"{logs:.2f}")
-        note("language model, prediction of KL, rank correlation", name, rank)
-    console.print(table)
-    uniform = {bits: work.scores(q).kl for bits, q in qparams.items()}
-    table = rich.table.Table(box=rich.box.MARKDOWN, title="Budgets, with calibrated scales")
-    for column in ("budget", "bits per weight", "KL", "KL, uniform", "leaves by width"):
+    if "leaves" in own.parts:
+        console.print(correlations(predicted, measured(work, levels)))
+    if "budgets" not in own.parts:
+        return
+    uniform = {
+        bits: {
+            "calibration=": work.scores(q).kl,
+            "quantize_calibrated": work.scores(language_model.calibrated(work, bits)).kl,
+        }
+        for bits, q in qparams.items()
+    }
+    table = rich.table.Table(box=rich.box.MARKDOWN, title="Budgets")
+    for column in ("budget", "method", "bits per weight", "KL", "KL, uniform", "leaves by width"):
         table.add_column(column, justify="right")
     for budget, (size, found, widths) in allocated(work, calibration, outputs).items():
         counts = ", ".join(f"{count} at {bits}" for bits, count in widths.items())
-        reference = uniform[int(budget)]
-        table.add_row(f"{budget}", f"{size:.3f}", f"{found:.4f}", f"{reference:.4f}", counts)
-        note("language model, KL of an allocation", f"{budget} bits", found, reference)
+        for method, kl in found.items():
+            reference = uniform[int(budget)][method]
+            table.add_row(
+                f"{budget}", method, f"{size:.3f}", f"{kl:.4f}", f"{reference:.4f}", counts
+            )
+            note("language model, KL of an allocation", f"{method}, {budget} bits", kl, reference)
     console.print(table)
 
 

@@ -33,7 +33,6 @@ from optax_clipquant import (
     Quantizer,
     Ternary,
     Uniform,
-    Uses,
     calibrate,
     dequantize_params,
     quantize_calibrated,
@@ -130,25 +129,21 @@ def quantizer_of(name: str, group_size: int) -> Quantizer:
     return Uniform(int(name), group_size=group_size, scale_rule="mse")
 
 
-def by_qwix(qparams: Any, params: Any, uses: Uses, bits: int) -> Any:
+def by_qwix(qparams: Any, params: Any, bits: int) -> Any:
     """``params`` with qwix's rounding of the leaves that ``qparams`` has quantized, in the same groups."""
 
-    def visit(path: jax.tree_util.KeyPath, q: Any, w: jax.Array) -> jax.Array:
+    def visit(q: Any, w: jax.Array) -> jax.Array:
         if not isinstance(q, QArray):
             return w
-        contracted = sorted(uses["/".join(str(key.key) for key in path)].contracted)
-        assert q.grid.group is not None
+        tiles = {} if q.grid.group is None else {q.grid.group[0] + w.ndim: q.grid.group[1]}
+        each = [a for a in range(w.ndim) if q.scale.shape[a] == w.shape[a] and a not in tiles]
         rounded = qwix.quantize(
-            w,
-            {4: jnp.int4}.get(bits, f"int{bits}"),
-            channelwise_axes=[axis for axis in range(w.ndim) if axis not in contracted],
-            tiled_axes={contracted[-1]: q.grid.group[1]},
+            w, {4: jnp.int4}.get(bits, f"int{bits}"), channelwise_axes=each, tiled_axes=tiles
         )
         assert rounded.scale.shape == q.scale.shape
         return qwix.dequantize(rounded)
 
-    is_leaf = lambda x: isinstance(x, QArray)  # noqa: E731
-    return jax.tree_util.tree_map_with_path(visit, qparams, params, is_leaf=is_leaf)
+    return jax.tree.map(visit, qparams, params, is_leaf=lambda x: isinstance(x, QArray))
 
 
 def methods(model: Model, quantizer: Quantizer, calibration: Calibration) -> dict[str, Any]:
@@ -158,7 +153,7 @@ def methods(model: Model, quantizer: Quantizer, calibration: Calibration) -> dic
     least_squares = quantize_params(model.params, rules, uses=uses)
     found = {}
     if isinstance(quantizer, Uniform) and model.skipped is not None:
-        found["qwix"] = by_qwix(least_squares, model.params, uses, quantizer.bits)
+        found["qwix"] = by_qwix(least_squares, model.params, quantizer.bits)
     return found | {
         LEAST_SQUARES: least_squares,
         "calibrate": quantize_params(model.params, rules, calibration=calibration),
