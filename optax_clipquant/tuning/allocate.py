@@ -166,8 +166,8 @@ def budget_of(sizes: np.ndarray, weights: float, bits_per_param: float) -> int:
     least = int(sizes.min(1).sum())
     if least > budget:
         raise ValueError(
-            f"bits_per_param is {bits_per_param}, but with the scales the smallest choices take "
-            f"{math.ceil(8000 * least / max(weights, 1)) / 1000:.3f}; raise it, or let more weights share a scale (group_size)"
+            f"a budget of {bits_per_param} bits per weight is too small: with the scales, the smallest choices "
+            f"take {math.ceil(8000 * least / max(weights, 1)) / 1000:.3f}; raise it, or let more weights share a scale"
         )
     return budget
 

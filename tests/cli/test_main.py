@@ -215,7 +215,7 @@ def test_budget_is_kept_and_spent(tmp_path, capsys, budget):
 def test_impossible_budget_is_refused_before_reading(source, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(container.Reader, "read", lambda *args: pytest.fail("it read"))
     assert run("compress", source, tmp_path / "out", "--budget", 1.5) == 1
-    assert "bits_per_param is 1.5, but with the scales the smallest" in capsys.readouterr().err
+    assert "a budget of 1.5 bits per weight is too small" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("shape", [(11, 33), (2, 50)], ids=["2.49036", "2.32"])  # 2.32 * 100 < 232
@@ -310,7 +310,7 @@ def test_inspect_against_another_model_is_refused(source, tmp_path, capsys):
             (f"compress {{in}} {{out}} --channel-axis 2 {how}", "in.safetensors: tensor 'a': channel_axis 2 is out of range")
             for how in ("", "--bits 2", "--budget 12")
         ),
-        ("compress {in} {out} --budget 1.5 --rule ^a$=2 --rule .=keep", "bits_per_param is 1.5, but with the scales"),
+        ("compress {in} {out} --budget 1.5 --rule ^a$=2 --rule .=keep", "a budget of 1.5 bits per weight is too small"),
         ("decompress {in} {out}", "is not compressed"),
         ("decompress {none} {out}", "none: No such file"),
         ("decompress {small} {in}", "overwrite it with --force"),

@@ -160,7 +160,7 @@ def test_accepts_scalar_sensitivities_and_other_quantizers():
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"bits_per_param": 2.0}, "bits_per_param is 2.0, but with the scales .* take 2.3"),
+        ({"bits_per_param": 2.0}, "a budget of 2.0 bits .* with the scales.* take 2.3"),
         ({"bits_per_param": float("nan")}, "bits_per_param must be a positive number, got nan"),
         ({"choices": ()}, "choices must be distinct bit widths"),
         ({"choices": (2, 2)}, "choices must be distinct bit widths"),
