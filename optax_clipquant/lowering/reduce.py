@@ -30,7 +30,10 @@ _MUCH = (
 )
 _LEFT = 2**16  # integers that are reduced at once after a first loop
 _FEW = 64  # elements that may be summed in sequence; for more, partial sums round less often
-_WHOLE = {"max": functools.partial(jnp.max, initial=0), "sum": jnp.sum}
+_WHOLE = {
+    "max": functools.partial(jnp.max, initial=0),
+    "sum": lambda x, **at: jnp.sum(x, dtype=x.dtype, **at),  # with x64 too
+}
 _PAIR = {"max": jax.lax.max, "sum": jax.lax.add}
 
 

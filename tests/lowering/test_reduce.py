@@ -140,6 +140,15 @@ def test_reductions_work_under_vmap_and_grad(devices, shape, axes):
     np.testing.assert_allclose(found, 2 * shared * (1 - shared**2), atol=1e-6)
 
 
+def test_integers_keep_their_dtype_under_x64(devices):
+    """JAX widens their sums, and a program for several platforms needs one dtype."""
+    with jax.enable_x64(True):
+        x = jnp.ones((192, 256), jnp.int32)
+        (found,) = jax.jit(lambda x: Span().reduce(["sum"], [x]))(x)
+    assert found.dtype == jnp.int32
+    assert found == x.size
+
+
 def test_runs_share_their_reduction(devices):
     """Pieces in runs of 3, the last run of 1, and an axis within each piece that is reduced."""
     x = weights((4, 16, 256))
