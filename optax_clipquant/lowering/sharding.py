@@ -84,7 +84,11 @@ def reduce_runs(fn: Callable[..., jax.Array], x: jax.Array, axis: int, run: int)
     """
     if run == 1:
         return x
-    return repeat_axis(fn(_runs(x, axis, run), axis=axis + 1), axis, run, x.shape[axis])
+    if run == x.shape[axis]:  # devices reduce one number, where they would gather one from each
+        each = fn(x, axis=axis, keepdims=True)
+    else:
+        each = fn(_runs(x, axis, run), axis=axis + 1)
+    return repeat_axis(each, axis, run, x.shape[axis])
 
 
 def for_pieces(scale: jax.Array, axis: int, run: int, pieces: int) -> jax.Array:

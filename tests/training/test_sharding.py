@@ -34,6 +34,7 @@ from optax_clipquant import (
     softness_schedule,
 )
 from optax_clipquant.lowering.noise import noise
+from optax_clipquant.quant.companding import compand
 
 P = jax.P
 # The gate runs on mesh axes of one kind; cases that depend on the kind name it.
@@ -637,6 +638,16 @@ def test_quantized_state_matches_one_device(bits, shape, spec, block, kind):
     rows = 0 if moment.row is None else moment.row.nbytes
     sizes = [nbytes(array) for _, array in collectives(text).elements()]
     assert all(size <= max(moment.scale.nbytes, rows) for size in sizes), collectives(text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_magnitude_of_a_block_over_all_devices_is_reduced_and_not_gathered(kind):
+    """A number from each device for each block would be eight times as much as the scales."""
+    on = mesh((8, 1), kind)
+    with jax.set_mesh(on):
+        x = jax.device_put(weights((64, 128)), jax.NamedSharding(on, P(None, "x")))
+        text = jax.jit(lambda x: compand(x, (-1, 128), 8)).lower(x).compile().as_text()
+    assert collectives(text) == {("all-reduce", "f32[64,1]"): 2}
 
 
 @pytest.mark.parametrize("kind", KINDS)
