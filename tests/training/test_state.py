@@ -148,11 +148,11 @@ def test_adam_agrees_within_the_tolerance_of_bitsandbytes():
     to zero, and is above in some steps for bitsandbytes as well; so the median of the steps.)
     """
     tx, exact = quantize_state(optax.adam(1e-3)), optax.adam(1e-3)
-    params = {"w": 0.1 * jax.random.normal(jax.random.key(0), (512, 1024))}
+    params = {"w": 0.1 * jax.random.normal(jax.random.key(0), (256, 256))}
 
     def step(carry, key):
         params, state, exact_state = carry
-        grads = {"w": 0.01 * jax.random.normal(key, (512, 1024))}
+        grads = {"w": 0.01 * jax.random.normal(key, (256, 256))}
         updates, state = tx.update(grads, state, params)
         found = optax.apply_updates(params, updates)["w"]
         updates, exact_state = exact.update(grads, exact_state, params)
