@@ -147,7 +147,7 @@ def _choose(args: argparse.Namespace, source: Checkpoint) -> tuple[dict[str, Rul
             _check_bits(f"rule {pattern!r}", default._replace(**change))
     rules, kept = choose(source.specs, default, args.rule)
     if args.budget is not None:
-        from optax_clipquant.cli.budget import allocate_rules, is_language_model
+        from optax_clipquant.cli.search.budget import allocate_rules, is_language_model
 
         total = sum(nbytes(*source.specs[name]) for name in rules)
         with progress("choosing bits", total) as advance:
@@ -188,7 +188,7 @@ def _coders(source: Checkpoint, rules: Mapping[str, Rule]) -> Iterator[dict[str,
     if not searched:
         yield coders
         return
-    from optax_clipquant.cli.search import searching
+    from optax_clipquant.cli.search.scales import searching
 
     with searching(source, searched) as found:
         yield coders | found

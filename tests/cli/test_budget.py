@@ -10,10 +10,10 @@ import safetensors.numpy
 from helpers import weights
 
 from optax_clipquant import Uniform, allocate_bits, load, quantize_params
-from optax_clipquant.cli import budget
 from optax_clipquant.cli.main import main
-from optax_clipquant.cli.rows import Key, common_lengths
 from optax_clipquant.cli.rules import Rule
+from optax_clipquant.cli.search import budget
+from optax_clipquant.cli.search.rows import Key, common_lengths
 from optax_clipquant.formats.checkpoint import Checkpoint
 
 

@@ -14,9 +14,9 @@ from helpers import weights
 
 from optax_clipquant import NormalFloat, QArray, Ternary, Uniform, load
 from optax_clipquant.cli import main as cli
-from optax_clipquant.cli import search
 from optax_clipquant.cli.arguments import rule, size
 from optax_clipquant.cli.rules import Rule, choose
+from optax_clipquant.cli.search import scales as search
 from optax_clipquant.formats.native.description import LeafSpec
 
 

@@ -31,7 +31,7 @@ from optax_clipquant import (
 )
 from optax_clipquant.cli import arguments, compress, decompress, inspect, numpy_grid, rules
 from optax_clipquant.cli import main as cli
-from optax_clipquant.cli.rows import Key
+from optax_clipquant.cli.search.rows import Key
 from optax_clipquant.formats import safetensors as container
 from optax_clipquant.formats.native import file as saved
 

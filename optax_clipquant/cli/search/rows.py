@@ -23,9 +23,8 @@ from optax_clipquant.quant.scales.least_squares import FEW
 
 # Weights that can be measured in the time it takes to compile the programs for one length.
 _COMPILATION = 10**8
-_LONG = (
-    2**22
-)  # weights; rows are extended to no more, which would take the memory of another tensor
+# Rows are extended to no more weights, which would take the memory of another tensor.
+_LONG = 2**22
 
 Quantizers = tuple[ChannelwiseQuantizer, ...]
 Place = tuple[str, int]

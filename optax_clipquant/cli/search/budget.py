@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_clipquant.cli.numpy_grid import Threads, in_turn, threads
-from optax_clipquant.cli.rows import (
+from optax_clipquant.cli.rules import WIDTHS, Rule
+from optax_clipquant.cli.search.rows import (
     Key,
     Part,
     Quantizers,
@@ -27,8 +28,7 @@ from optax_clipquant.cli.rows import (
     quantizer_of,
     valid_of,
 )
-from optax_clipquant.cli.rules import WIDTHS, Rule
-from optax_clipquant.cli.search import buffer_for, check_platform
+from optax_clipquant.cli.search.scales import buffer_for, check_platform
 from optax_clipquant.cli.terminal import Progress
 from optax_clipquant.formats.checkpoint import Checkpoint
 from optax_clipquant.formats.dtypes import nbytes

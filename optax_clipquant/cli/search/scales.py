@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from optax_clipquant.cli.numpy_grid import Coder, Read, Threads, in_turn, threads
-from optax_clipquant.cli.rows import (
+from optax_clipquant.cli.rules import Rule, scale_layout
+from optax_clipquant.cli.search.rows import (
     Key,
     Part,
     Quantizers,
@@ -24,7 +25,6 @@ from optax_clipquant.cli.rows import (
     quantizer_of,
     valid_of,
 )
-from optax_clipquant.cli.rules import Rule, scale_layout
 from optax_clipquant.formats.checkpoint import Checkpoint
 from optax_clipquant.formats.dtypes import nbytes
 from optax_clipquant.formats.native import trees
