@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_clipquant.lowering.reduce import Span
+from optax_clipquant.lowering.sharding import is_on_one_device
 
 T = TypeVar("T")  # a tree of arrays, with one entry for each span
 
@@ -62,7 +63,7 @@ def _block(w: jax.Array, span: Span, most: int) -> tuple[int, int]:
     """The axis to cut into blocks, one that is not reduced, and a block's extent; 0 for a single block."""
     kept = [axis for axis in range(w.ndim) if axis not in span.reduced(w.ndim)]
     blocks = -(-w.size // most)
-    if blocks <= 1 or not kept or jax.device_count() > 1:
+    if blocks <= 1 or not kept or not is_on_one_device():
         return 0, 0
     # The first axis that is long enough, since its blocks are contiguous in memory.
     axis = max(kept, key=lambda axis: (min(w.shape[axis], blocks), -axis))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_clipquant.lowering.reduce import SMALL, Kind, Span
+from optax_clipquant.lowering.sharding import is_on_one_device
 
 Mask = tuple[jax.Array, ...]  # mutually exclusive arrays; an element is true where one of them is
 _COUNTABLE = 2**31  # elements that an int32 cannot count
@@ -48,7 +49,7 @@ def _of_integers(leaves: Sequence[tuple[Mask, ...]]) -> list[jax.Array]:
     since XLA's CPU backend is slow at a single mask (jaxlib 0.10.2); on several devices the arrays of a
     mask are joined first, as each would be a message.
     """
-    several = jax.device_count() > 1
+    several = not is_on_one_device()
     totals = [jnp.zeros((), jnp.float32) for _ in leaves[0]]
     small: dict[tuple[int, ...], list[tuple[Mask, ...]]] = {}
     for leaf in leaves:

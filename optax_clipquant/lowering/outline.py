@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
 
+from optax_clipquant.lowering.sharding import is_on_one_device
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -37,7 +39,7 @@ def outlined(fn: F, statics: int = 0) -> F:
     @functools.partial(jax.jit, static_argnums=given)
     @functools.wraps(fn)
     def outer(*args: Any) -> Any:
-        if jax.device_count() > 1:  # the partitioner splits what is inlined
+        if not is_on_one_device():  # the partitioner splits what is inlined
             return inner(*args)
         bound = (functools.partial(f, *args[:statics]) for f in (call, inner))
         return jax.lax.platform_dependent(*args[statics:], cpu=next(bound), default=next(bound))

@@ -13,6 +13,7 @@ import numpy as np
 from optax_clipquant.lowering.sharding import (
     for_groups,
     for_pieces,
+    is_on_one_device,
     piece_of,
     reduce_runs,
     split_axis,
@@ -98,7 +99,7 @@ class Span:
             return [_PAIR[kind](x, y) for kind, x, y in pairs]
         axes = self.reduced(arrays[0].ndim)
         few = math.prod(arrays[0].shape[axis] for axis in axes) <= _FEW
-        if jax.device_count() == 1 and (integers or few):
+        if is_on_one_device() and (integers or few):
             found = (jnp.expand_dims(x, axes) for x in _reduce(kinds, arrays, axes))
             return [self._runs(kind, x) for kind, x in zip(kinds, found, strict=True)]
         return self._each(kinds, *arrays)

@@ -56,7 +56,7 @@ def piece_of(x: jax.Array, axis: int, size: int) -> int:
 
 
 def is_on_one_device() -> bool:
-    """Whether no array can lie across devices, so that arrays need not be taken apart by device."""
+    """Whether no array can lie across devices, so that nothing need be taken apart by device."""
     return jax.device_count() == 1
 
 

@@ -87,7 +87,7 @@ def searching(source: Checkpoint, rules: Mapping[str, Rule]) -> Iterator[dict[st
             _, scales, group = scale_layout(shape, rules[name].channel_axis, rules[name].group_size)
             grid = lowered[keys[name, 0]].out_info.grid
             arrays = {
-                name: zeros(scales, x.dtype) for name, x in grid.arrays.items() if x is not None
+                kind: zeros(scales, x.dtype) for kind, x in grid.arrays.items() if x is not None
             }
             return QArray(zeros(shape, np.int8), dataclasses.replace(grid, group=group, **arrays))
 
