@@ -324,6 +324,9 @@ FORMS: dict[str, tuple[Callable[[Any, jax.Array], jax.Array], tuple[int, ...], b
     "jnp.take": (taken, (8 * SIDE, 1024), True),
     "tied logits": (out_of, (8 * SIDE, 1024), False),
 }
+PRODUCTS = {
+    f"{name}: {form}": (quantizer, form) for name, quantizer in QUANTIZERS.items() for form in FORMS
+}
 BATCHES = (1, 8, 512)
 
 
@@ -344,27 +347,24 @@ def served(quantizer: Any, form: str, rows: int) -> tuple["tpu.Program", float, 
 
 def serving(names: list[str]) -> Iterator[Row]:
     """For each form and batch, the HBM traffic over the bytes of codes and scales."""
-    for name, quantizer in QUANTIZERS.items():
-        if names and name not in names:
-            continue
-        for form in FORMS:
-            cells: list[str | float] = [f"{name}: {rich.markup.escape(form)}"]
-            limits = {}
-            held, temporaries = math.nan, math.nan
-            for rows in BATCHES:
-                try:
-                    program, held, around = served(quantizer, form, rows)
-                except jax.errors.JaxRuntimeError as error:
-                    if "is not supported" not in str(error):
-                        raise
-                    cells.append(
-                        "refused"
-                    )  # by libtpu, which has no such access to codes below a byte
-                    continue
-                cells.append((program.hbm - around) / held)
-                limits[len(cells) - 1], temporaries = 1.1, program.temporaries
-            size = math.prod(FORMS[form][1])
-            yield Row((*cells, held / size, temporaries / size), limits)
+    for name in names:
+        quantizer, form = PRODUCTS[name]
+        cells: list[str | float] = [rich.markup.escape(name)]
+        limits = {}
+        held, temporaries = math.nan, math.nan
+        for rows in BATCHES:
+            try:
+                program, held, around = served(quantizer, form, rows)
+            except jax.errors.JaxRuntimeError as error:
+                if "is not supported" not in str(error):
+                    raise
+                # By libtpu, which has no such access to codes below a byte.
+                cells.append("refused")
+                continue
+            cells.append((program.hbm - around) / held)
+            limits[len(cells) - 1], temporaries = 1.1, program.temporaries
+        size = math.prod(FORMS[form][1])
+        yield Row((*cells, held / size, temporaries / size), limits)
 
 
 # A scanned transformer.
@@ -516,11 +516,13 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "gpu", "tpu"), help="measure on this instead")
     parser.add_argument("--json", action="store_true", help="print the steps as JSON in one line")
     args = parser.parse_args()
-    known = {"steps": STEPS, "state": None, "serving": QUANTIZERS, "recipe": {}}[args.part]
+    known = {"steps": STEPS, "state": None, "serving": PRODUCTS, "recipe": {}}[args.part]
     if known is not None and (unknown := [name for name in args.names if name not in known]):
         parser.error(f"no row named {', '.join(unknown)}; there are {', '.join(known)}")
-    names = args.names or list(STEPS)
+    names = args.names or list(known or {})
     if args.device:
+        if args.part != "steps":
+            parser.error("--device measures steps and products at once, and takes no --part")
         on_device(args.device, names, args.leaves, args.size)
         return
     if args.json:
@@ -555,8 +557,8 @@ def main() -> None:
         met = show(
             "HBM traffic of a product on a TPU v5e, relative to codes and scales",
             ["weight", *(f"{rows} rows" for rows in BATCHES), "bytes per weight", "temporaries"],
-            serving(args.names),
-            len(FORMS) * (len(args.names) or len(QUANTIZERS)),
+            serving(names),
+            len(names),
             caption,
         )
     else:
