@@ -4,7 +4,7 @@ import pathlib
 import re
 
 import pytest
-from helpers import EXAMPLES, refusal, run_example, run_python
+from helpers import EXAMPLES, compiled, refusal, run_example, run_python
 
 # One block less, which halves the compile time.
 SMALL = """
@@ -28,7 +28,7 @@ def text(tmp_path: pathlib.Path) -> pathlib.Path:
 def test_trains_on_the_grid_and_ships(tmp_path: pathlib.Path, text: pathlib.Path):
     process = run_example(
         "char_lm.py",
-        "--text", str(text), "--part", "state", "--steps", "40", "--batch", "8", "--out", str(tmp_path)
+        "--text", str(text), "--part", "state", "--steps", "30", "--batch", "4", "--out", str(tmp_path)
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     rows = {
@@ -52,6 +52,7 @@ def test_clipping_part_compares_bounds(tmp_path: pathlib.Path, text: pathlib.Pat
         *("-c", SMALL, EXAMPLES, "--text", text, "--part", "clipping", "--steps", "12"),
         *("--warmup", "1", "--batch", "4", "--out", tmp_path),
         COLUMNS="160",
+        **compiled(),
     )
     assert process.returncode == 0, process.stderr
     # Bits per character, the worst jump, the clipped fraction, and the bound of transforms that adapt one.

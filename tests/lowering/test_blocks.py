@@ -1,5 +1,4 @@
 import dataclasses
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +36,8 @@ def blocks(monkeypatch):
 @pytest.mark.parametrize(
     ("quantizer", "axis", "warm"),
     case_rows(
-        list(itertools.product(SEARCHING, (0, -1), (False, True))),
-        [(SEARCHING[0], 0, False), (SEARCHING[-2], 0, True), (SEARCHING[-1], -1, False)],
+        [(q, *way) for q in SEARCHING for way in [(0, True), (-1, False)]],
+        [(SEARCHING[0], -1, False), (SEARCHING[-2], 0, True), (SEARCHING[-1], -1, False)],
     ),
     ids=str,
 )
