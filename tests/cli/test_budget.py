@@ -116,11 +116,11 @@ def test_rows_that_are_not_finite_do_not_count(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("group_size", [None, 32])
 def test_allocation_is_as_good_as_the_exact_one(tmp_path, group_size):
-    shapes = [(64, 48), (96, 64), (32, 24, 3, 3), (200, 100), (17, 300), (64, 64), (128, 27), (40, 512)]  # fmt: skip
+    shapes = [(64, 48), (32, 24, 3, 3), (17, 300), (128, 27)]
     rng = np.random.default_rng(0)
     tree = {
         f"w{i}": (rng.standard_t(5, shape) * np.exp(rng.normal())).astype(np.float32)
-        for i, shape in enumerate(shapes * 2)
+        for i, shape in enumerate(shapes * 4)
     }
     safetensors.numpy.save_file(tree, tmp_path / "in")
     rules = dict.fromkeys(tree, Rule(group_size=group_size))
