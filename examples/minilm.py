@@ -371,12 +371,7 @@ def absmax(w: jax.Array, bits: int, axis: int) -> tuple[jax.Array, int]:
 
 
 def by_qwix(w: jax.Array, bits: int, axis: int) -> tuple[jax.Array, int]:
-    q = qwix.quantize(
-        w,
-        {8: jnp.int8, 4: jnp.int4}.get(bits, f"int{bits}"),
-        channelwise_axes=(axis,),
-        tiled_axes={1 - axis: GROUP},
-    )
+    q = qwix.quantize(w, f"int{bits}", channelwise_axes=(axis,), tiled_axes={1 - axis: GROUP})
     return qwix.dequantize(q), q.scale.size
 
 

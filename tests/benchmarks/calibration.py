@@ -137,9 +137,7 @@ def by_qwix(qparams: Any, params: Any, bits: int) -> Any:
             return w
         tiles = {} if q.grid.group is None else {q.grid.group[0] + w.ndim: q.grid.group[1]}
         each = [a for a in range(w.ndim) if q.scale.shape[a] == w.shape[a] and a not in tiles]
-        rounded = qwix.quantize(
-            w, {4: jnp.int4}.get(bits, f"int{bits}"), channelwise_axes=each, tiled_axes=tiles
-        )
+        rounded = qwix.quantize(w, f"int{bits}", channelwise_axes=each, tiled_axes=tiles)
         assert rounded.scale.shape == q.scale.shape
         return qwix.dequantize(rounded)
 

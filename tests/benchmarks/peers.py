@@ -36,10 +36,6 @@ PyTree = Any
 SHARING = (("attn_q", "attn_k", "attn_v"), ("attn_output",), ("ffn_gate", "ffn_up"), ("ffn_down",))
 
 
-def qwix_type(bits: int) -> Any:
-    return {4: jnp.int4, 2: jnp.int2}.get(bits, f"int{bits}")
-
-
 def how(qtype: Any) -> Any:
     """Of a matrix ``[out, in]``."""
     import qwix._src.core.qarray
@@ -60,7 +56,7 @@ def qwix_plain(work: "Work", bits: int, qtype: Any = None) -> PyTree:
     def fit(w: jax.Array, how: Any) -> jax.Array:
         return qarray.dequantize(qarray.quantize(w, how))
 
-    return work.by_matrix(lambda _, w: by_qwix(qtype or qwix_type(bits), fit, w))
+    return work.by_matrix(lambda _, w: by_qwix(qtype or f"int{bits}", fit, w))
 
 
 def gptq_matrix(w: jax.Array, hessian: jax.Array, how: Any) -> jax.Array:
@@ -98,7 +94,7 @@ def qwix_gptq(work: "Work", bits: int) -> PyTree:
     from qwix.contrib import gptq_core
 
     hessians = work.statistics(lambda x: gptq_core.compute_hessian(x.T))
-    return work.by_matrix(lambda name, w: by_qwix(qwix_type(bits), gptq_matrix, w, hessians[name]))
+    return work.by_matrix(lambda name, w: by_qwix(f"int{bits}", gptq_matrix, w, hessians[name]))
 
 
 def qwix_awq(work: "Work", bits: int) -> PyTree:
@@ -110,7 +106,7 @@ def qwix_awq(work: "Work", bits: int) -> PyTree:
         return qarray.dequantize(codes) / scales
 
     inputs = work.statistics(awq_core.compute_act_scale)
-    return work.by_matrix(lambda name, w: by_qwix(qwix_type(bits), fit, w, inputs[name]))
+    return work.by_matrix(lambda name, w: by_qwix(f"int{bits}", fit, w, inputs[name]))
 
 
 @functools.partial(jax.jit, static_argnums=1)
