@@ -3,6 +3,7 @@
 import argparse
 import math
 import re
+import textwrap
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -19,7 +20,10 @@ def parser_of(*adds: Callable[[Commands], None]) -> argparse.ArgumentParser:
         description="Inspect safetensors files, compress their weights to 1 to 8 bits and back, and convert them for other runtimes.",
         epilog="Exit codes: 0; 1 after an error; 2 for wrong arguments; 130 after Ctrl-C, 143 after SIGTERM.",
     )
-    subparsers = command_line.add_subparsers(required=True, metavar="COMMAND")
+    command_line.add_argument(
+        "--version", action=_Version, nargs=0, help="show the version and exit"
+    )
+    subparsers = command_line.add_subparsers(required=True, title="commands")
 
     def command(name: str, run: Run, text: str, examples: str) -> argparse.ArgumentParser:
         parser = subparsers.add_parser(
@@ -27,7 +31,7 @@ def parser_of(*adds: Callable[[Commands], None]) -> argparse.ArgumentParser:
             help=text.partition("\n")[0],
             description=text,
             epilog=f"examples:\n{examples}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Formatter,
         )
         parser.set_defaults(run=run)
         return parser
@@ -37,12 +41,36 @@ def parser_of(*adds: Callable[[Commands], None]) -> argparse.ArgumentParser:
     return command_line
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Fits paragraphs to the terminal, but leaves the examples as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text.startswith("examples:"):
+            return super()._fill_text(text, width, indent)
+        return "\n\n".join(
+            textwrap.fill(part, width, initial_indent=indent, subsequent_indent=indent)
+            for part in text.split("\n\n")
+        )
+
+
+class _Version(argparse.Action):
+    """Looks up the version only when asked, since that takes as long as reading the arguments."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
+        import importlib.metadata
+
+        print(f"optax-clipquant {importlib.metadata.version('optax-clipquant')}")
+        parser.exit()
+
+
 def add_files(parser: argparse.ArgumentParser, source: str) -> None:
     """Adds IN and OUT."""
     parser.add_argument(
         "input", metavar="IN", help=f"{source}, the *.index.json of its shards, or their folder"
     )
-    parser.add_argument("output", metavar="OUT", help="the file to write")
+    parser.add_argument(
+        "output", metavar="OUT", help="the file to write, such as small.safetensors"
+    )
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
     parser.add_argument(
         "--max-shard-size",

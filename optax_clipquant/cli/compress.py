@@ -44,8 +44,8 @@ def add(commands: Commands) -> None:
     add_json(parser)
 
 
-def add_widths(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments that say how to quantize."""
+def add_widths(parser: argparse.ArgumentParser, group_size: int | None = None) -> None:
+    """Adds the arguments that say how to quantize, with ``group_size`` as the default."""
     width = parser.add_mutually_exclusive_group()
     width.add_argument(
         "--bits",
@@ -66,14 +66,16 @@ def add_widths(parser: argparse.ArgumentParser) -> None:
         "--quantizer",
         choices=arguments.CHOICES["quantizer"],
         default="uniform",
-        help="evenly spaced levels around 0 (default), the same with zero points, three levels, or levels "
-        "that are denser near 0",
+        metavar="QUANTIZER",
+        help="uniform: evenly spaced levels around 0 (default); affine: the same with zero points; ternary: "
+        "three levels; normal-float: levels that are denser near 0",
     )
     parser.add_argument(
         "--group-size",
         type=arguments.group_size,
+        default=group_size,
         metavar="N",
-        help="runs of N weights share a scale (default: all of a channel)",
+        help=f"runs of N weights share a scale (default: {group_size or 'all of a channel'})",
     )
     parser.add_argument(
         "--channel-axis",
@@ -93,9 +95,10 @@ def add_widths(parser: argparse.ArgumentParser) -> None:
         type=arguments.rule,
         action="append",
         default=[],
-        metavar="REGEX=BITS[,axis=A][,group=N][,scale=S][,quantizer=Q]|ternary|keep",
-        help="how to quantize tensors whose name matches REGEX, or keep them unchanged; may be repeated, and "
-        "the first match decides",
+        metavar="REGEX=HOW",
+        help="how to quantize tensors whose name matches REGEX: HOW is the number of bits, or ternary, "
+        "optionally followed by ,axis=AXIS ,group=N ,scale=SCALE and ,quantizer=QUANTIZER; or it is keep, for "
+        "tensors to leave unchanged. May be repeated; the first match decides",
     )
     parser.add_argument(
         "--allow-non-finite",
@@ -118,11 +121,17 @@ def run(args: argparse.Namespace) -> None:
 
 
 def quantize(
-    args: argparse.Namespace, source: Checkpoint, output: str
+    args: argparse.Namespace,
+    source: Checkpoint,
+    output: str,
+    keep: Mapping[str, str] | None = None,
 ) -> tuple[list[Row], dict[str, str]]:
-    """Writes ``source`` quantized as the arguments say; returns the rows, and the reasons for kept tensors."""
+    """Writes ``source`` quantized as the arguments say; returns the rows, and the reasons for kept tensors.
+
+    Those of ``keep`` are kept for the reasons there, whatever the arguments say.
+    """
     try:
-        rules, kept = _choose(args, source)
+        rules, kept = _choose(args, source, keep)
     except ValueError as error:
         raise ValueError(f"{source.path}: {error}") from error
     total = sum(nbytes(*spec) for spec in source.specs.values())
@@ -138,14 +147,16 @@ def quantize(
     return rows, kept
 
 
-def _choose(args: argparse.Namespace, source: Checkpoint) -> tuple[dict[str, Rule], dict[str, str]]:
+def _choose(
+    args: argparse.Namespace, source: Checkpoint, keep: Mapping[str, str] | None
+) -> tuple[dict[str, Rule], dict[str, str]]:
     """The rule of each tensor to quantize, and the reason for keeping each of the others."""
     default = Rule(args.bits, args.quantizer, args.channel_axis, args.group_size, args.scale)
     _check_bits("--bits", default)
     for pattern, change in args.rule:
         if change is not None:
             _check_bits(f"rule {pattern!r}", default._replace(**change))
-    rules, kept = choose(source.specs, default, args.rule)
+    rules, kept = choose(source.specs, default, args.rule, keep)
     if args.budget is not None:
         from optax_clipquant.cli.search.budget import allocate_rules, is_language_model
 

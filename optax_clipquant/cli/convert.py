@@ -25,7 +25,8 @@ _TEXT = """Convert a model to the format of another runtime, with the same weigh
 
 IN is a file of `compress` or of optax_clipquant.save, a GGUF file, a folder of compressed-tensors, or a float
 checkpoint, which --bits, --budget or --rule quantize first, in groups of 32 by default. OUT holds the codes
-and scales of IN; a grid that OUT's format cannot hold exactly is an error."""
+and scales of IN; a grid that OUT's format cannot hold exactly is an error. In compressed-tensors only linear
+layers have codes, and what else a float checkpoint has, such as embeddings, stays float."""
 _EXAMPLES = """  optax-clipquant convert small.safetensors model.gguf --to gguf --like model-f16.gguf
   optax-clipquant convert model/ model.gguf --to gguf --like model-f16.gguf --bits 4 --rule 'embed=8'
   optax-clipquant convert small.safetensors served/ --to compressed-tensors --like model/
@@ -61,14 +62,16 @@ def add(commands: Commands) -> None:
         help="the dtype for tensors whose grid GGUF cannot hold exactly",
     )
     parser.add_argument("--force", action="store_true", help="overwrite OUT, if it is a file")
-    compress.add_widths(parser)
-    parser.set_defaults(group_size=32, max_shard_size=None)
+    compress.add_widths(parser, group_size=32)
+    parser.set_defaults(max_shard_size=None)
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     names = _check(args)
     with _leaves(args, names or {}) as leaves:
+        if args.to == "compressed-tensors" and all(leaf.grid is None for leaf in leaves.values()):
+            raise ValueError(f"{args.input}: no tensor is quantized; if it is a safetensors checkpoint, pass --bits, --budget or --rule")  # fmt: skip
         total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())
         with progress("converting", total) as advance:
             written = _write(args, leaves, names, advance)
@@ -172,7 +175,7 @@ def _leaves(args: argparse.Namespace, names: dict[str, Any]) -> "Iterator[dict[s
     if _is_gguf(args.input):
         from optax_clipquant import from_gguf
 
-        _check_unquantized(args.input, wanted)
+        _check_unquantized(args.input, wanted, "a GGUF file, which is converted as it is")
         tree, metadata = from_gguf(args.input)
         leaves = leaves_in(tree)
         if args.to == "compressed-tensors":
@@ -195,14 +198,29 @@ def _leaves(args: argparse.Namespace, names: dict[str, Any]) -> "Iterator[dict[s
         elif wanted:
             folder = stack.enter_context(scratch_folder(args.output))
             path = os.path.join(folder, "quantized.safetensors")
-            compress.quantize(args, source, path)
+            kept = _kept_float(args, source, names) if args.to == "compressed-tensors" else {}
+            compress.quantize(args, source, path, kept)
             source = stack.enter_context(Checkpoint(path))
         yield _lazy(source)
 
 
-def _check_unquantized(path: str, wanted: bool) -> None:
+def _check_unquantized(path: str, wanted: bool, what: str = "quantized already") -> None:
     if wanted:
-        raise ValueError(f"{path} is quantized already; leave out --bits, --budget and --rule")
+        raise ValueError(f"{path} is {what}; leave out --bits, --budget and --rule")
+
+
+def _kept_float(
+    args: argparse.Namespace, source: Checkpoint, names: dict[str, Any]
+) -> dict[str, str]:
+    """The tensors that compressed-tensors would hold dequantized: their error would save no byte."""
+    from optax_clipquant.formats.compressed_tensors.write import takes_codes
+
+    with Checkpoint(args.like) as like:
+        return {
+            name: "not of a linear layer"
+            for name, (_, shape) in source.specs.items()
+            if not takes_codes(name, shape, names, like.specs)
+        }
 
 
 def _lazy(source: Checkpoint) -> "dict[str, Leaf]":

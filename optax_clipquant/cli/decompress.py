@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> None:
         for path, leaf in contents.leaves.items()
     ]
     dtypes = [leaf.dtype.name for leaf in leaves]
-    report(args, rows, dtypes, quantized=sum(leaf.levels is not None for leaf in leaves))
+    quantized = sum(leaf.levels is not None for leaf in leaves)
+    report(args, rows, dtypes, done="dequantized", quantized=quantized)
 
 
 def decompress(

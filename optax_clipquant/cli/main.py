@@ -50,7 +50,7 @@ def _run(argv: Sequence[str] | None, stop: "_Stop") -> int:
     except BrokenPipeError:
         # The reader closed the pipe. Python flushes the rest of the output once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError, TypeError, RuntimeError, MemoryError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, MemoryError, ImportError) as error:
         if stop.received:
             raise
         print(f"optax-clipquant: error: {message_of(error)}", file=sys.stderr)

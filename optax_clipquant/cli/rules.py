@@ -67,7 +67,10 @@ def scale_layout(
 
 
 def choose(
-    specs: Mapping[str, Spec], default: Rule, rules: Sequence[tuple[str, dict[str, Any] | None]]
+    specs: Mapping[str, Spec],
+    default: Rule,
+    rules: Sequence[tuple[str, dict[str, Any] | None]],
+    keep: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Rule], dict[str, str]]:
     """The rule of each tensor to quantize, and the reason for keeping each of the others.
 
@@ -76,6 +79,7 @@ def choose(
       default: the rule for tensors that no expression matches.
       rules: pairs of an expression and its changes to the default, or None to keep the tensor; the
         first expression that matches a name decides.
+      keep: tensors to keep whatever ``rules`` say, with the reasons.
 
     Raises:
       ValueError: an expression matches no tensor, or none that could be quantized; a tensor lacks the
@@ -91,7 +95,9 @@ def choose(
         if name not in able:
             continue
         change = rules[found[name]][1] if name in found else {}
-        if change is None:
+        if keep and name in keep:
+            kept[name] = keep[name]
+        elif change is None:
             kept[name] = "kept by a rule"
         elif name in unsaid and name not in found:
             kept[name] = unsaid[name]

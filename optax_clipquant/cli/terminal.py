@@ -58,8 +58,14 @@ def _strict(x: Any) -> Any:
 def plain_rows(rows: Sequence[Row], dtypes: Sequence[str]) -> list[dict[str, Any]]:
     """The rows as plain dicts, for JSON."""
     return [
-        {**dataclasses.asdict(row), "dtype": dtype} for row, dtype in zip(rows, dtypes, strict=True)
+        {**dataclasses.asdict(row), "bits": _whole(row.bits), "dtype": dtype}
+        for row, dtype in zip(rows, dtypes, strict=True)
     ]
+
+
+def _whole(x: float) -> float:
+    """The same number, as an integer if it is one."""
+    return int(x) if float(x).is_integer() else x
 
 
 def total_size(path: str) -> int:
@@ -82,6 +88,10 @@ def check_output(args: argparse.Namespace) -> None:
     for source in sources:
         same = os.path.exists(source) and os.path.exists(output) and os.path.samefile(source, output)  # fmt: skip
         if same or os.path.realpath(source) == os.path.realpath(output):
+            if source != args.input:
+                raise ValueError(
+                    f"OUT {args.output} is a file of the checkpoint IN, {args.input}; name another OUT"
+                )
             raise ValueError(f"IN and OUT are the same file, {args.input}; name another OUT")
     if args.max_shard_size is None:
         if os.path.isdir(output) or output.endswith(("/", os.sep)):
@@ -109,6 +119,7 @@ def report(
     rows: Sequence[Row],
     dtypes: Sequence[str],
     kept: dict[str, str] | None = None,
+    done: str = "quantized",
     **figures: float,
 ) -> None:
     """Prints the result of a command and the reasons for kept tensors, in a few lines or in full as JSON.
@@ -118,6 +129,7 @@ def report(
       rows: the rows of all tensors.
       dtypes: the dtypes of all tensors.
       kept: the reasons by name.
+      done: the word for what was done to tensors.
       figures: ``quantized`` and further figures.
     """
     index = index_of(args.output)[0] if args.max_shard_size is not None else args.output
@@ -132,7 +144,7 @@ def report(
     bits = figures.get("bits_per_param")
     print(
         f"{printable(args.input)}: {before:,} bytes -> {printable(args.output)}: {after:,} bytes "
-        f"({before / after:.2f} to 1); {figures['quantized']} of {len(rows)} tensors quantized"
+        f"({before / after:.2f} to 1); {figures['quantized']} of {len(rows)} tensors {done}"
         + ("" if bits is None else f", {bits:.3f} bits per weight")
     )
     if kept:

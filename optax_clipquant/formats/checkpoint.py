@@ -155,7 +155,10 @@ def _files_of(path: str) -> tuple[dict[str, str] | None, list[str]]:
     file = open_file(path, "the index of a checkpoint")
     try:
         with file:
-            weight_map = json.load(file)["weight_map"]
+            content = json.load(file)
+        if isinstance(content, dict) and "weight_map" not in content:
+            raise ValueError("it has no 'weight_map'; name the folder or its *.index.json")
+        weight_map = content["weight_map"]
         files = dict.fromkeys(weight_map.values())
         wrong = [f for f in files if not isinstance(f, str) or not f or os.path.basename(f) != f]
         if wrong:

@@ -132,9 +132,10 @@ def clip_by_value(c: Bound, *, telemetry: bool = True) -> optax.GradientTransfor
 
 
 def clip_fractions(opt_state: PyTree) -> list[jax.Array]:
-    """The clip fractions in an optimizer's state, in the order of the chain.
+    """The fractions of the elements that ``clip_by_value`` and ``clip_by_quantile`` clipped, in the order of the chain.
 
-    ``optax.tree.get`` raises where there are several.
+    ``optax.tree.get`` raises where there are several. ``clip_by_zscore`` rescales all elements or none, and has no
+    fraction: ``optax.tree.get(opt_state, "clipped")`` tells whether it did.
 
     Examples:
       >>> tx = optax.chain(clip_by_value(2.0), clip_by_value(1.0))
@@ -144,8 +145,8 @@ def clip_fractions(opt_state: PyTree) -> list[jax.Array]:
     """
     return [
         fraction
-        for _, fraction in optax.tree.get_all_with_path(opt_state, "clip_fraction")
-        if fraction is not None
+        for _, found in optax.tree.get_all_with_path(opt_state, "clip_fraction")
+        for fraction in jax.tree.leaves(found)  # none for None, and the array of an nnx.Variable
     ]
 
 

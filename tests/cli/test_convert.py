@@ -2,6 +2,7 @@ import contextlib
 import json
 import math
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -126,6 +127,35 @@ def test_files_of_other_runtimes_are_read(files):
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(wanted[ours]))
 
 
+def test_compressed_tensors_keeps_float_what_it_cannot_hold_as_codes(files):
+    """Quantizing it would cost accuracy and save no byte."""
+    names = {"model.layers.0.mlp.down_proj.weight": "model.layers.0.mlp.down_proj.weight"}
+    (files / "names.json").write_text(json.dumps(names))
+    options = ("--to", "compressed-tensors", "--like", files / "model", "--bits", 3)
+    more = ("--rule", "embed=2", "--names", files / "names.json")
+    assert run("convert", files / "model", files / "ct", *options, *more) == 0
+    found, _ = from_compressed_tensors(files / "ct")
+    original = safetensors.numpy.load_file(files / "model" / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        np.testing.assert_array_equal(found[name], original[name])
+    assert found["model.layers.0.mlp.down_proj.weight"].bits == 4  # 3 fit into 4
+
+
+def test_a_missing_package_is_told_in_one_line(files, capsys, monkeypatch):
+    data = gguf.quantize(weights((4, 64)), gguf.GGMLQuantizationType.Q4_1)
+    writer = gguf.GGUFWriter(files / "q4_1.gguf", "llama")
+    writer.add_tensor("w", data, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert run("convert", files / "q4_1.gguf", files / "out", "--to", "safetensors") == 1
+    error = capsys.readouterr().err
+    assert "'w' is Q4_1, whose decoding needs the package gguf: pip install" in error
+    assert error.count("\n") == 1
+
+
 def test_progress_counts_the_bytes_of_the_float_model(files, monkeypatch):
     counted = []
 
@@ -138,7 +168,8 @@ def test_progress_counts_the_bytes_of_the_float_model(files, monkeypatch):
     size = sum(4 * math.prod(shape) for shape in SHAPES.values())
     for to, like in (("gguf", "like.gguf"), ("compressed-tensors", "model")):
         counted.clear()
-        assert run("convert", files / "model", files / to, "--to", to, "--like", files / like) == 0
+        arguments = (files / "model", files / to, "--to", to, "--like", files / like, "--bits", 8)
+        assert run("convert", *arguments) == 0
         assert counted.pop(0) == ("converting", size)
         assert sum(counted) == size
 
@@ -159,7 +190,7 @@ def test_wrong_arguments_are_named_and_nothing_is_written(files, capsys, monkeyp
         ((model, out, "--to", "gguf"), "--to gguf needs --like MODEL"),
         ((model, like, *to), "like.gguf exists; overwrite it with --force"),
         ((like, like, *to), "IN and OUT are the same"),
-        ((like, out, *to, "--bits", 4), "is quantized already; leave out --bits"),
+        ((like, out, *to, "--bits", 4), "is a GGUF file, which is converted as it is; leave out --bits"),
         ((model, out, "--to", "safetensors"), "`compress` quantizes it"),
         ((like, out, "--to", "safetensors", "--like", like), "--like has no use"),
         ((model, out, *to, "--names", files / "list.json"), "is not a JSON object"),
@@ -169,6 +200,7 @@ def test_wrong_arguments_are_named_and_nothing_is_written(files, capsys, monkeyp
         ((model, files / "none" / "ct", *ct, model, "--bits", 4), "there is no folder .*none$"),
         ((model, files / "ct", *ct, like, "--bits", 4), "like.gguf is not a folder"),
         ((model, out, "--to", "gguf", "--like", model, "--bits", 4), "model is a folder; name a GGUF file"),
+        ((model, files / "ct", *ct, model), "model: no tensor is quantized; .* pass --bits"),
         ((model, out, *to, "--bits", 4, "--names", files / "list.json"), "is not a JSON object"),
     ]  # fmt: skip
     for args, message in cases:

@@ -1,6 +1,7 @@
 import argparse
 import concurrent.futures
 import gc
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -274,6 +275,28 @@ def test_inspect_plots(source, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert run(*args, picture, "--force") == 1
     assert "pip install 'optax-clipquant[plot]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["", "inspect", "compress", "decompress", "convert"])
+def test_help_fits_80_columns(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        run(*command.split(), "--help")
+    text, _, examples = capsys.readouterr().out.partition("\nexamples:")
+    assert max(map(len, text.splitlines())) <= 80
+    assert bool(examples) == bool(command)
+
+
+def test_version_and_commands_are_told(capsys):
+    with pytest.raises(SystemExit):
+        run("--version")
+    assert (
+        capsys.readouterr().out
+        == f"optax-clipquant {importlib.metadata.version('optax-clipquant')}\n"
+    )
+    with pytest.raises(SystemExit):
+        run()
+    assert "{inspect,compress,decompress,convert}" in capsys.readouterr().err
 
 
 def test_inspect_reads_no_tensor_without_a_float_file(source, monkeypatch):

@@ -103,6 +103,20 @@ def test_inconsistent_index_is_refused(shards, capsys, change, message):
     assert text.count("\n") == 1
 
 
+def test_another_json_file_is_told_from_an_index(shards, capsys):
+    (shards / "config.json").write_text("{}")
+    assert run("inspect", shards / "config.json") == 1
+    assert "no 'weight_map'; name the folder or its *.index.json" in capsys.readouterr().err
+
+
+def test_output_over_a_shard_of_the_input_is_refused(shards, capsys):
+    shard = shards / "model-00001-of-00002.safetensors"
+    before = shard.read_bytes()
+    assert run("compress", shards, shard, "--force") == 1
+    assert f"OUT {shard} is a file of the checkpoint IN, {shards};" in capsys.readouterr().err
+    assert shard.read_bytes() == before
+
+
 FOREIGN = {
     "a GGUF file: use": b"GGUF" + struct.pack("<IQQ", 3, 0, 0) + bytes(64),
     "arrays of NumPy, .npz": foreign_files.NPZ,

@@ -239,6 +239,20 @@ def test_clip_fractions_lists_every_transform_of_a_chain():
     assert float(optax.tree.get(state, "clip_fraction")) == 0.25
 
 
+def test_clip_fractions_are_arrays_in_an_nnx_optimizer():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Param(jnp.zeros(2))
+
+    model = Model()
+    tx = optax.chain(clip_by_value(1.0), clip_by_zscore(), clip_by_value(0.5, telemetry=False))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    optimizer.update(model, nnx.grad(lambda m: m.w[...] @ jnp.array([2.0, 0.5]))(model))
+    (fraction,) = clip_fractions(optimizer.opt_state)
+    assert isinstance(fraction, jax.Array)
+    assert fraction == 0.5
+
+
 @pytest.mark.parametrize("c", [0, 0.0, -1.0, math.nan, np.float32(-2), jnp.float32(0)])
 def test_bound_must_be_positive(c):
     with pytest.raises(ValueError, match=f"c must be positive, got {c}"):

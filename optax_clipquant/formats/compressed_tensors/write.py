@@ -146,6 +146,18 @@ def write_compressed_tensors(
     return [_written(name, rows, schemes.get(name), every) for name, rows in placed.items()]
 
 
+def takes_codes(
+    path: str, shape: tuple[int, ...], names: Mapping[str, Any], specs: Mapping[str, Spec]
+) -> bool:
+    """Whether a folder with tensors of ``specs`` can hold a leaf as codes; it holds others dequantized."""
+    target = names[path] if path in names else _default(path, specs)
+    name = target[0] if isinstance(target, tuple | list) else target
+    if not isinstance(name, str):
+        return True  # left out, or refused when it is written
+    name = name.replace("{}", "0")
+    return _is_linear(name, specs[name][1] if name in specs else shape)
+
+
 def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor is the weight of a linear layer, judged by its name and shape."""
     return len(shape) == 2 and name.endswith(".weight") and not _EMBEDDING.search(name)

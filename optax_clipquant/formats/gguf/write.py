@@ -96,7 +96,9 @@ def to_gguf(
         ...
         to_gguf("mine.gguf", export_params(params, opt_state), like="llama-f16.gguf")
 
-      ``like`` is a download, or what llama.cpp's ``convert_hf_to_gguf.py`` writes. Ollama runs the file
+      ``like`` is a download, or what llama.cpp's ``convert_hf_to_gguf.py`` writes. For a model that was never
+      elsewhere, write it with ``gguf.GGUFWriter``: the metadata, a tokenizer, and tensors of any values, since
+      ``qparams`` replaces them. Ollama runs the file
       after ``echo "FROM ./mine.gguf" > Modelfile && ollama create mine -f Modelfile``.
 
       Here it is a minimal file. The leaf ``up`` has the kernels ``[in, out]`` of both layers:

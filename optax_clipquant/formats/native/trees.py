@@ -104,7 +104,8 @@ def load(path: str | os.PathLike[str], *, like: PyTree = None, narrow: bool = Fa
       ...     load(folder + "/model.safetensors")["kernel"].dequantize().sum()
       Array(16., dtype=float32)
 
-      An NNX model and an Equinox model, whose functions are not saved:
+      An NNX model and an Equinox model, whose functions are not saved. (``eqx.combine`` takes ``QArray`` leaves too, with
+      ``is_leaf=lambda x: isinstance(x, QArray)``.)
 
       >>> import equinox as eqx
       >>> from flax import nnx
