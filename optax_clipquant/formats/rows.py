@@ -94,6 +94,16 @@ class Rows:
         x = x if self.layer is None else x[self.layer if x.shape[0] > 1 else 0]
         return x.transpose(self.axes)
 
+    @property
+    def channel_argument(self) -> str:
+        """The argument with which a quantizer's groups run along the rows; empty where the default does."""
+        ndim = len(self.leaf.shape)
+        along = {axis + ndim - len(self.axes) for axis in self.axes[-self._tail :]}
+        if ndim - 1 not in along:
+            return ""
+        channels = tuple(axis for axis in range(ndim) if axis not in along)
+        return f", channel_axis={channels[0] if len(channels) == 1 else channels}"
+
     @functools.cached_property
     def _tail(self) -> int:
         """How many of the leaf's axes make up a row of the tensor."""

@@ -1,5 +1,6 @@
 import contextlib
 import math
+import re
 import struct
 
 import hypothesis
@@ -401,6 +402,31 @@ def test_unsupported_grids_are_named_and_nothing_is_written(tmp_path, leaf, mess
     with pytest.raises(ValueError, match=f"leaf 'a/w' .*{message}"):
         to_gguf(tmp_path / "out.gguf", {"a": {"w": q}}, like=like)
     assert [path.name for path in tmp_path.iterdir()] == ["like.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "shape", "target", "name"),
+    [
+        (Uniform(4), (48, 64), (48, 64), "blk.0.w"),
+        (Uniform(4, group_size=16), (64, 48), (48, 64), "blk.0.w"),
+        (Ternary(), (48, 256), (48, 256), "blk.0.w"),
+        (Uniform(5), (2, 48, 64), (48, 64), "blk.{}.w"),
+        (Uniform(5, group_size=8), (2, 64, 48), (48, 64), "blk.{}.w"),
+    ],
+)
+def test_the_grid_that_an_error_names_fits(tmp_path, quantizer, shape, target, name):
+    like = write_like(tmp_path / "like.gguf", {"blk.0.w": target, "blk.1.w": target})
+    w = jnp.asarray(weights(shape))
+    out, options = tmp_path / "out.gguf", {"like": like, "names": {"w": name}}
+    with pytest.raises(ValueError, match="the nearest grid that fits") as error:
+        to_gguf(out, {"w": quantizer.quantize(w)}, **options)
+    named = re.search(r"that fits is (.*), or write", str(error.value))[1]
+    fitting = eval(named, {"Uniform": Uniform, "Ternary": Ternary})
+    assert set(to_gguf(out, {"w": fitting.quantize(w)}, **options).values()) <= {
+        "Q4_0",
+        "Q5_0",
+        "TQ2_0",
+    }
 
 
 def test_other_bad_arguments_are_named(tmp_path):

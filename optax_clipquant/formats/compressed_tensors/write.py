@@ -212,8 +212,8 @@ def _scheme(rows: Rows, grid: Grid) -> Scheme:
     bits = 4 if upper - lower < 16 else 8
     raise ValueError(
         f"leaf {rows.leaf.path!r} of shape {rows.leaf.shape} ({grid.bits:.3g} bits) {problem}; the nearest "
-        f"grid that fits is Uniform({bits}), or with a group_size that divides {length}, along the "
-        "contracted axis, of a leaf in float32 or bfloat16"
+        f"grid that fits is Uniform({bits}{rows.channel_argument}), also with a group_size that divides "
+        f"{length}, of a leaf in float32 or bfloat16"
     )
 
 

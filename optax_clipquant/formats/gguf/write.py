@@ -251,10 +251,10 @@ def _block_kind(rows: Rows, grid: Grid) -> tuple[str | None, str]:
     else:
         count = upper - lower + 1
         bits = next(bits for bits in (4, 5, 8) if count <= 2**bits)
-        fitting = f"Uniform({bits}, group_size=32)"
+        fitting = f"Uniform({bits}, group_size=32"
         if count <= 3 and length % 256 == 0:
-            fitting = "Ternary(group_size=256)"
-        nearest = f"the nearest grid that fits is {fitting}, along the contracted axis"
+            fitting = "Ternary(group_size=256"
+        nearest = f"the nearest grid that fits is {fitting}{rows.channel_argument})"
     return None, f"({grid.bits:.3g} bits) {problem}; {nearest}"
 
 
