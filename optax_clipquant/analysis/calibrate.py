@@ -1,20 +1,20 @@
 """Calibrated quantization of any JAX function, from the activations that its weights are multiplied by."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-import jax
 import jax.numpy as jnp
 
 from optax_clipquant._print import Name, Printed, compact_table, progress_bar
-from optax_clipquant._tree import PyTree, flatten_with_path, path_of
+from optax_clipquant._tree import PyTree
+from optax_clipquant.analysis.arguments import Function
 from optax_clipquant.analysis.compensation.plan import Leaves, Moments, Program
 from optax_clipquant.analysis.compensation.quantizing import Quantizing
 from optax_clipquant.analysis.compensation.squares import InputSquares
 from optax_clipquant.analysis.compensation.streams import Segments
 from optax_clipquant.analysis.trace import trace_weights
-from optax_clipquant.quant.qarray import is_qarray
 from optax_clipquant.quant.selection import Rules, Where, select
 from optax_clipquant.quant.uses import KINDS, Calibration, Use, Uses
 
@@ -48,8 +48,12 @@ def calibrate(
       A ``Calibration``: for each contracted index of each leaf the mean square of its inputs, and the
       uses of the leaves. Leaves that meet no data have no moments.
 
+    Warns:
+      UserWarning: the inputs of a leaf are not finite; it has no moments.
+
     Raises:
       ValueError: there are no batches.
+      TypeError: ``params`` or ``batches`` have no values, or ``batches`` are no iterable of batches.
 
     Examples:
       >>> params = {"kernel": jnp.ones((2, 3))}
@@ -59,36 +63,33 @@ def calibrate(
       Array([[5.],
              [2.]], dtype=float32)
     """
-    flat, treedef = _flattened(params)
-    values = [jnp.asarray(x) for _, x in flat]
-    params = treedef.unflatten(values)
+    function = Function("calibrate", fn, params)
     uses, segments = None, Segments()
     programs: dict[Any, tuple[Program, list]] = {}
     handler = None
     with progress_bar(transient=True, shown=progress) as bar:
         task = bar.add_task("batches", total=None)
-        for batch in batches:
+        for given, batch in function.batches(batches):
             if uses is None or handler is None:
-                uses = trace_weights(fn, params, batch)
-                leaves = {
-                    p: x for (p, _), x in zip(flat, values, strict=True) if uses[p].contracted
-                }
-                handler = InputSquares(Leaves(leaves), [uses[p] for p in leaves])
-            arrays = [jnp.asarray(x) for x in jax.tree.leaves(batch)]
-            key = jax.tree.structure(batch), tuple((x.shape, x.dtype) for x in arrays)
-            if key not in programs:
-                jaxpr = jax.make_jaxpr(fn)(params, batch)
-                program = Program(jaxpr, handler.leaves, [p for p, _ in flat], values, segments)
-                program.plan([arrays])
-                programs[key] = program, []
-            program, met = programs[key]
+                uses = trace_weights(fn, function.params, given)
+                arrays = zip(function.paths, function.arrays, strict=True)
+                leaves = {path: x for path, x in arrays if uses[path].contracted}
+                handler = InputSquares(Leaves(leaves), [uses[path] for path in leaves])
+            if batch.kind not in programs:
+                program = Program(function, batch, handler.leaves, segments)
+                program.plan([batch.arrays])
+                programs[batch.kind] = program, []
+            program, met = programs[batch.kind]
             # Where data decides how often loops run, meetings differ from batch to batch.
             handler.begin([] if program.order is None else met)
-            program.run([arrays], handler)
+            program.run([batch.arrays], handler)
             bar.advance(task)
     if uses is None or handler is None:
         raise ValueError("calibrate: batches is empty; give at least one")
-    return Calibration(uses, handler.means())
+    moments = handler.means()
+    lost = [path for path, x in moments.items() if not jnp.isfinite(x).all()]
+    warn_of_inputs(lost, "they have no moments")
+    return Calibration(uses, {path: x for path, x in moments.items() if path not in lost})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,8 +224,13 @@ def quantize_calibrated(
     Returns:
       ``params`` with ``QArray`` leaves; with ``return_report`` also a ``CalibrationReport``.
 
+    Warns:
+      UserWarning: the inputs of a leaf are not finite; it gets least-squares scales, as do those before
+        which all data is 0.
+
     Raises:
       ValueError: there are no batches, they differ in shape, or what ``quantize_params`` raises.
+      TypeError: ``params`` or ``batches`` have no values, or ``batches`` are no iterable of batches.
 
     References:
       Frantar et al., GPTQ, 2022 (arXiv:2210.17323). Arai and Ichikawa, QEP, 2025 (arXiv:2504.09629).
@@ -238,34 +244,30 @@ def quantize_calibrated(
       >>> qparams["out"].bits
       4
     """
-    batches = list(batches)
-    if not batches:
+    function = Function("quantize_calibrated", fn, params)
+    given = list(function.batches(batches))
+    if not given:
         raise ValueError("quantize_calibrated: batches is empty; give at least one")
-    data = [[jnp.asarray(x) for x in jax.tree.leaves(batch)] for batch in batches]
-    for i, (batch, arrays) in enumerate(zip(batches, data, strict=True)):
-        shapes = [(x.shape, x.dtype) for x in arrays]
-        expected = [(x.shape, x.dtype) for x in data[0]]
-        if jax.tree.structure(batch) != jax.tree.structure(batches[0]) or shapes != expected:
+    (first, batch), *_ = given
+    for i, (_, other) in enumerate(given):
+        if other.kind != batch.kind:
             raise ValueError(
-                f"quantize_calibrated: batches[{i}] has arrays {shapes}, batches[0] has {expected}; "
-                "all must be alike: drop or pad the last, smaller one"
+                f"quantize_calibrated: batches[{i}] has {other}, batches[0] has {batch}; all must be alike: "
+                "drop or pad the last, smaller one"
             )
-    flat, treedef = _flattened(params)
-    values = [jnp.asarray(x) for _, x in flat]
-    params = treedef.unflatten(values)
+    data = [batch.arrays for _, batch in given]
     if uses is None:
-        uses = trace_weights(fn, params, batches[0])
+        uses = trace_weights(fn, function.params, first)
     known = uses
     chosen = select(
-        treedef.unflatten([x for _, x in flat]),
+        params,
         quantizer,
         where or (lambda path, _: path in known and known[path].is_weight),
         known,
     )
-    leaves = Leaves({path: x for (path, _), x in zip(flat, values, strict=True) if path in chosen})
-    program = Program(
-        jax.make_jaxpr(fn)(params, batches[0]), leaves, [p for p, _ in flat], values, Segments()
-    )
+    arrays = zip(function.paths, function.arrays, strict=True)
+    leaves = Leaves({path: x for path, x in arrays if path in chosen})
+    program = Program(function, batch, leaves, Segments())
     planner = program.plan(data)
     moments = Moments(leaves, [found.method for found in planner.found])
     program.run(data, moments)
@@ -285,20 +287,26 @@ def quantize_calibrated(
         )
         program.run(data, handler)
         found = {path: handler.leaf(i).quantized() for i, path in enumerate(leaves.paths)}
-    qparams = treedef.unflatten([found.get(path, x) for path, x in flat])
+    warn_of_inputs([leaves.paths[i] for i in sorted(handler.lost)], "they get least-squares scales")
+    qparams = function.treedef.unflatten([found.get(path, x) for path, x in function.flat])
     if not return_report:
         return qparams
     rows = (
-        CalibratedLeaf(path, _name(uses.get(path)), *handler.outcomes[i].relative())
+        CalibratedLeaf(path, _name(uses.get(path)), *handler.outcome(i).relative())
         for i, path in enumerate(leaves.paths)
     )
     return qparams, CalibrationReport(tuple(rows))
 
 
-def _flattened(params: PyTree) -> tuple[list[tuple[str, Any]], Any]:
-    """The leaves of a tree with their paths, and its structure."""
-    found, treedef = flatten_with_path(params, is_leaf=is_qarray)
-    return [(path_of(path), leaf) for path, leaf in found], treedef
+def warn_of_inputs(paths: list[str], effect: str) -> None:
+    """Warns of leaves whose inputs are not finite."""
+    if paths:
+        more = f", and {len(paths) - 8} more" if len(paths) > 8 else ""
+        warnings.warn(
+            f"on these batches, the squares of the inputs of {', '.join(map(repr, paths[:8]))}{more} are not "
+            f"finite in float32, so {effect}; look for NaN, inf or huge values in batches and params",
+            stacklevel=3,
+        )
 
 
 def _name(use: Use | None) -> str:

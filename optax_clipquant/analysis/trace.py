@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from optax_clipquant._tree import PyTree, flatten_with_path, path_of
+from optax_clipquant.analysis.arguments import is_array
 from optax_clipquant.analysis.record import Record, Value
 from optax_clipquant.analysis.views import whole
 from optax_clipquant.analysis.walk import Walk
@@ -53,8 +54,8 @@ def trace_weights(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: 
     found, treedef = flatten_with_path(params, is_leaf=is_qarray)
     leaves = [leaf for _, leaf in found]
     rest, rest_def = jax.tree.flatten((args, kwargs))
-    traced = {i: _spec(leaf) for i, leaf in enumerate(leaves) if _is_array(leaf)}
-    fed = {i: _spec(leaf) for i, leaf in enumerate(rest) if _is_array(leaf)}
+    traced = {i: _spec(leaf) for i, leaf in enumerate(leaves) if is_array(leaf)}
+    fed = {i: _spec(leaf) for i, leaf in enumerate(rest) if is_array(leaf)}
     names = {i: path_of(found[i][0]) for i in traced}
     if len(set(names.values())) < len(names):
         twice = sorted(name for name in names.values() if list(names.values()).count(name) > 1)
@@ -64,7 +65,7 @@ def trace_weights(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: 
         params = treedef.unflatten(weights.get(i, leaf) for i, leaf in enumerate(leaves))
         args, kwargs = rest_def.unflatten(data.get(i, leaf) for i, leaf in enumerate(rest))
         # The jaxpr can only return arrays.
-        return [x for x in jax.tree.leaves(fn(params, *args, **kwargs)) if _is_array(x)]
+        return [x for x in jax.tree.leaves(fn(params, *args, **kwargs)) if is_array(x)]
 
     shapes = {names[i]: spec.shape for i, spec in traced.items()}
     record = Record(shapes)
@@ -74,10 +75,6 @@ def trace_weights(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: 
     for output in outputs:
         record.spend_lookups(output)
     return Uses(record.uses(), shapes)
-
-
-def _is_array(x: Any) -> bool:
-    return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
 def _spec(x: Any) -> jax.ShapeDtypeStruct:

@@ -1,7 +1,7 @@
 """Trees of params: quantized, and dequantized."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -85,6 +85,7 @@ def quantize_params(
     leaves, treedef = flatten_with_path(params, is_leaf=is_qarray)
     uses, weighting = weighting_of(uses, calibration, importance)
     chosen = select(params, quantizer, where, uses)
+    check_weighting(weighting, chosen, importance is None)
 
     def quantize_leaf(index: int, leaf: Any, path: str) -> Any:
         if path not in chosen:
@@ -151,11 +152,43 @@ def weighting_of(
     """The uses, and the importance of the weights by the path of the leaf, if known."""
     weighting: Mapping[str, Any] = {}
     if calibration is not None:
+        if not isinstance(calibration, Calibration):
+            raise TypeError(
+                f"calibration must be a Calibration, as calibrate returns, got {type(calibration).__name__}; a "
+                "tree of weights of the squared errors is given as importance="
+            )
         uses = calibration.uses if uses is None else uses
         weighting = calibration.moments
     if importance is not None:
+        if isinstance(importance, Calibration):
+            raise TypeError("importance is a Calibration; give it as calibration=")
         weighting = {path_of(path): leaf for path, leaf in flatten_with_path(importance)[0]}
+        for path, leaf in weighting.items():
+            if not _is_known_to_fit(leaf):
+                raise ValueError(f"importance leaf {path!r} is negative or not finite somewhere")
     return uses, weighting
+
+
+def check_weighting(weighting: Mapping[str, Any], chosen: Iterable[str], calibrated: bool) -> None:
+    """Raises if an importance is given, but for none of the ``chosen`` leaves."""
+    if weighting and not calibrated and not any(path in weighting for path in chosen):
+        raise ValueError(
+            f"importance has no leaf that is to be quantized: it has {_first(weighting)}, and these are to be "
+            f"quantized: {_first(chosen)}; give a tree like the params, or a part of it"
+        )
+
+
+def _first(paths: Iterable[str]) -> str:
+    paths = [repr(path) for path in paths]
+    return ", ".join(paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
+
+
+def _is_known_to_fit(importance: Any) -> bool:
+    """Whether an importance is non-negative and finite; traced ones are taken on trust."""
+    if isinstance(importance, Tracer):
+        return True
+    x = jnp.asarray(importance)
+    return bool(jnp.all((x >= 0) & jnp.isfinite(x)))
 
 
 def dequantize_params(qparams: PyTree, dtype: Any = None) -> PyTree:

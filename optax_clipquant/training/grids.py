@@ -19,6 +19,7 @@ from optax_clipquant._tree import (
     path_of,
     unboxed,
 )
+from optax_clipquant.lowering.sharding import sharding_of_scales
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.groups import groups_of
 from optax_clipquant.quant.params import is_quantized, leaves_of, warn_of_lost_slices
@@ -69,8 +70,13 @@ def init_grids(
                     f"{p.shape}"
                 )
             # A copy, so that the state can be donated.
-            return jax.tree.map(
+            grid = jax.tree.map(
                 lambda x: jnp.array(x, copy=True), dataclasses.replace(start[path], dtype=p.dtype)
+            )
+            if isinstance(p, Tracer) or len(p.sharding.device_set) == 1:
+                return grid
+            return jax.tree.map(
+                lambda x: jax.device_put(x, sharding_of_scales(p.sharding, x.shape, p.shape)), grid
             )
         with naming(path):
             return chosen[path].fit(p, use=use_of(uses, path), importance=importance.get(path))
@@ -96,9 +102,23 @@ def start_grids(
     for path, q in leaves_of(unboxed(start)):
         if not isinstance(q, QArray):
             continue
-        w, grid = q.dequantize(), q.grid
-        found = refit("start", quantizer, path, w, grid, use_of(uses, path), importance.get(path))
-        moved = jnp.any(found.encode(w) != q.qvalue)
+        w, rule = q.dequantize(), rule_for(path, quantizer)
+        # In the dtype that fits give, since `narrow` keeps bfloat16.
+        grid = dataclasses.replace(q.grid, scale=q.grid.scale.astype(jnp.float32))
+        if rule is None:
+            raise ValueError(
+                f"start: leaf {path!r} is a QArray, but no rule of the quantizer matches it; add one, or "
+                "dequantize it in start"
+            )
+        try:
+            found = fit_again(rule, w, grid, use_of(uses, path), importance.get(path))
+        except _OtherGridError as error:
+            raise ValueError(
+                f"start: leaf {path!r} is on another grid than the quantizer makes: {error}. Give the quantizer "
+                "that start was made with, and uses=trace_weights(fn, params, *args), which tells its axes"
+            ) from error
+        # Codes may be int4, which JAX does not promote.
+        moved = jnp.any(found.encode(w) != q.qvalue.astype(jnp.int8))
         if not isinstance(moved, Tracer) and moved:
             raise ValueError(
                 f"start: the quantizer of leaf {path!r} does not keep the codes, since it takes scales or zero "
@@ -146,11 +166,15 @@ def naming_leaf(transform: str, path: str) -> Iterator[None]:
     try:
         yield
     except _OtherGridError as error:
-        raise ValueError(f"{transform}: leaf {path!r} {error}{start_anew(transform)}") from error
+        raise ValueError(
+            f"{transform}: leaf {path!r} is on another grid in the state than the quantizer makes: {error}. "
+            "Give the quantizer that the state was made with; or to go on with another one, "
+            f"{start_anew(transform)}"
+        ) from error
 
 
 class _OtherGridError(ValueError):
-    pass
+    """Its text is the grid that is there, and the one that the quantizer makes."""
 
 
 def fit_again(
@@ -171,10 +195,7 @@ def fit_again(
 def _check_same_grid(found: Grid, grid: Grid) -> None:
     """Raises if the quantizer does not make the kind of grid that is in the state."""
     if _text(found) != _text(grid):
-        raise _OtherGridError(
-            f"is on another grid in the state than the quantizer makes: {_text(grid)}, and {_text(found)}. "
-            "Give the quantizer that the state was made with; or to go on with another one, "
-        )
+        raise _OtherGridError(f"{_text(grid)}, and {_text(found)}")
 
 
 def start_anew(transform: str) -> str:
@@ -192,6 +213,11 @@ def _text(grid: Grid) -> str:
 def level_of(grid: Grid, w: jax.Array, key: jax.Array | None = None) -> jax.Array:
     """The level of each weight, in float32, where the difference of two levels is exact."""
     return grid.decode(grid.encode(w, key=key)).astype(jnp.float32)
+
+
+def exact_level_of(grid: Grid, w: jax.Array) -> jax.Array:
+    """The level of each weight, not rounded to the dtype of the params."""
+    return level_of(dataclasses.replace(grid, dtype=np.dtype(np.float32)), w)
 
 
 def difference(target: jax.Array, p: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from optax_clipquant.gradients.clip import Bound, clip_by_value
 from optax_clipquant.lowering.noise import stream_of
 from optax_clipquant.lowering.outline import outlined
 from optax_clipquant.quant.grid import Grid
-from optax_clipquant.quant.params import leaves_of, weighting_of
+from optax_clipquant.quant.params import check_weighting, leaves_of, weighting_of
 from optax_clipquant.quant.qarray import QArray
 from optax_clipquant.quant.quantizers.base import Quantizer
 from optax_clipquant.quant.quantizers.uniform import Uniform
@@ -27,6 +27,7 @@ from optax_clipquant.training import residual
 from optax_clipquant.training.grids import (
     check_selection,
     difference,
+    exact_level_of,
     fit_again,
     init_grids,
     known_rule,
@@ -192,12 +193,18 @@ def quantize_weights(
     def init(params: PyTree) -> PyTree:
         grid = init_grids(params, quantizer, where, uses, weighting, begin)
         grids = dict(leaves_of(grid))
+        check_weighting(weighting, grids, importance is None)
 
         def keep(path: str, p: jax.Array) -> Any:
             if path not in grids:
                 return None
             # A copy, so that params and state can be donated together.
             latent = jnp.array(p, jnp.float32, copy=True)
+            if begin and path in begin and p.dtype.itemsize < 4:
+                # The levels themselves, of which half precision holds the rounded values: the next fit
+                # then finds the same scale.
+                level = exact_level_of(grids[path], latent)
+                latent = jnp.where(level.astype(p.dtype) == p, level, latent)
             if residual_bits is None:
                 return latent
             return _start_residual(latent, grids[path])

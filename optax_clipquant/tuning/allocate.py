@@ -223,7 +223,13 @@ def _sensitivities(
     weights = {}
     for path, leaf in leaves.items():
         if path not in found:
-            raise ValueError(f"sensitivity has no leaf {path!r}, which is to be quantized")
+            why = (
+                ": a Calibration has moments of leaves in a dot or a convolution, which this one is not, or its "
+                "inputs were not finite; leave it out with `where`, or give squared_gradients"
+                if isinstance(sensitivity, Calibration)
+                else ""
+            )
+            raise ValueError(f"sensitivity has no leaf {path!r}, which is to be quantized{why}")
         weight = jnp.asarray(found[path], jnp.float32)
         try:
             fits = np.broadcast_shapes(weight.shape, np.shape(leaf)) == np.shape(leaf)

@@ -450,3 +450,75 @@ def test_unequal_or_missing_batches_are_refused():
         quantize_calibrated(lambda p, x: x @ p["w"], {"w": jnp.ones((2, 3))}, [], Uniform(4))
     with pytest.raises(ValueError, match="batches is empty"):
         calibrate(lambda p, x: x @ p["w"], {"w": jnp.ones((2, 3))}, [], progress=False)
+
+
+def two_layers(params, x):
+    return jnp.tanh(x @ params["in"]) @ params["out"]
+
+
+TWO = {"in": normal(0, 16, 8), "out": normal(1, 8, 4)}
+
+
+def test_inputs_that_are_not_finite_leave_least_squares():
+    x = normal(2, 64, 16)
+    quantizer = Uniform(4, scale_rule="mse")
+    plain = quantize_params(TWO, quantizer)
+    with pytest.warns(UserWarning, match="the inputs of 'in', 'out' are not finite"):
+        qparams, report = quantize_calibrated(
+            two_layers, TWO, [x, x.at[3, 4].set(jnp.nan)], quantizer, return_report=True, progress=False
+        )  # fmt: skip
+    assert [row.method for row in report.rows] == ["least squares"] * 2
+    chex.assert_trees_all_equal(qparams, plain)
+    with pytest.warns(UserWarning, match="'in', 'out' are not finite in float32, so they have no"):
+        found = calibrate(two_layers, TWO, [x, x.at[3, 4].set(jnp.nan)], progress=False)
+    assert not found.moments
+
+
+def test_leaves_that_meet_no_data_are_reported_as_least_squares():
+    def fn(params, x):
+        branches = lambda x: x @ params["in"], lambda x: jnp.zeros((64, 8))
+        return jax.lax.cond(jnp.sum(x) > 1e6, *branches, x)
+
+    x = normal(2, 64, 16)
+    for call, batch in ((fn, x), (two_layers, jnp.zeros((64, 16)))):
+        _, report = quantize_calibrated(
+            call, TWO, [batch], Uniform(4), return_report=True, progress=False
+        )
+        assert {row.method for row in report.rows} == {"least squares"}
+
+
+def test_other_leaves_than_arrays_reach_the_function_unchanged():
+    def fn(params, batch):
+        hidden = params["act"](batch["x"] @ params["in"])
+        return ("text", hidden @ params["out"]) if batch["flag"] else None
+
+    batch = {"x": normal(2, 64, 16), "flag": True, "name": "first"}
+    params = TWO | {"act": jnp.tanh, "rate": 0.1}
+    qparams = quantize_calibrated(fn, params, [batch], Uniform(4), progress=False)
+    expected = quantize_calibrated(two_layers, TWO, [batch["x"]], Uniform(4), progress=False)
+    assert qparams["act"] is params["act"]
+    assert qparams["rate"] == 0.1
+    chex.assert_trees_all_equal({name: qparams[name] for name in TWO}, expected)
+    found = calibrate(fn, params, [batch], progress=False).moments
+    chex.assert_trees_all_equal(
+        found, calibrate(two_layers, TWO, [batch["x"]], progress=False).moments
+    )
+
+
+@pytest.mark.parametrize("function", [calibrate, quantize_calibrated])
+def test_arguments_without_values_are_refused(function):
+    x = normal(2, 64, 16)
+    rest = [Uniform(4)] if function is quantize_calibrated else []
+
+    def call(params=TWO, batches=(x,)):
+        return function(two_layers, params, batches, *rest, progress=False)
+
+    with pytest.raises(TypeError, match="params leaf 'in' is a ShapeDtypeStruct"):
+        call(jax.eval_shape(lambda: TWO))
+    with pytest.raises(TypeError, match=r"batches\[0\] leaf 'x' is a ShapeDtypeStruct"):
+        call(batches=[{"x": jax.eval_shape(lambda: x)}])
+    with pytest.raises(TypeError, match=r"params leaf 'in' is traced"):
+        jax.jit(call)(TWO)
+    for batches in (None, {"x": x}, "text"):
+        with pytest.raises(TypeError, match="a single batch is given as"):
+            call(batches=batches)

@@ -16,6 +16,7 @@ from optax_clipquant import (
     Uses,
     dequantize_params,
     export_params,
+    narrow,
     quantize_calibrated,
     quantize_params,
     quantize_weights,
@@ -90,6 +91,10 @@ def test_start_that_the_quantizer_does_not_keep_is_refused():
         quantize_weights(Uniform(4, group_size=8), start=qparams)
     with pytest.raises(ValueError, match="on another grid"):
         quantize_weights(Uniform(3, **MSE), start=qparams)
+    with pytest.raises(ValueError, match="uses=trace_weights"):
+        quantize_weights(Uniform(3, **MSE), start=qparams)
+    with pytest.raises(ValueError, match="'out' is a QArray, but no rule of the quantizer matches"):
+        quantize_weights({"in": Uniform(4, **MSE)}, start=qparams)
     with pytest.raises(TypeError, match="start must be a tree with QArrays"):
         quantize_weights(Uniform(4, **MSE), start=PARAMS)
     tx = quantize_weights(Uniform(4, **MSE), start=qparams)
@@ -97,6 +102,62 @@ def test_start_that_the_quantizer_does_not_keep_is_refused():
         tx.init({"in": jnp.ones((40, 16)), "out": jnp.ones((16, 8))})
     with pytest.raises(ValueError, match="where no leaf of params is selected: out"):
         tx.init({"in": jnp.ones((24, 16))})
+
+
+def zero_step(qparams, params, quantizer=Uniform(4, **MSE)):  # noqa: B008 (immutable)
+    """The params and two states of two steps with zero gradients."""
+    tx = quantize_weights(quantizer, start=qparams)
+    first = tx.init(params)
+    update = jax.jit(tx.update)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, second = update(zeros, first, params)
+    with jax.numpy_dtype_promotion("standard"):
+        params = optax.apply_updates(params, updates)
+    updates, third = update(zeros, second, params)
+    return params, first, third, update
+
+
+def test_half_precision_params_stay_where_no_gradient_moves_them():
+    qparams = quantize_params(jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS), Uniform(4, **MSE))  # fmt: skip
+    before = dequantize_params(qparams)
+    params, first, third, _ = zero_step(qparams, before)
+    chex.assert_trees_all_equal(params, before)
+    chex.assert_trees_all_equal(first.grid, third.grid)
+
+
+def test_narrow_codes_are_a_start():
+    qparams = quantize_params(PARAMS, Uniform(4, **MSE))
+    params = dequantize_params(qparams)
+    served, first, third, _ = zero_step(narrow(qparams), params)
+    chex.assert_trees_all_equal(served, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(first, third)
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
+def test_scales_of_a_start_are_sharded_like_the_params():
+    mesh = jax.make_mesh((2,), ("data",))
+    qparams = quantize_params({"w": PARAMS["in"]}, Uniform(4, **MSE))
+    columns = jax.NamedSharding(mesh, jax.P(None, "data"))
+    params = jax.device_put(dequantize_params(qparams), columns)
+    _, first, third, _ = zero_step(qparams, params)
+    assert first.grid["w"].scale.sharding == columns
+    assert third.grid["w"].scale.sharding == columns
+
+
+def test_importance_that_weights_nothing_is_refused():
+    quantizer, params = Uniform(4, **MSE), {"w": PARAMS["in"]}
+    for importance, error, match in [
+        ({"params": {"w": 1.0}}, ValueError, "'params/w', and these are to be quantized: 'w'"),
+        ({"w": jnp.full((24, 1), jnp.nan)}, ValueError, "leaf 'w' is negative or not finite"),
+        ({"w": -1.0}, ValueError, "leaf 'w' is negative or not finite"),
+        (Calibration(Uses({}), {}), TypeError, "give it as calibration="),
+    ]:
+        with pytest.raises(error, match=match):
+            quantize_params(params, quantizer, importance=importance)
+        with pytest.raises(error, match=match):
+            quantize_weights(quantizer, importance=importance).init(params)
+    with pytest.raises(TypeError, match="must be a Calibration"):
+        quantize_params(params, quantizer, calibration={"w": 1.0})
 
 
 def least_squares(w, importance, start):

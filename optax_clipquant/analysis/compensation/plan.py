@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, JaxprEqn
+from jax.extend.core import JaxprEqn
 
+from optax_clipquant.analysis.arguments import Batch, Function
 from optax_clipquant.analysis.compensation.interpret import Finished, Interpreter
 from optax_clipquant.analysis.compensation.meetings import (
     Inputs,
@@ -225,24 +226,19 @@ class Program:
     """A function's jaxpr, and the params that it is evaluated with.
 
     Args:
-      jaxpr: the jaxpr, which takes the flat params and a flat batch.
+      function: the function, with its params.
+      batch: a batch to trace it with.
       leaves: the leaves that are followed.
-      paths: the paths of the flat params.
-      params: the flat params.
       segments: the compiled programs.
     """
 
     def __init__(
-        self,
-        jaxpr: ClosedJaxpr,
-        leaves: Leaves,
-        paths: Sequence[str],
-        params: Sequence[Any],
-        segments: Segments,
+        self, function: Function, batch: Batch, leaves: Leaves, segments: Segments
     ) -> None:
-        self.jaxpr, self.leaves, self.segments = jaxpr, leaves, segments
+        self.jaxpr, self.leaves, self.segments = function.jaxpr(batch), leaves, segments
         numbers = {path: i for i, path in enumerate(leaves.paths)}
-        self.params = [(numbers.get(path), x) for path, x in zip(paths, params, strict=True)]
+        arrays = zip(function.paths, function.arrays, strict=True)
+        self.params = [(numbers.get(path), x) for path, x in arrays]
         self.order: list[frozenset[int]] | None = None
 
     def plan(self, batches: Sequence[Sequence[jax.Array]]) -> Planner:

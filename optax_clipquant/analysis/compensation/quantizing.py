@@ -77,6 +77,10 @@ class Quantizing(Follower):
       planner: the meetings of each leaf.
       moments: the moments of leaves that are not simply compensated.
       done: called with the number of a leaf whenever a part of it, or all, is quantized.
+
+    Attributes:
+      rounded: the leaves of which a part has been rounded.
+      lost: the leaves of which a part has inputs that are not finite.
     """
 
     def __init__(
@@ -98,6 +102,8 @@ class Quantizing(Follower):
             for key in found.times
             if found.method in (COMPENSATED, POOLED)
         }
+        self.rounded: set[int] = set()
+        self.lost: set[int] = set()
         self.found: dict[int, RoundedLeaf] = {}
         self.outcomes: dict[int, Outcome] = {}
         self._moments: dict[tuple, tuple] = {}  # moments of the last inputs
@@ -110,6 +116,9 @@ class Quantizing(Follower):
         if number not in self.found:
             value, method = self.leaves.values[number], self.methods[number]
             importance = self.moments.importance.get(number)
+            if importance is not None and not np.isfinite(importance).all():
+                self.lost.add(number)
+                importance = None
             if not bool(jnp.isfinite(value).all()) or (
                 method == SEARCH and (importance is None or not importance.any())
             ):
@@ -132,6 +141,13 @@ class Quantizing(Follower):
                 self.waiting -= {name for name in self.waiting if name[0] == number}
                 self.done(number)
         return self.found[number]
+
+    def outcome(self, number: int) -> Outcome:
+        """How a leaf was quantized, after the run: by least squares, if it met no data that is of use."""
+        found = self.outcomes[number]
+        if found.method in (COMPENSATED, POOLED) and number not in self.rounded:
+            return Outcome(LEAST_SQUARES, found.tokens)
+        return found
 
     def settled(self, view: View) -> Stream | None:
         if all(self.leaf(i).left == 0 for i in view.leaves):
@@ -181,7 +197,15 @@ class Quantizing(Follower):
         return self._moments[key]
 
     def _round(self, leaf: RoundedLeaf, part: Part, w: jax.Array, moments: tuple) -> None:
-        h, cross, tokens, factors = moments[:4]
+        h, cross, tokens, finite, factors = moments[:5]
+        outcome, least = self.outcomes[part.leaf], int(np.min(tokens))
+        outcome.tokens = least if outcome.tokens is None else min(least, outcome.tokens)
+        if not finite or not np.any(h):  # stays on the grid of least squares
+            if not finite:
+                self.lost.add(part.leaf)
+            leaf.left -= part.index.size
+            return
+        self.rounded.add(part.leaf)
         layout = leaf.layout(part.index)
         name = layout.rows.tobytes(), layout.size
         if name not in factors:
@@ -198,9 +222,6 @@ class Quantizing(Follower):
         leaf.put(part.index, layout, codes, scale, zero)
         after = leaf.decoded[part.index]
         power, *errors = np.asarray(_powers(h, w, before, after), np.float64)
-        outcome = self.outcomes[part.leaf]
-        least = int(np.min(tokens))
-        outcome.tokens = least if outcome.tokens is None else min(least, outcome.tokens)
         outcome.power += power
         outcome.before += errors[0]
         outcome.after += errors[1]
@@ -209,11 +230,14 @@ class Quantizing(Follower):
 @jax.jit
 def _trusted(
     h: jax.Array, cross: jax.Array | None, tokens: jax.Array
-) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-    """Moments without the entries that too few tokens cannot estimate."""
+) -> tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]:
+    """Moments without the entries that too few tokens cannot estimate, and whether all are finite."""
+    finite = jnp.isfinite(h).all()
+    if cross is not None:
+        finite &= jnp.isfinite(cross).all()
     few = (tokens < max(FEW, h.shape[-1] // FEW))[:, None, None]
     h = jnp.where(few & ~jnp.eye(h.shape[-1], dtype=bool)[None], 0, h)
-    return h, None if cross is None else jnp.where(few, 0, cross), tokens
+    return h, None if cross is None else jnp.where(few, 0, cross), tokens, finite
 
 
 @jax.jit
