@@ -149,6 +149,12 @@ def reshard(x: jax.Array, spec: jax.NamedSharding | None) -> jax.Array:
     return x if spec is None else jax.sharding.reshard(x, spec)
 
 
+def gathered(x: jax.Array) -> jax.Array:
+    """``x``, whole on each device where Explicit axes split it: a sum over these would have to name its sharding."""
+    spec = spec_of(x, x.shape)
+    return x if spec is None else reshard(x, _with(spec, *(None,) * x.ndim))
+
+
 def sharding_of_scales(
     sharding: jax.sharding.Sharding, shape: Sequence[int], codes: Sequence[int]
 ) -> jax.sharding.Sharding:

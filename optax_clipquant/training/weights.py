@@ -177,7 +177,6 @@ def quantize_weights(
         tx = optax.chain(optax.adam(1e-5), quantize_weights(quantizer, start=qparams))
         params = dequantize_params(qparams)
     """
-
     check_rules(quantizer)
     if not callable(softness):
         check_softness(softness)
@@ -201,13 +200,10 @@ def quantize_weights(
             # A copy, so that params and state can be donated together.
             latent = jnp.array(p, jnp.float32, copy=True)
             if begin and path in begin and p.dtype.itemsize < 4:
-                # The levels themselves, of which half precision holds the rounded values: the next fit
-                # then finds the same scale.
+                # The levels that half precision rounds: the next fit then finds the same scale.
                 level = exact_level_of(grids[path], latent)
                 latent = jnp.where(level.astype(p.dtype) == p, level, latent)
-            if residual_bits is None:
-                return latent
-            return _start_residual(latent, grids[path])
+            return latent if residual_bits is None else _start_residual(latent, grids[path])
 
         latent = map_with_path(lambda path, p: keep(path_of(path), p), unboxed(params))
         return QuantizeWeightsState(jnp.zeros((), jnp.int32), latent, grid)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import cases
+from helpers import cases, weights
 
 from optax_clipquant import (
     NormalFloat,
@@ -522,3 +522,32 @@ def test_arguments_without_values_are_refused(function):
     for batches in (None, {"x": x}, "text"):
         with pytest.raises(TypeError, match="a single batch is given as"):
             call(batches=batches)
+
+
+@pytest.mark.skipif(len(jax.devices("cpu")) < 2, reason="needs 2 host devices")
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_sharded_params_and_batches_give_the_codes_of_one_device_and_keep_their_sharding(kind):
+    params = {"a": jnp.asarray(weights((32, 16))), "b": jnp.asarray(weights((16, 8), seed=1))}
+    batches = [jnp.asarray(weights((64, 32), seed=seed)) for seed in (2, 3)]
+    mesh = jax.make_mesh(
+        (2,), ("x",), devices=jax.devices("cpu")[:2],
+        axis_types=(getattr(jax.sharding.AxisType, kind),),
+    )  # fmt: skip
+    rows = jax.NamedSharding(mesh, jax.P("x", None))
+
+    def forward(params, x, out=None):
+        return jnp.dot(
+            jnp.tanh(jnp.dot(x, params["a"], out_sharding=out)), params["b"], out_sharding=out
+        )
+
+    rule = Uniform(4, group_size=16)
+    expected = quantize_calibrated(forward, params, batches, rule, progress=False)
+    with jax.set_mesh(mesh):
+        found = quantize_calibrated(
+            lambda p, x: forward(p, x, None if kind == "Auto" else jax.P("x", None)),
+            jax.device_put(params, rows), jax.device_put(batches, rows), rule, progress=False,
+        )  # fmt: skip
+    for name, q in found.items():
+        np.testing.assert_array_equal(q.qvalue, expected[name].qvalue)
+        assert q.qvalue.sharding == rows
+        assert q.scale.sharding.mesh == mesh

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_clipquant.analysis.compensation.rounding import BLOCK
+from optax_clipquant.quant.devices import shardings_for
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.qarray import QArray
 from optax_clipquant.quant.quantizers.base import Quantizer
@@ -42,7 +43,7 @@ class RoundedLeaf:
     """
 
     def __init__(self, value: jax.Array, grid: Grid) -> None:
-        self.grid, self.shape = grid, value.shape
+        self.grid, self.shape, self.sharding = grid, value.shape, value.sharding
         codes = grid.encode(value)
         # Copies, since NumPy views of JAX arrays are read-only.
         self.codes = np.array(codes).reshape(-1)
@@ -131,7 +132,10 @@ class RoundedLeaf:
             scale=jnp.asarray(self.scale.reshape(shape)),
             zero_point=None if zero is None else jnp.asarray(zero.reshape(shape)),
         )
-        return QArray(jnp.asarray(self.codes.reshape(self.shape)), grid)
+        qarray = QArray(jnp.asarray(self.codes.reshape(self.shape)), grid)
+        if self.sharding.num_devices == 1:
+            return qarray
+        return jax.device_put(qarray, shardings_for(qarray, self.sharding))
 
 
 def fitted(

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import JaxprEqn
 
+from optax_clipquant.lowering.sharding import gathered
+
 
 @dataclasses.dataclass(frozen=True)
 class DotInputs:
@@ -29,7 +31,7 @@ class DotInputs:
         batch = () if self.merged else self.batch
         free = [a for a in range(x.ndim) if a not in (*batch, *self.contracted)]
         shape = [math.prod(x.shape[a] for a in axes) for axes in (batch, free, self.contracted)]
-        return x.transpose(*batch, *free, *self.contracted).reshape(shape)
+        return gathered(x).transpose(*batch, *free, *self.contracted).reshape(shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,7 @@ class ConvInputs:
     options: tuple[tuple[str, Any], ...]
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = x.transpose(self.layout)
+        x = gathered(x).transpose(self.layout)
         patches = jax.lax.conv_general_dilated_patches(
             x, self.window, **dict(self.options), precision=jax.lax.Precision.HIGHEST
         )

@@ -34,6 +34,7 @@ from optax_clipquant.analysis.compensation.rounding import (
     round_on,
 )
 from optax_clipquant.analysis.compensation.streams import Stream
+from optax_clipquant.lowering.sharding import gathered
 from optax_clipquant.quant.levels import Levels
 from optax_clipquant.quant.quantizers.base import Quantizer
 from optax_clipquant.quant.uses import Use
@@ -160,7 +161,9 @@ class Quantizing(Follower):
             first, last = self.leaves.first[number : number + 2]
             inside = (index >= first) & (index < last)
             found[inside] = self.leaf(number).decoded[index[inside] - first]
-        return Stream(view.value, jnp.asarray(found))
+        sharding = view.value.sharding
+        whole = sharding.num_devices == 1
+        return Stream(view.value, jnp.asarray(found) if whole else jax.device_put(found, sharding))
 
     def meet(self, eqn: JaxprEqn, side: int, view: View, x: Stream) -> None:
         inputs, parts = self.leaves.parts(eqn, side, view)
@@ -171,7 +174,7 @@ class Quantizing(Follower):
                 continue
             self.waiting.remove(name)
             if w is None:
-                w = matrix(eqn, side, view.value).astype(jnp.float32)
+                w = matrix(eqn, side, gathered(view.value)).astype(jnp.float32)
             weights = w if len(part.columns) == w.shape[2] else w[:, :, part.columns]
             if name in self.moments.pooled:
                 h, tokens = self.moments.pooled[name]
