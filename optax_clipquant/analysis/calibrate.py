@@ -236,6 +236,7 @@ def quantize_calibrated(
       Frantar et al., GPTQ, 2022 (arXiv:2210.17323). Arai and Ichikawa, QEP, 2025 (arXiv:2504.09629).
 
     Examples:
+      >>> import jax
       >>> from optax_clipquant import Uniform
       >>> params = {"in": jnp.eye(4) * 0.8, "out": jnp.ones((4, 2))}
       >>> fn = lambda params, x: jnp.tanh(x @ params["in"]) @ params["out"]
