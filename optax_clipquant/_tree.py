@@ -16,6 +16,12 @@ def path_of(path: jax.tree_util.KeyPath) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def listed(paths: Iterable[str]) -> str:
+    """Paths for a message: the first five, and how many more there are."""
+    shown = [repr(path) for path in paths]
+    return ", ".join(shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")
+
+
 def flatten_with_path(
     tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
 ) -> tuple[list[tuple[jax.tree_util.KeyPath, Any]], Any]:

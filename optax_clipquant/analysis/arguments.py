@@ -35,8 +35,7 @@ class Batch:
 
     def with_arrays(self, arrays: list[Any]) -> Any:
         """The batch with ``arrays`` in place of its own."""
-        traced = dict(zip(self._traced, arrays, strict=True))
-        return self._treedef.unflatten([traced.get(i, x) for i, x in enumerate(self._leaves)])
+        return _replaced(self._treedef, self._leaves, self._traced, arrays)
 
     def __str__(self) -> str:
         text = f"arrays {list(self.shapes)} in {self._treedef}"
@@ -75,8 +74,7 @@ class Function:
         self.params = self._with_arrays(self.arrays)
 
     def _with_arrays(self, arrays: list[Any]) -> PyTree:
-        traced = dict(zip(self._traced, arrays, strict=True))
-        return self.treedef.unflatten([traced.get(i, x) for i, (_, x) in enumerate(self.flat)])
+        return _replaced(self.treedef, [x for _, x in self.flat], self._traced, arrays)
 
     def batches(self, batches: Iterable[Any]) -> Iterator[tuple[Any, Batch]]:
         """Each of the batches as it is, and its arrays."""
@@ -96,6 +94,12 @@ class Function:
             return [x for x in jax.tree.leaves(found) if is_array(x)]
 
         return jax.make_jaxpr(call)(self.arrays, batch.arrays)
+
+
+def _replaced(treedef: Any, leaves: list[Any], numbers: Iterable[int], arrays: list[Any]) -> Any:
+    """The tree with ``arrays`` in place of the leaves with these numbers."""
+    new = dict(zip(numbers, arrays, strict=True))
+    return treedef.unflatten([new.get(i, x) for i, x in enumerate(leaves)])
 
 
 def is_array(x: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import jax.numpy as jnp
 
 from optax_clipquant._print import Name, Printed, compact_table, progress_bar
-from optax_clipquant._tree import PyTree
+from optax_clipquant._tree import PyTree, listed
 from optax_clipquant.analysis.arguments import Function
 from optax_clipquant.analysis.compensation.plan import Leaves, Moments, Program
 from optax_clipquant.analysis.compensation.quantizing import Quantizing
@@ -88,7 +88,7 @@ def calibrate(
         raise ValueError("calibrate: batches is empty; give at least one")
     moments = handler.means()
     lost = [path for path, x in moments.items() if not jnp.isfinite(x).all()]
-    warn_of_inputs(lost, "they have no moments")
+    _warn_of_inputs(lost, "they have no moments")
     return Calibration(uses, {path: x for path, x in moments.items() if path not in lost})
 
 
@@ -288,7 +288,9 @@ def quantize_calibrated(
         )
         program.run(data, handler)
         found = {path: handler.leaf(i).quantized() for i, path in enumerate(leaves.paths)}
-    warn_of_inputs([leaves.paths[i] for i in sorted(handler.lost)], "they get least-squares scales")
+    _warn_of_inputs(
+        [leaves.paths[i] for i in sorted(handler.lost)], "they get least-squares scales"
+    )
     qparams = function.treedef.unflatten([found.get(path, x) for path, x in function.flat])
     if not return_report:
         return qparams
@@ -299,13 +301,12 @@ def quantize_calibrated(
     return qparams, CalibrationReport(tuple(rows))
 
 
-def warn_of_inputs(paths: list[str], effect: str) -> None:
+def _warn_of_inputs(paths: list[str], effect: str) -> None:
     """Warns of leaves whose inputs are not finite."""
     if paths:
-        more = f", and {len(paths) - 8} more" if len(paths) > 8 else ""
         warnings.warn(
-            f"on these batches, the squares of the inputs of {', '.join(map(repr, paths[:8]))}{more} are not "
-            f"finite in float32, so {effect}; look for NaN, inf or huge values in batches and params",
+            f"on these batches, the squares of the inputs of {listed(paths)} are not finite "
+            f"in float32, so {effect}; look for NaN, inf or huge values in batches and params",
             stacklevel=3,
         )
 

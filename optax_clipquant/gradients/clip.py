@@ -15,6 +15,7 @@ from optax_clipquant._tree import (
     flatten_with_path,
     is_float0,
     is_placeholder,
+    listed,
     map_with_path,
     path_of,
 )
@@ -161,7 +162,7 @@ def _bounding(path: jax.tree_util.KeyPath, bounds: Collection[tuple[str, ...]]) 
     if not found:
         raise ValueError(
             f"clip_by_value: c has no bound for the leaf {path_of(path)!r}, only for "
-            f"{_listed(bounds)}; give math.inf where nothing is to be clamped"
+            f"{listed(map('/'.join, bounds))}; give math.inf where nothing is to be clamped"
         )
     return found[0]
 
@@ -177,14 +178,9 @@ def _check_bounds(bounds: Collection[tuple[str, ...]], params: PyTree) -> None:
     known = {_names(path)[:n] for path, _ in found for n in range(len(path) + 1)}
     if unused := [names for names in bounds if names not in used and names not in known]:
         raise ValueError(
-            f"clip_by_value: c has a bound for {_listed(unused)}, which params do not have; their leaves "
-            f"are {_listed(_names(path) for path, _ in found)}"
+            f"clip_by_value: c has a bound for {listed(map('/'.join, unused))}, which params do not have; their leaves "
+            f"are {listed('/'.join(_names(path)) for path, _ in found)}"
         )
-
-
-def _listed(paths: Iterable[tuple[str, ...]]) -> str:
-    shown = [repr("/".join(names)) for names in paths]
-    return ", ".join(shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")
 
 
 _BOUND_HELP = "; give math.inf for a leaf that is not to be clamped, or a tree of scalars for a bound per leaf"

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from optax_clipquant._tree import PyTree, flatten_with_path, path_of
+from optax_clipquant._tree import PyTree, flatten_with_path, listed, path_of
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.qarray import QArray, is_qarray
 from optax_clipquant.quant.quantizers.uniform import Uniform
@@ -173,14 +173,9 @@ def check_weighting(weighting: Mapping[str, Any], chosen: Iterable[str], calibra
     """Raises if an importance is given, but for none of the ``chosen`` leaves."""
     if weighting and not calibrated and not any(path in weighting for path in chosen):
         raise ValueError(
-            f"importance has no leaf that is to be quantized: it has {_first(weighting)}, and these are to be "
-            f"quantized: {_first(chosen)}; give a tree like the params, or a part of it"
+            f"importance has no leaf that is to be quantized: it has {listed(weighting)}, and these are to be "
+            f"quantized: {listed(chosen)}; give a tree like the params, or a part of it"
         )
-
-
-def _first(paths: Iterable[str]) -> str:
-    paths = [repr(path) for path in paths]
-    return ", ".join(paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
 
 
 def _is_known_to_fit(importance: Any) -> bool:

@@ -203,7 +203,7 @@ class Quantizing(Follower):
         h, cross, tokens, finite, factors = moments[:5]
         outcome, least = self.outcomes[part.leaf], int(np.min(tokens))
         outcome.tokens = least if outcome.tokens is None else min(least, outcome.tokens)
-        if not finite or not np.any(h):  # stays on the grid of least squares
+        if not finite or not jnp.any(h):  # stays on the grid of least squares
             if not finite:
                 self.lost.add(part.leaf)
             leaf.left -= part.index.size
