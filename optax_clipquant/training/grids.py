@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from optax_clipquant._tree import (
     check_known,
     check_unchanged,
     flatten_with_path,
+    listed,
     map_with_path,
     path_of,
     unboxed,
@@ -56,8 +58,15 @@ def init_grids(
     unknown = [path for path in start if path not in chosen]
     if unknown:
         raise ValueError(
-            f"start has QArrays where no leaf of params is selected: {', '.join(unknown[:5])}; the leaves "
-            f"selected are {', '.join(list(chosen)[:5])}"
+            f"start has QArrays where no leaf of params is selected: {listed(unknown)}; the leaves selected "
+            f"are {listed(chosen)}"
+        )
+    fresh = [path for path in chosen if path not in start]
+    if start and fresh:
+        warnings.warn(
+            f"start has no QArray for {listed(fresh)}, which the rules select: training rounds them to new "
+            "grids; to leave them float, exclude them with where= or a rule of None",
+            stacklevel=4,
         )
 
     def fit(path: str, p: jax.Array) -> Grid | None:
@@ -129,21 +138,6 @@ def start_grids(
     if not grids:
         raise TypeError("start must be a tree with QArrays, as quantize_calibrated returns")
     return grids
-
-
-def refit(
-    transform: str,
-    quantizer: Rules,
-    path: str,
-    w: jax.Array,
-    grid: Grid,
-    use: Use | None,
-    importance: jax.Array | None = None,
-) -> Grid:
-    """Fits the grid of the next step to the leaf at ``path``, without derivatives."""
-    rule = known_rule(transform, quantizer, path)
-    with naming_leaf(transform, path):
-        return fit_again(rule, w, grid, use, importance)
 
 
 def known_rule(transform: str, quantizer: Rules, path: str) -> Quantizer:

@@ -14,10 +14,12 @@ from optax_clipquant.quant.uses import Uses
 from optax_clipquant.training.grids import (
     check_selection,
     difference,
+    fit_again,
     init_grids,
+    known_rule,
     level_of,
     map_quantized,
-    refit,
+    naming_leaf,
 )
 from optax_clipquant.training.latent import straight_through
 
@@ -95,7 +97,9 @@ def round_weights(
 
         def step(path: str, u: jax.Array, p: jax.Array, grid: Grid) -> tuple[Any, Any]:
             w = p.astype(jnp.float32) + u
-            grid = refit("round_weights", quantizer, path, w, grid, use_of(uses, path))
+            rule = known_rule("round_weights", quantizer, path)
+            with naming_leaf("round_weights", path):
+                grid = fit_again(rule, w, grid, use_of(uses, path), None)
             key = None
             if state.key is not None:
                 key = jax.random.fold_in(jax.random.fold_in(state.key, state.count), index[path])

@@ -6,13 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_clipquant._tree import (
-    PyTree,
-    map_with_path,
-    on_shapes,
-    path_of,
-    unboxed,
-)
+from optax_clipquant._tree import PyTree, map_with_path, on_shapes, path_of, unboxed
 from optax_clipquant.gradients.clip import Bound, clip_by_value
 from optax_clipquant.lowering.noise import stream_of
 from optax_clipquant.lowering.outline import outlined
@@ -137,7 +131,8 @@ def quantize_weights(
       or 1 with ``residual_bits`` (and 6 per scale). The updates of other leaves pass through.
 
     Warns:
-      UserWarning: from ``init``, for the reasons that ``quantize_params`` has.
+      UserWarning: from ``init``, for the reasons that ``quantize_params`` has, or ``start`` has no
+        ``QArray`` for leaves that the rules select.
 
     Raises:
       ValueError: ``softness`` is a concrete number outside 0..1, or ``residual_bits`` is neither None

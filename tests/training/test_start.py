@@ -100,8 +100,18 @@ def test_start_that_the_quantizer_does_not_keep_is_refused():
     tx = quantize_weights(Uniform(4, **MSE), start=qparams)
     with pytest.raises(ValueError, match=r"start has scales of \(3, 16\)"):
         tx.init({"in": jnp.ones((40, 16)), "out": jnp.ones((16, 8))})
-    with pytest.raises(ValueError, match="where no leaf of params is selected: out"):
+    with pytest.raises(ValueError, match="where no leaf of params is selected: 'out'"):
         tx.init({"in": jnp.ones((24, 16))})
+
+
+def test_leaves_that_the_start_left_float_are_rounded_with_a_warning():
+    quantizer = Uniform(4, **MSE)
+    qparams = calibrated(quantizer) | {"out": PARAMS["out"]}
+    tx = quantize_weights(quantizer, start=qparams)
+    with pytest.warns(UserWarning, match="start has no QArray for 'out', which the rules select"):
+        assert tx.init(dequantize_params(qparams)).grid["out"] is not None
+    tx = quantize_weights({"in": quantizer, "out": None}, start=qparams)
+    assert tx.init(dequantize_params(qparams)).grid["out"] is None
 
 
 def zero_step(qparams, params, quantizer=Uniform(4, **MSE)):  # noqa: B008 (immutable)
