@@ -15,9 +15,7 @@ T = TypeVar("T")  # a tree of arrays, with one entry for each span
 _SIZE = 2**20
 
 
-def fit_in_blocks(
-    fit: Callable[..., T], w: jax.Array, span: Span, *others: Any, factor: int = 1
-) -> T:
+def fit_in_blocks(fit: Callable[..., T], w: jax.Array, span: Span, *others: Any) -> T:
     """Computes ``fit(w, *others)``, where ``fit`` reads ``w`` several times and treats each span separately.
 
     ``others`` are trees of arrays with an entry for each span, or that broadcast to ``w``.
@@ -25,9 +23,8 @@ def fit_in_blocks(
     XLA's CPU backend reads a large array from memory each time, and writes partial reductions (see
     ``Span.reduce``) to memory newly allocated by each call: for several loops over all arrays of a model,
     that takes longer than the computation. So on a single CPU device, one block is fitted after the other.
-    Blocks are larger by ``factor``, for a ``fit`` that reads ``w`` once and need not find it in the cache.
     """
-    axis, size = _block(w, span, factor * _SIZE)
+    axis, size = _block(w, span)
     if size == 0:
         return fit(w, *others)
     length = w.shape[axis]
@@ -59,10 +56,10 @@ def fit_in_blocks(
     return jax.lax.platform_dependent(cpu=in_turn, default=lambda: fit(w, *others))
 
 
-def _block(w: jax.Array, span: Span, most: int) -> tuple[int, int]:
+def _block(w: jax.Array, span: Span) -> tuple[int, int]:
     """The axis to cut into blocks, one that is not reduced, and a block's extent; 0 for a single block."""
     kept = [axis for axis in range(w.ndim) if axis not in span.reduced(w.ndim)]
-    blocks = -(-w.size // most)
+    blocks = -(-w.size // _SIZE)
     if blocks <= 1 or not kept or not is_on_one_device():
         return 0, 0
     # The first axis that is long enough, since its blocks are contiguous in memory.

@@ -29,10 +29,7 @@ def least_squares(w: jax.Array, span: Span, start: Grid | None, place: Place) ->
     """
     if start is None:
         return fit_in_blocks(partial(_from_scratch, place=place, span=span), w, span)
-    if start.zero_point is None:
-        return _from_start(w, start, place, span)
-    fit = partial(_from_start, place=place, span=span)
-    return fit_in_blocks(fit, w, span, start, factor=2)
+    return _from_start(w, start, place, span)
 
 
 def _from_scratch(w: jax.Array, place: Place, span: Span) -> Grid:
