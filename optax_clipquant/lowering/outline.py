@@ -68,8 +68,8 @@ to_int4 = outlined(_to_int4)
 """Converts int8 codes to int4.
 
 XLA's CPU backend (jaxlib 0.10.2) writes int4 by an atomic operation for each number, and computes what is fused
-with it one number at a time: to encode 2048 x 2048 numbers in 4 bits takes 56 ms so, and 27 ms apart. Of the
-two, 17 are the conversion, whichever operation it is written as; the emitters that XLA had before take 1.2
+with it one number at a time: to encode 2048 x 2048 numbers in 4 bits takes 56 ms so, and 27 ms apart. Of
+these, the conversion takes 17, whichever operation it is written as; the emitters that XLA had before take 1.2
 (``XLA_FLAGS=--xla_cpu_use_fusion_emitters=false``), but fewer other loops are fast with them. Codes packed in
 pairs into bytes would avoid it, at a TPU's expense: 88 bytes of traffic a weight in place of 29.
 """
