@@ -12,7 +12,7 @@ import numpy as np
 from optax_clipquant.cli import arguments
 from optax_clipquant.cli.arguments import Commands, add_files, add_json
 from optax_clipquant.cli.numpy_grid import Absmax, Coder, threads
-from optax_clipquant.cli.rules import WIDTHS, Rule, choose, drop_what_grows
+from optax_clipquant.cli.rules import SAFETENSORS, WIDTHS, Rule, Store, choose, drop_what_grows
 from optax_clipquant.cli.terminal import Progress, check_output, printable, progress, report
 from optax_clipquant.formats.checkpoint import Checkpoint, writing_checkpoint
 from optax_clipquant.formats.dtypes import nbytes
@@ -44,8 +44,18 @@ def add(commands: Commands) -> None:
     add_json(parser)
 
 
-def add_widths(parser: argparse.ArgumentParser, group_size: int | None = None) -> None:
-    """Adds the arguments that say how to quantize, with ``group_size`` as the default."""
+def add_widths(
+    parser: argparse.ArgumentParser,
+    group_size: int | None = None,
+    widths: str = f"{', '.join(map(str, WIDTHS))} bits",
+) -> None:
+    """Adds the arguments that say how to quantize.
+
+    Args:
+      parser: the parser.
+      group_size: the default of ``--group-size``.
+      widths: what ``--budget`` chooses from, for its help.
+    """
     width = parser.add_mutually_exclusive_group()
     width.add_argument(
         "--bits",
@@ -125,13 +135,15 @@ def quantize(
     source: Checkpoint,
     output: str,
     keep: Mapping[str, str] | None = None,
+    store: Store = SAFETENSORS,
 ) -> tuple[list[Row], dict[str, str]]:
     """Writes ``source`` quantized as the arguments say; returns the rows, and the reasons for kept tensors.
 
-    Those of ``keep`` are kept for the reasons there, whatever the arguments say.
+    Those of ``keep`` are kept for the reasons there, whatever the arguments say. A budget counts the bytes
+    of ``store``.
     """
     try:
-        rules, kept = _choose(args, source, keep)
+        rules, kept = _choose(args, source, keep, store)
     except ValueError as error:
         raise ValueError(f"{source.path}: {error}") from error
     total = sum(nbytes(*spec) for spec in source.specs.values())
@@ -148,21 +160,28 @@ def quantize(
 
 
 def _choose(
-    args: argparse.Namespace, source: Checkpoint, keep: Mapping[str, str] | None
+    args: argparse.Namespace, source: Checkpoint, keep: Mapping[str, str] | None, store: Store
 ) -> tuple[dict[str, Rule], dict[str, str]]:
     """The rule of each tensor to quantize, and the reason for keeping each of the others."""
-    default = Rule(args.bits, args.quantizer, args.channel_axis, args.group_size, args.scale)
+    default = Rule(args.bits, args.quantizer, args.channel_axis, args.group_size, args.scale, store)
     _check_bits("--bits", default)
     for pattern, change in args.rule:
         if change is not None:
             _check_bits(f"rule {pattern!r}", default._replace(**change))
     rules, kept = choose(source.specs, default, args.rule, keep)
+    drop_what_grows(source.specs, rules, kept, is_open=args.budget is not None)
+    if not rules:
+        raise ValueError(
+            "no tensor would be smaller when quantized; let more weights share a scale"
+        )
     if args.budget is not None:
         from optax_clipquant.cli.search.budget import allocate_rules, is_language_model
 
         total = sum(nbytes(*source.specs[name]) for name in rules)
         with progress("choosing bits", total) as advance:
             rules = allocate_rules(source, rules, args.budget, advance)
+        # At the chosen bits, more of them may be as small in float.
+        drop_what_grows(source.specs, rules, kept)
         print(
             "optax-clipquant: the budget counted every weight alike, for want of data"
             + (
@@ -173,12 +192,6 @@ def _choose(
             + "; allocate_bits in Python measures what each tensor is worth",
             file=sys.stderr,
         )
-    else:
-        drop_what_grows(source.specs, rules, kept)
-        if not rules:
-            raise ValueError(
-                "no tensor would be smaller when quantized; let more weights share a scale"
-            )
     return rules, kept
 
 

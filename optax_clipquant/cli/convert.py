@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from optax_clipquant._atomic import check_new_folder, scratch_folder
 from optax_clipquant.cli import compress
 from optax_clipquant.cli.arguments import Commands, add_json
+from optax_clipquant.cli.rules import Store
 from optax_clipquant.cli.terminal import check_free, print_json, printable, progress
 from optax_clipquant.formats.checkpoint import Checkpoint
 from optax_clipquant.formats.compressed_tensors.folder import float_config, read_config, read_object
@@ -31,6 +32,12 @@ _EXAMPLES = """  optax-clipquant convert small.safetensors model.gguf --to gguf 
   optax-clipquant convert model/ model.gguf --to gguf --like model-f16.gguf --bits 4 --rule 'embed=8'
   optax-clipquant convert small.safetensors served/ --to compressed-tensors --like model/
   optax-clipquant convert model-q4_0.gguf model.safetensors --to safetensors"""
+
+# Codes of 2 or 3 bits take 4 there, so a budget that chose them would lose accuracy and save nothing.
+_STORES = {
+    "gguf": Store((4, 5, 8), takes_others=False, block=32),
+    "compressed-tensors": Store((4, 8), takes_others=False, scale_bytes=None),
+}
 
 
 def add(commands: Commands) -> None:
@@ -62,7 +69,10 @@ def add(commands: Commands) -> None:
         help="the dtype for tensors whose grid GGUF cannot hold exactly",
     )
     parser.add_argument("--force", action="store_true", help="overwrite OUT, if it is a file")
-    compress.add_widths(parser, group_size=32)
+    widths = (
+        f"{', '.join(map(str, store.widths))} bits for {name}" for name, store in _STORES.items()
+    )
+    compress.add_widths(parser, group_size=32, widths=", or ".join(widths))
     parser.set_defaults(max_shard_size=None)
     add_json(parser)
 
@@ -199,7 +209,7 @@ def _leaves(args: argparse.Namespace, names: dict[str, Any]) -> "Iterator[dict[s
             folder = stack.enter_context(scratch_folder(args.output))
             path = os.path.join(folder, "quantized.safetensors")
             kept = _kept_float(args, source, names) if args.to == "compressed-tensors" else {}
-            compress.quantize(args, source, path, kept)
+            compress.quantize(args, source, path, kept, _STORES[args.to])
             source = stack.enter_context(Checkpoint(path))
         yield _lazy(source)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from optax_clipquant.formats.dtypes import Spec, nbytes
+from optax_clipquant.formats.dtypes import Spec, bits_of, nbytes
 from optax_clipquant.quant.groups import Group, contracted_axes, cut_groups, scale_shape
 from optax_clipquant.quant.levels import Levels
 from optax_clipquant.quant.uses import names_a_weight
@@ -22,6 +22,25 @@ _QUANTIZED = {np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32)}
 Quantizer = Literal["uniform", "affine", "ternary", "normal-float"]
 
 
+class Store(NamedTuple):
+    """How the format of OUT stores quantized tensors, as far as a budget counts it.
+
+    Attributes:
+      widths: the bits that a budget can choose from.
+      takes_others: whether codes of other widths are stored at their width, or at the next one of ``widths``.
+      block: the number of weights that have a scale, whatever their groups; None if the groups have one.
+      scale_bytes: the bytes of a scale; None for those of the tensor's dtype.
+    """
+
+    widths: tuple[int, ...] = WIDTHS
+    takes_others: bool = True
+    block: int | None = None
+    scale_bytes: int | None = 2
+
+
+SAFETENSORS = Store()
+
+
 class Rule(NamedTuple):
     """The arguments of a quantizer. With ``bits`` None, a budget chooses them, or they are the default."""
 
@@ -30,6 +49,7 @@ class Rule(NamedTuple):
     channel_axis: int | None = 0
     group_size: int | None = None
     scale_rule: Literal["absmax", "mse"] | None = None
+    store: Store = SAFETENSORS
 
     @property
     def width(self) -> int:
@@ -41,7 +61,8 @@ class Rule(NamedTuple):
         """The bits that a budget can choose from."""
         if self.bits or self.quantizer == "ternary":
             return (self.width,)
-        return tuple(n for n in WIDTHS if n <= 4) if self.quantizer == "normal-float" else WIDTHS
+        widths = self.store.widths
+        return tuple(n for n in widths if n <= 4) if self.quantizer == "normal-float" else widths
 
     @property
     def is_absmax(self) -> bool:
@@ -51,10 +72,14 @@ class Rule(NamedTuple):
 
     def packed_bytes(self, spec: Spec, bits: int) -> int:
         """The bytes of a tensor's packed codes, scales and zero points."""
-        _, shape = spec
+        dtype, shape = spec
+        store = self.store
         levels = Levels(bits=math.log2(3) if self.quantizer == "ternary" else bits)
-        _, scales, _ = scale_layout(shape, self.channel_axis, self.group_size)
-        each = 3 if self.quantizer == "affine" else 2
+        if not store.takes_others:
+            levels = Levels(bits=min(n for n in store.widths if n >= levels.bits))
+        _, scales, _ = scale_layout(shape, self.channel_axis, store.block or self.group_size)
+        each = store.scale_bytes or bits_of(dtype) // 8
+        each += self.quantizer == "affine"
         return levels.packed_size(math.prod(shape)) + each * math.prod(scales)
 
 
@@ -114,12 +139,19 @@ def choose(
 
 
 def drop_what_grows(
-    specs: Mapping[str, Spec], chosen: dict[str, Rule], kept: dict[str, str]
+    specs: Mapping[str, Spec],
+    chosen: dict[str, Rule],
+    kept: dict[str, str],
+    *,
+    is_open: bool = False,
 ) -> None:
-    """Moves tensors that quantization would not make smaller from ``chosen`` to ``kept``."""
+    """Moves tensors that quantization would not make smaller from ``chosen`` to ``kept``.
+
+    With ``is_open``, a budget has still to choose bits, and only those that no width makes smaller are moved.
+    """
     for name, rule in list(chosen.items()):
-        spec = specs[name]
-        if math.prod(spec[1]) and rule.packed_bytes(spec, rule.width) >= nbytes(*spec):
+        spec, bits = specs[name], min(rule.widths) if is_open else rule.width
+        if math.prod(spec[1]) and rule.packed_bytes(spec, bits) >= nbytes(*spec):
             del chosen[name]
             kept[name] = "not smaller when quantized"
 

@@ -138,6 +138,27 @@ def test_allocation_is_as_good_as_the_exact_one(tmp_path, group_size):
         assert squared_error(tree, ours) <= 1.01 * squared_error(tree, exact)
 
 
+def test_a_budget_chooses_among_the_widths_of_normal_float(tmp_path):
+    """They are fewer than those of other quantizers."""
+    tree = {f"w{i}": 10.0**-i * weights((64, 32), seed=i) for i in range(3)}
+    safetensors.numpy.save_file(tree, tmp_path / "in")
+    command = ["compress", str(tmp_path / "in"), str(tmp_path / "out"), "--budget", "4.2"]
+    assert main([*command, "--quantizer", "normal-float"]) == 0
+    found = load(tmp_path / "out")
+    assert [found[name].bits for name in tree] == [4, 4, 3]
+
+
+def test_a_budget_keeps_what_would_not_be_smaller(tmp_path, capsys):
+    tree = {"large": (64, 64), "pairs": (64, 2), "column": (64, 1)}
+    half = {name: weights(shape).astype(np.float16) for name, shape in tree.items()}
+    safetensors.numpy.save_file(half, tmp_path / "in")
+    assert main(["compress", str(tmp_path / "in"), str(tmp_path / "out"), "--budget", "8.5"]) == 0
+    assert "kept unchanged: 2 not smaller when quantized" in capsys.readouterr().out
+    found = load(tmp_path / "out")
+    for name in ("pairs", "column"):
+        np.testing.assert_array_equal(found[name], half[name])
+
+
 @pytest.mark.parametrize("embedding", ["table", "model.embed_tokens"])
 def test_bits_of_a_language_model_stay_within_one_of_uniform(tmp_path, capsys, embedding):
     tree = {

@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 from helpers import weights
 
-from optax_clipquant import Uniform, from_compressed_tensors, load, quantize_params, save
+from optax_clipquant import QArray, Uniform, from_compressed_tensors, load, quantize_params, save
 from optax_clipquant.cli import compress, convert
 from optax_clipquant.cli.main import main
 
@@ -139,6 +139,34 @@ def test_compressed_tensors_keeps_float_what_it_cannot_hold_as_codes(files):
     for name in ("model.embed_tokens.weight", "model.norm.weight"):
         np.testing.assert_array_equal(found[name], original[name])
     assert found["model.layers.0.mlp.down_proj.weight"].bits == 4  # 3 fit into 4
+
+
+def test_a_budget_counts_the_bytes_of_the_written_format(files, capsys):
+    options = (
+        "--like",
+        files / "like.gguf",
+        "--to",
+        "gguf",
+        "--rule",
+        "down=2,group=32",
+        "--group-size",
+        64,
+    )
+    assert run("convert", files / "model", files / "a.gguf", *options, "--budget", 5, "--rule", "embed=keep", "--json") == 0  # fmt: skip
+    told = json.loads(capsys.readouterr().out)["tensors"]
+    kinds = {item["name"]: item["out"] for item in told}
+    written = [item for item in told if item["out"].startswith("Q")]
+    assert sorted(kinds.values()) == ["F32", "F32", "Q4_0", "Q5_0", "Q5_0"]
+    assert kinds["blk.0.ffn_down.weight"] == "Q4_0"  # 2 bits take 4
+    assert sum(8 * item["bytes"] for item in written) <= 5 * sum(
+        math.prod(item["shape"]) for item in written
+    )
+    folder = ("--like", files / "model", "--to", "compressed-tensors", "--budget")
+    assert run("convert", files / "model", files / "ct", *folder, 4.9) == 1
+    assert "the smallest choices take 5.000" in capsys.readouterr().err  # scales of 4 bytes
+    assert run("convert", files / "model", files / "ct", *folder, 9) == 0
+    found = from_compressed_tensors(files / "ct")[0].values()
+    assert {leaf.bits for leaf in found if isinstance(leaf, QArray)} == {8}
 
 
 def test_a_missing_package_is_told_in_one_line(files, capsys, monkeypatch):

@@ -67,7 +67,9 @@ def allocate_rules(
     limit = budget_of(sizes, counts.sum(), budget)
     errors = np.array([_padded(e) for e in measure(source, rules, progress).values()])
     if is_language_model(source.specs):
-        uniform = max((n for n in WIDTHS if _size(source, rules, n) <= limit), default=WIDTHS[0])
+        open_widths = {n for rule in rules.values() if len(rule.widths) > 1 for n in rule.widths}
+        fitting = (n for n in open_widths if _size(source, rules, n) <= limit)
+        uniform = max(fitting, default=min(open_widths, default=WIDTHS[0]))
         near = np.array([_near(rule.widths, uniform) for rule in rules.values()])
     else:
         near = np.tile(np.arange(len(WIDTHS)), (len(rules), 1))
@@ -77,7 +79,7 @@ def allocate_rules(
     with _quiet():
         chosen = near[np.arange(len(rules)), table.solve()]
     return {
-        name: rule if len(rule.widths) == 1 else rule._replace(bits=rule.widths[index])
+        name: rule if len(rule.widths) == 1 else rule._replace(bits=_padded(rule.widths)[index])
         for (name, rule), index in zip(rules.items(), chosen, strict=True)
     }
 
