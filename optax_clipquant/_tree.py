@@ -159,3 +159,9 @@ def check_known(transform: str, paths: Iterable[str], known: Iterable[str]) -> N
             + (f", and {len(new) - 1} more" if len(new) > 1 else "")
             + "; call tx.init again, or leave it out with optax.masked in both"
         )
+
+
+def refuse_abstract(what: str, x: Any, way_out: str = "give arrays") -> None:
+    """Raises ``TypeError`` if ``x``, an array or a ``QArray``, has no values."""
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(x)):
+        raise TypeError(f"{what} is a ShapeDtypeStruct, which has no values; {way_out}")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr
 
-from optax_clipquant._tree import PyTree, flatten_with_path, path_of
+from optax_clipquant._tree import PyTree, flatten_with_path, path_of, refuse_abstract
 from optax_clipquant.quant.qarray import is_qarray
 
 
@@ -78,11 +78,7 @@ class Function:
 
     def batches(self, batches: Iterable[Any]) -> Iterator[tuple[Any, Batch]]:
         """Each of the batches as it is, and its arrays."""
-        if isinstance(batches, (Mapping, str, bytes)) or not hasattr(batches, "__iter__"):
-            raise TypeError(
-                f"{self._name}: batches must be a list or another iterable of batches, got "
-                f"{type(batches).__name__}; a single batch is given as [batch]"
-            )
+        check_batches(self._name, batches)
         for i, batch in enumerate(batches):
             yield batch, Batch(f"{self._name}: batches[{i}]", batch)
 
@@ -102,13 +98,21 @@ def _replaced(treedef: Any, leaves: list[Any], numbers: Iterable[int], arrays: l
     return treedef.unflatten([new.get(i, x) for i, x in enumerate(leaves)])
 
 
+def check_batches(name: str, batches: Any) -> None:
+    """Raises ``TypeError`` for a single batch in place of several."""
+    if isinstance(batches, (Mapping, str, bytes)) or not hasattr(batches, "__iter__"):
+        raise TypeError(
+            f"{name}: batches must be a list or another iterable of batches, got "
+            f"{type(batches).__name__}; a single batch is given as [batch]"
+        )
+
+
 def is_array(x: Any) -> bool:
     return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
 def _concrete(what: str, x: Any) -> jax.Array:
-    if isinstance(x, jax.ShapeDtypeStruct):
-        raise TypeError(f"{what} is a ShapeDtypeStruct, which has no values; give arrays")
+    refuse_abstract(what, x)
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(x)):
         raise TypeError(f"{what} is traced, so its values are unknown; call it outside jax.jit")
     return jnp.asarray(x)

@@ -6,7 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_clipquant._tree import PyTree, is_float0
+from optax_clipquant._tree import (
+    PyTree,
+    flatten_with_path,
+    is_float0,
+    path_of,
+    refuse_abstract,
+)
+from optax_clipquant.analysis.arguments import check_batches
 
 
 def squared_gradients(
@@ -32,6 +39,7 @@ def squared_gradients(
 
     Raises:
       ValueError: there are no batches.
+      TypeError: ``params`` have no values, or ``batches`` are no iterable of batches.
 
     Examples:
       >>> loss = lambda params, x: jnp.sum(params["w"] * x)
@@ -39,6 +47,10 @@ def squared_gradients(
       >>> squared_gradients(loss, {"w": jnp.ones(2)}, batches)["w"]
       Array([5., 2.], dtype=float32)
     """
+
+    check_batches("squared_gradients", batches)
+    for path, leaf in flatten_with_path(params)[0]:
+        refuse_abstract(f"squared_gradients: params leaf {path_of(path)!r}", leaf)
 
     @jax.jit
     def add(total: PyTree, batch: Any) -> PyTree:

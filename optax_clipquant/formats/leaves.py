@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from optax_clipquant._tree import PyTree
+from optax_clipquant._tree import PyTree, refuse_abstract
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.params import dequantize_params, leaves_of
 from optax_clipquant.quant.qarray import QArray, is_qarray
@@ -62,8 +62,7 @@ def leaves_in(tree: PyTree) -> dict[str, Leaf]:
         array = leaf.qvalue if is_qarray(leaf) else leaf
         if isinstance(array, Tracer):
             raise TypeError(f"leaf {path!r} is traced; write files outside jax.jit")
-        if isinstance(array, jax.ShapeDtypeStruct):
-            raise TypeError(f"leaf {path!r} is abstract, a shape without values")
+        refuse_abstract(f"leaf {path!r}", leaf)
         if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             raise TypeError(
                 f"leaf {path!r} is a {leaf.dtype}, not a weight; give only the parameters, such as "

@@ -175,7 +175,10 @@ def place(
                 raise ValueError(
                     f"leaves {placed[name].leaf.path!r} and {path!r} are both tensor {name!r}"
                 )
-            placed[name] = rows_of(leaf, layer, transpose, shapes[name])
+            rows = rows_of(leaf, layer, transpose, shapes[name])
+            if rows is None:
+                raise ValueError(_misfit(leaf, layer, transpose, name, shapes[name], where))
+            placed[name] = rows
     return placed
 
 
@@ -191,8 +194,30 @@ def _merges(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
     return not rest
 
 
-def rows_of(leaf: Leaf, layer: int | None, transpose: Transpose, shape: tuple[int, ...]) -> Rows:
-    """Lays out ``leaf`` as the rows of a tensor of this ``shape``.
+def _misfit(
+    leaf: Leaf,
+    layer: int | None,
+    transpose: Transpose,
+    name: str,
+    shape: tuple[int, ...],
+    where: str,
+) -> str:
+    """The message for a leaf that ``rows_of`` cannot lay out."""
+    own, stacked = (leaf.shape, "") if layer is None else (leaf.shape[1:], " without the leading axis")  # fmt: skip
+    given = "" if transpose is None else f", with transpose {transpose}"
+    way_out = "`like` must be the same model, and `names` may give another tensor"
+    if math.prod(own) == math.prod(shape):
+        way_out = "give `names` (name, transpose) for it, with transpose True, False or the order of its axes"
+    return (
+        f"leaf {leaf.path!r} has shape {own}{stacked}{given}, but tensor {name!r} in {where} has {shape}; "
+        f"{way_out}"
+    )
+
+
+def rows_of(
+    leaf: Leaf, layer: int | None, transpose: Transpose, shape: tuple[int, ...]
+) -> Rows | None:
+    """Lays out ``leaf`` as the rows of a tensor of this ``shape``; None if it does not fit.
 
     ``transpose`` says whether to swap the leaf's last two axes, or gives the order of all, after which
     neighbours may be merged. With None, the shape, the grid or the name decides.
@@ -217,10 +242,7 @@ def rows_of(leaf: Leaf, layer: int | None, transpose: Transpose, shape: tuple[in
     if transpose is not None:
         fitting = fitting or [axes for axes in orders if _merges(laid[axes], shape)]
     if not fitting:
-        raise ValueError(
-            f"leaf {leaf.path!r} has shape {own}{stacked}, but {shape} in `like`; give `names` "
-            "(name, transpose) for it, with transpose True or the order of its axes"
-        )
+        return None
     found = [Rows(leaf, layer, axes, shape) for axes in fitting]
     if len(found) > 1 and leaf.grid is not None:
         found = [rows for rows in found if rows.run > 1] or found[:1]

@@ -79,8 +79,8 @@ class DropIn:
             )
         return getattr(self.dequantize(), name)
 
-    def astype(self, dtype: Any) -> jax.Array:
-        return self.dequantize().astype(dtype)
+    def astype(self, dtype: Any, **options: Any) -> jax.Array:
+        return self.dequantize().astype(dtype, **options)
 
     def __float__(self) -> float:
         return float(self.dequantize())

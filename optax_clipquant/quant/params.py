@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from optax_clipquant._tree import PyTree, flatten_with_path, listed, path_of
+from optax_clipquant._tree import PyTree, flatten_with_path, listed, path_of, refuse_abstract
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.qarray import QArray, is_qarray
 from optax_clipquant.quant.quantizers.uniform import Uniform
@@ -62,7 +62,7 @@ def quantize_params(
       ValueError: no leaf is selected, an expression matches no path, a leaf lacks an axis that its
         quantizer names, another leaf has the path of a selected one, or ``uses`` belongs to other
         params.
-      TypeError: a selected leaf is not a real floating array.
+      TypeError: a selected leaf is not a real floating array, or has no values.
 
     Examples:
       >>> params = {"dense": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}}
@@ -90,6 +90,9 @@ def quantize_params(
     def quantize_leaf(index: int, leaf: Any, path: str) -> Any:
         if path not in chosen:
             return leaf
+        refuse_abstract(
+            f"params leaf {path!r}", leaf, "give arrays, or call it within jax.eval_shape"
+        )
         leaf_key = None if key is None else jax.random.fold_in(key, index)
         with naming(path):
             return chosen[path].quantize(

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from optax_clipquant._tree import flatten_with_path, path_of
+from optax_clipquant._tree import flatten_with_path, path_of, refuse_abstract
 from optax_clipquant.quant.params import PyTree
 from optax_clipquant.quant.qarray import is_qarray
 from optax_clipquant.report.rows import Row, Summary, row_of
@@ -22,6 +22,7 @@ def summarize(params: PyTree, qparams: PyTree) -> Summary:
 
     Raises:
       ValueError: the trees have different leaves, or leaves of different shapes.
+      TypeError: a leaf of ``params`` is a ``QArray``, or a leaf has no values.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -32,8 +33,15 @@ def summarize(params: PyTree, qparams: PyTree) -> Summary:
       (288, 80)
       >>> print(summary)  # doctest: +SKIP
     """
-    before = {path_of(path): leaf for path, leaf in flatten_with_path(params)[0]}
+    before = {path_of(path): leaf for path, leaf in flatten_with_path(params, is_leaf=is_qarray)[0]}
     after = {path_of(path): leaf for path, leaf in flatten_with_path(qparams, is_leaf=is_qarray)[0]}
+    for path, leaf in before.items():
+        refuse_abstract(f"params leaf {path!r}", leaf)
+        refuse_abstract(f"qparams leaf {path!r}", after.get(path))
+        if is_qarray(leaf):
+            raise TypeError(
+                f"params leaf {path!r} is a QArray; give the float params first, or dequantize_params of it"
+            )
     if before.keys() != after.keys():
         raise ValueError(
             f"params and qparams have different leaves: {sorted(before.keys() ^ after.keys())[:8]}"

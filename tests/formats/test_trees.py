@@ -415,6 +415,14 @@ def test_save_under_jit_is_refused(file):
         jax.jit(lambda x: save(file, {"x": x}))(jnp.ones(2))
 
 
+def test_leaves_without_values_are_refused(file):
+    w = jnp.ones((4, 4))
+    for leaf in (w, Uniform(4).quantize(w)):
+        with pytest.raises(TypeError, match="leaf 'x' is a ShapeDtypeStruct"):
+            save(file, {"x": jax.eval_shape(lambda leaf=leaf: leaf)})
+    assert not file.exists()
+
+
 def test_missing_file_or_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "none.safetensors")

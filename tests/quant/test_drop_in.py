@@ -21,7 +21,7 @@ METHODS = {
     "mT": lambda w: w.mT,
     "itemsize": lambda w: jnp.asarray(w.itemsize),
     "at": lambda w: w.at[0, 1].set(3.0),
-    "astype": lambda w: w.astype(jnp.bfloat16),
+    "astype": lambda w: [w.astype(jnp.bfloat16), w.astype(jnp.float32, copy=True)],
     "reshape": lambda w: [w.reshape(2, 12), w.reshape((-1,))],
     "transpose": lambda w: w.transpose(1, 0),
     "swapaxes": lambda w: w.swapaxes(0, 1),

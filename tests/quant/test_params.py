@@ -100,6 +100,14 @@ def test_selected_integer_leaf_is_refused(leaf):
         quantize_params({"w": leaf}, where=lambda path, leaf: True)
 
 
+def test_leaves_without_values_are_refused():
+    shapes = jax.eval_shape(mlp_params)
+    with pytest.raises(TypeError, match=r"is a ShapeDtypeStruct.* within jax.eval_shape"):
+        quantize_params(shapes)
+    abstract = jax.eval_shape(quantize_params, shapes)
+    assert jax.tree.structure(abstract) == jax.tree.structure(quantize_params(mlp_params()))
+
+
 def test_bad_quantizer_is_refused():
     with pytest.raises(TypeError, match="quantizer must be a Quantizer or a mapping"):
         quantize_params(mlp_params(), 4)

@@ -1,6 +1,7 @@
 import io
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -59,6 +60,17 @@ def test_different_leaves_or_shapes_are_refused():
         summarize(params, {"v": params["w"]})
     with pytest.raises(ValueError, match="leaf 'w' has shape"):
         summarize(params, {"w": jnp.ones((4, 3))})
+
+
+def test_leaves_without_values_and_quantized_originals_are_refused():
+    params = {"w": jnp.asarray(weights((4, 4)))}
+    qparams = quantize_params(params, Uniform(bits=4))
+    shapes = jax.eval_shape(lambda: params)
+    for args in ((shapes, qparams), (params, shapes), (params, jax.eval_shape(lambda: qparams))):
+        with pytest.raises(TypeError, match="leaf 'w' is a ShapeDtypeStruct"):
+            summarize(*args)
+    with pytest.raises(TypeError, match="params leaf 'w' is a QArray; give the float params first"):
+        summarize(qparams, params)
 
 
 def test_nan_in_a_leaf_is_reported():

@@ -191,6 +191,8 @@ def test_bad_arguments_are_refused(edit, message):
 def test_missing_batches_are_refused():
     with pytest.raises(ValueError, match="batches is empty"):
         squared_gradients(lambda p, b: 0.0, {"w": jnp.ones(2)}, [])
+    with pytest.raises(TypeError, match=r"squared_gradients: .*a single batch is given as"):
+        squared_gradients(lambda p, b: 0.0, {"w": jnp.ones(2)}, {"x": jnp.ones(2)})
 
 
 @pytest.mark.parametrize(("size", "sensitivity"), [(1e22, 1e-3), (1e-22, 1.0), (1.0, 1e-33), (1.0, 1e33)])  # fmt: skip

@@ -232,11 +232,15 @@ def _block_kind(rows: Rows, grid: Grid) -> tuple[str | None, str]:
         problem = "has zero points, which no type of GGUF holds exactly"
     else:
         for kind, blocks in BLOCKS.items():
-            inside = blocks.lower <= lower and upper <= blocks.upper
-            if inside and rows.run % blocks.size == 0:
+            if blocks.lower <= lower and upper <= blocks.upper and rows.run % blocks.size == 0:
                 wrong = _inexact(rows, blocks.size)
                 if wrong is None:
                     return kind, ""
+                if not np.isfinite(wrong):
+                    return (
+                        None,
+                        f"has a scale of {wrong:g}, since its weights are not finite; mend them",
+                    )
                 return None, (
                     f"({grid.bits:.3g} bits) has a scale of {wrong:g}, which float16 does not hold exactly (it holds scales of 8 "
                     "significant bits from 2**-17 to 65280); scale the weights"
@@ -268,8 +272,8 @@ def _inexact(rows: Rows, size: int) -> float | None:
     """A scale that float16 cannot hold exactly, or None."""
     scales = _scales(rows, size)
     with np.errstate(over="ignore"):
-        wrong = (scales.astype(np.float16) != scales) | ~np.isfinite(scales)
-    return float(scales[wrong][0]) if wrong.any() else None
+        wrong = scales[(scales.astype(np.float16) != scales) | ~np.isfinite(scales)]
+    return float(wrong[0]) if wrong.size else None
 
 
 def _content(rows: Rows, kind: str) -> Iterator[np.ndarray]:

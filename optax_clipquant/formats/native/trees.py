@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 from jax.core import Tracer
 
-from optax_clipquant._tree import PyTree
+from optax_clipquant._tree import PyTree, refuse_abstract
 from optax_clipquant.formats.checkpoint import Checkpoint, files_of
 from optax_clipquant.formats.dtypes import DTYPES, Opaque, Spec
 from optax_clipquant.formats.native.calibration import KEY, calibration_of, text_of
@@ -66,6 +66,8 @@ def save(
     leaves: dict[str, Any] = {}
     nodes: dict[str, str] = {}
     _flatten(tree, (), leaves, nodes)
+    for name, leaf in leaves.items():
+        refuse_abstract(_where(path_of_name(name)), leaf)
     announced = {name: leaf_of(leaf, path_of_name(name)) for name, leaf in leaves.items()}
     with writing_saved(path, announced, nodes=nodes, metadata=metadata) as file:
         for name, leaf in leaves.items():
@@ -195,7 +197,7 @@ def leaf_of(leaf: Any, path: str) -> LeafSpec:
     if not is_qarray(leaf):
         return plain(_spec(leaf, path))
     grid = leaf.grid
-    where = f"leaf {path!r}" if path else "the tree"
+    where = _where(path)
     if grid.bits != math.log2(3) and grid.bits not in range(1, 9):
         raise ValueError(f"{where}: bits must be 1 to 8 or log2(3), got {grid.bits}")
     _, shape = _spec(leaf.qvalue, path, _CODES)
@@ -265,6 +267,10 @@ def restored(leaf: LeafSpec, tensors: Tensors) -> Any:
     return QArray(codes.reshape(leaf.shape), grid)  # pyright: ignore[reportArgumentType]
 
 
+def _where(path: str) -> str:
+    return f"leaf {path!r}" if path else "the tree"
+
+
 def _check_codes(codes: np.ndarray, grid: Grid, path: str) -> None:
     """Raises if codes do not fit their bits, which only a ``QArray`` made by hand can cause."""
     levels = 3 if grid.bits == math.log2(3) else 2 ** int(grid.bits)
@@ -278,7 +284,7 @@ def _check_codes(codes: np.ndarray, grid: Grid, path: str) -> None:
 
 def _spec(leaf: Any, path: str, stored: set[np.dtype] = _STORED) -> Spec:
     """The dtype and shape of ``leaf`` in a file. Raises ``TypeError`` if it cannot be stored."""
-    where = f"leaf {path!r}" if path else "the tree"
+    where = _where(path)
     if isinstance(leaf, Tracer):
         raise TypeError(f"{where} is traced; call save outside jax.jit")
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
