@@ -142,6 +142,28 @@ def check_unchanged(
         )
 
 
+def check_state(transform: str, state: Any, kind: Any) -> None:
+    """Raises if ``state`` is not of the named tuple ``kind``, but another transform's, or another argument.
+
+    Only fields are compared, since a notebook may have loaded the class again.
+    """
+    if getattr(state, "_fields", None) != kind._fields:
+        raise TypeError(
+            f"{transform}: the state is a {type(state).__name__}, not a {kind.__name__}; call "
+            "update(updates, state, params) with the state of this chain. If it was restored from a checkpoint of "
+            "another chain, give that chain, or make the state anew with tx.init(params)"
+        )
+
+
+def check_option(transform: str, name: str, value: bool, before: bool) -> None:
+    """Raises if the state was made with another ``value`` of the option ``name``."""
+    if bool(value) is not before:
+        raise ValueError(
+            f"{transform}: the state was made with {name}={before}, and not {name}={value}; give the {name} that "
+            "the state was made with, or make it anew with tx.init(params)"
+        )
+
+
 def check_known(transform: str, paths: Iterable[str], known: Iterable[str]) -> None:
     """Raises if params have a leaf that they did not have in ``init``.
 

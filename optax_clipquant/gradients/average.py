@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_clipquant._tree import PyTree, is_float0
+from optax_clipquant._tree import (
+    PyTree,
+    check_option,
+    check_state,
+    check_unchanged,
+    flatten_with_path,
+    is_float0,
+    path_of,
+)
 from optax_clipquant.lowering.noise import noise, stream_of
 from optax_clipquant.quant.companding import CompandedArray, compand
 
@@ -116,10 +124,26 @@ def average_gradients(
         updates: PyTree, state: PyTree, params: PyTree | None = None
     ) -> tuple[PyTree, PyTree]:
         del params
-        leaves, treedef = jax.tree.flatten(updates)
-        errors = treedef.flatten_up_to(state.error) if error_feedback else [None] * len(leaves)
+        check_state("average_gradients", state, AverageGradientsState)
+        leaves, treedef = flatten_with_path(updates)
+        errors = dict(flatten_with_path(state.error)[0])
+        if errors or any(_is_large(g) for _, g in leaves):
+            check_option("average_gradients", "error_feedback", error_feedback, bool(errors))
+        if lost := errors.keys() - dict(leaves):
+            raise ValueError(
+                f"average_gradients: updates have no leaf {path_of(lost.pop())!r}, which params had in init; "
+                "give all of them, or call tx.init again"
+            )
         means, left = [], []
-        for stream, (g, error) in enumerate(zip(leaves, errors, strict=True)):
+        for stream, (path, g) in enumerate(leaves):
+            error = errors.get(path)
+            if error is not None:
+                check_unchanged("average_gradients", "updates", path_of(path), g, error.shape[1:])
+            elif error_feedback and _is_large(g):
+                raise ValueError(
+                    f"average_gradients: updates leaf {path_of(path)!r}, of shape {g.shape}, was smaller or missing "
+                    "in init; call tx.init again"
+                )
             if is_float0(g):
                 mean = g
             else:

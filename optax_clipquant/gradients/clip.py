@@ -12,6 +12,8 @@ from jax.core import Tracer
 
 from optax_clipquant._tree import (
     PyTree,
+    check_option,
+    check_state,
     flatten_with_path,
     is_float0,
     is_placeholder,
@@ -104,6 +106,13 @@ def clip_by_value(c: Bound, *, telemetry: bool = True) -> optax.GradientTransfor
         updates: PyTree, state: PyTree, params: PyTree | None = None
     ) -> tuple[PyTree, PyTree]:
         del params
+        check_state("clip_by_value", state, ClipByValueState)
+        check_option("clip_by_value", "telemetry", telemetry, state.clip_fraction is not None)
+        if scheduled and state.count is None:
+            raise ValueError(
+                "clip_by_value: c is a schedule, but the state was made for a number and does not count the "
+                "steps; make it anew with tx.init(params)"
+            )
         outside = []
         values: dict[tuple[str, ...], Any] = {
             names: bound(state.count) if callable(bound) else bound

@@ -1,6 +1,7 @@
 """Gradients clamped to a bound that follows a quantile of their magnitudes."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,8 @@ from jax.core import Tracer
 
 from optax_clipquant._tree import (
     PyTree,
+    check_option,
+    check_state,
     flatten_with_path,
     is_float0,
     map_with_path,
@@ -115,6 +118,8 @@ def clip_by_quantile(
         updates: PyTree, state: PyTree, params: PyTree | None = None
     ) -> tuple[PyTree, PyTree]:
         del params
+        check_state("clip_by_quantile", state, ClipByQuantileState)
+        check_option("clip_by_quantile", "per_leaf", per_leaf, isinstance(state.threshold, Mapping))
         rarer = jnp.minimum(q, 1 - q)
         gain = _quantile_gain(1 - q, learning_rate)
         thresholds = state.threshold if per_leaf else {"": state.threshold}
@@ -126,7 +131,8 @@ def clip_by_quantile(
             name = path_of(path) if per_leaf else ""
             if name not in thresholds:
                 raise ValueError(
-                    f"clip_by_quantile: updates have a leaf {name!r} that params did not have in init"
+                    f"clip_by_quantile: updates have a leaf {name!r} that params did not have in init; "
+                    "call tx.init again"
                 )
             g = jnp.asarray(g)
             clipped, outside = clamp("clip_by_quantile", g, thresholds[name])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from optax_clipquant._tree import PyTree, is_float0
+from optax_clipquant._tree import PyTree, check_state, is_float0
 from optax_clipquant.gradients.clip import check_gradient, check_positive, parts, weak
 
 
@@ -124,6 +124,7 @@ def clip_by_zscore(
         updates: PyTree, state: PyTree, params: PyTree | None = None
     ) -> tuple[PyTree, PyTree]:
         del params
+        check_state("clip_by_zscore", state, ClipByZScoreState)
         count, mean, variance = state.count, state.mean, state.variance
         norm = _norm(updates, jnp.where(count == 0, 1, mean))
         warming = count < warmup_steps

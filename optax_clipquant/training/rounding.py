@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_clipquant._tree import PyTree, on_shapes
+from optax_clipquant._tree import PyTree, check_option, check_state, on_shapes
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.params import leaves_of
 from optax_clipquant.quant.selection import Rules, Where, check_rules, use_of
@@ -93,6 +93,8 @@ def round_weights(
     def update(
         updates: PyTree, state: PyTree, params: PyTree | None = None
     ) -> tuple[PyTree, PyTree]:
+        check_state("round_weights", state, RoundWeightsState)
+        check_option("round_weights", "stochastic", stochastic, state.key is not None)
         index = {path: i for i, (path, _) in enumerate(leaves_of(state.grid))}
 
         def step(path: str, u: jax.Array, p: jax.Array, grid: Grid) -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from optax_clipquant._tree import is_placeholder, map_with_path, path_of, unboxed
+from optax_clipquant._tree import check_state, is_placeholder, map_with_path, path_of, unboxed
 from optax_clipquant.lowering.noise import noise, stream_of
 from optax_clipquant.lowering.outline import opaque, outlined
 from optax_clipquant.quant.companding import (
@@ -175,6 +175,8 @@ def quantize_state(
     def update(
         updates: PyTree, state: PyTree, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, PyTree]:
+        check_state("quantize_state", state, QuantizeStateState)
+
         def widen(path: jax.tree_util.KeyPath, x: Any) -> Any:
             if is_saved_form(x):
                 raise ValueError(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_clipquant._tree import PyTree, map_with_path, on_shapes, path_of, unboxed
+from optax_clipquant._tree import PyTree, check_state, map_with_path, on_shapes, path_of, unboxed
 from optax_clipquant.gradients.clip import Bound, clip_by_value
 from optax_clipquant.lowering.noise import stream_of
 from optax_clipquant.lowering.outline import outlined
@@ -206,6 +206,7 @@ def quantize_weights(
     def update(
         updates: PyTree, state: PyTree, params: PyTree | None = None
     ) -> tuple[PyTree, PyTree]:
+        check_state("quantize_weights", state, QuantizeWeightsState)
         latents = dict(leaves_of(state.latent))
         index = {path: i for i, path in enumerate(latents)}
         soft = softness(state.count) if callable(softness) else softness

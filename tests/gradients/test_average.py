@@ -285,6 +285,30 @@ def test_gradients_already_summed_are_refused():
         average_gradients("data", bits=1)
 
 
+@pytest.mark.parametrize(
+    ("before", "shape", "leaf", "message"),
+    [
+        (False, (64, 128), "a", "made with error_feedback=False, and not error_feedback=True"),
+        (True, (1, 64, 128), "a", r"'a' has shape \(64, 128\), but had \(1, 64, 128\) in init"),
+        (True, (4, 4), "a", "'a'.* was smaller or missing in init"),
+        (True, (64, 128), "c", "no leaf 'c', which params had in init"),
+    ],
+)
+def test_error_of_other_options_or_leaves_is_refused(before, shape, leaf, message):
+    large = jnp.zeros((64, 128))
+    params = {"b": large, leaf: jnp.zeros(shape)}
+    state = average_gradients("data", error_feedback=before).init(params)
+    with pytest.raises(ValueError, match=f"average_gradients: .*{message}.*tx.init"):
+        average_gradients("data").update({"a": large, "b": large}, state)
+
+
+def test_state_with_errors_is_refused_without_error_feedback():
+    params = {"a": jnp.zeros((64, 128))}
+    state = average_gradients("data").init(params)
+    with pytest.raises(ValueError, match="error_feedback=True, and not error_feedback=False"):
+        average_gradients("data", error_feedback=False).update(params, state)
+
+
 @pytest.mark.parametrize("error_feedback", [True, False])
 def test_init_accepts_abstract_params(error_feedback):
     """ShapeDtypeStructs, which hold no values, and tracers under ``eval_shape``."""

@@ -16,6 +16,7 @@ from helpers import QUANTIZERS, assert_on_grid, weights
 from optax_clipquant import (
     Grid,
     Uniform,
+    average_gradients,
     clip_by_quantile,
     clip_by_value,
     clip_by_zscore,
@@ -24,6 +25,7 @@ from optax_clipquant import (
     export_params,
     latent_params,
     quantize_params,
+    quantize_state,
     quantize_weights,
     round_weights,
     softness_schedule,
@@ -438,6 +440,41 @@ def test_other_residual_bits_on_resume_are_refused(before, after):
     state = quantize_weights(Uniform(bits=4), residual_bits=before).init(params)
     with pytest.raises(ValueError, match=rf"'w' are kept in .*residual_bits={after}.*start anew"):
         quantize_weights(Uniform(bits=4), residual_bits=after).update(params, state, params)
+
+
+@pytest.mark.parametrize(
+    ("make", "option"),
+    [
+        (functools.partial(clip_by_value, 1.0), "telemetry"),
+        (clip_by_quantile, "per_leaf"),
+        (functools.partial(round_weights, Uniform(bits=4)), "stochastic"),
+    ],
+)
+@pytest.mark.parametrize("before", [False, True])
+def test_other_options_on_resume_are_refused(make, option, before):
+    params = start(jnp.float32)
+    state = make(**{option: before}).init(params)
+    make(**{option: before}).update(params, state, params)
+    message = rf"state was made with {option}={before}, and not {option}={not before}.*tx\.init"
+    with pytest.raises(ValueError, match=message):
+        make(**{option: not before}).update(params, state, params)
+
+
+def test_schedule_on_resume_of_a_state_without_steps_is_refused():
+    state = clip_by_value(1.0, telemetry=False).init(jnp.ones(3))
+    with pytest.raises(ValueError, match=r"does not count the steps.*tx\.init"):
+        clip_by_value(lambda count: 1.0 + count, telemetry=False).update(jnp.ones(3), state)
+
+
+@pytest.mark.parametrize(
+    "tx", [*TRANSFORMS.values(), average_gradients("data"), quantize_state(optax.adam(1e-3))]
+)
+def test_state_of_another_transform_is_refused(tx):
+    params = start(jnp.float32)
+    other = optax.sgd(0.1, momentum=0.9).init(params)
+    for state, found in ((other, "tuple"), (params, "dict"), (other[0], "TraceState")):
+        with pytest.raises(TypeError, match=rf"state is a {found}, not a \w+State.*tx\.init"):
+            tx.update(params, state, params)
 
 
 def test_tree_map_params_error_tells_how_to_shard_the_state():
