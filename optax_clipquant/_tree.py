@@ -17,9 +17,10 @@ def path_of(path: jax.tree_util.KeyPath) -> str:
 
 
 def listed(paths: Iterable[str]) -> str:
-    """Paths for a message: the first five, and how many more there are."""
+    """Paths for a message: the first five, and how many more there are; "none" if there are none."""
     shown = [repr(path) for path in paths]
-    return ", ".join(shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")
+    more = f" and {len(shown) - 5} more" if len(shown) > 5 else ""
+    return (", ".join(shown[:5]) or "none") + more
 
 
 def flatten_with_path(
@@ -139,6 +140,19 @@ def check_unchanged(
             f"{transform}: {what} leaf {path!r} is {leaf.dtype}, but was {np.dtype(dtype)} in init. "
             "Apply updates with optax.apply_updates(params, updates), which keeps the dtype of params; "
             "p + u, or eqx.apply_updates, does not. Params cast on purpose need a new tx.init"
+        )
+
+
+NUMBERS = (int, float, np.generic, np.ndarray, jax.Array)  # and arrays of them
+
+
+def check_scalar(transform: str, name: str, value: Any, what: str, help: str = "") -> None:
+    """Raises if an argument is not a number or a 0-d array; ``what`` it must be, and ``help``, are for the message."""
+    if not isinstance(value, NUMBERS) or isinstance(value, bool):
+        raise TypeError(f"{transform}: {name} must be {what}, got {value!r}{help}")
+    if np.ndim(value) != 0:
+        raise ValueError(
+            f"{transform}: {name} must be a scalar, got an array of shape {np.shape(value)}{help}"
         )
 
 

@@ -79,7 +79,9 @@ def average_gradients(
       stored error is reset to 0.
 
     Raises:
-      ValueError: ``bits`` is neither 4 nor 8; or the gradients do not differ between the devices.
+      ValueError: ``bits`` is neither 4 nor 8; in ``update``, the gradients do not differ between the devices,
+        or the state was made with another ``error_feedback`` or for other leaves.
+      TypeError: ``axis_name`` is not a name or a tuple of names.
 
     Examples:
       >>> from jax.sharding import PartitionSpec as P
@@ -108,6 +110,12 @@ def average_gradients(
       Adam, 2021 (arXiv:2102.02888), and Wang et al., ZeRO++, 2023 (arXiv:2306.10209), for the
       all-reduce in two stages.
     """
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    if not (isinstance(names, tuple) and names and all(isinstance(name, str) for name in names)):
+        raise TypeError(
+            "average_gradients: axis_name must be the name of a mesh axis, or a tuple of names, got "
+            f"{axis_name!r}"
+        )
     if bits not in (4, 8):
         raise ValueError(f"average_gradients: bits must be 8 or 4, got {bits!r}")
 

@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.core import Tracer
 
 from optax_clipquant._tree import (
     PyTree,
     check_option,
+    check_scalar,
     check_state,
     flatten_with_path,
     is_float0,
@@ -69,8 +69,9 @@ def clip_by_value(c: Bound, *, telemetry: bool = True) -> optax.GradientTransfor
 
     Raises:
       ValueError: a concrete bound is not positive, is NaN, or is not a scalar; in ``update``, a
-        schedule returns something other than a scalar. A traced or scheduled bound that is negative or
-        NaN turns the updates into NaN, since nothing can be raised inside ``jax.jit``.
+        schedule returns something other than a scalar, or the state was made with another ``telemetry``. A
+        traced or scheduled bound that is negative or NaN turns the updates into NaN, since nothing can be
+        raised inside ``jax.jit``.
       TypeError: a bound is not a number, or a gradient is an integer.
 
     Examples:
@@ -119,10 +120,7 @@ def clip_by_value(c: Bound, *, telemetry: bool = True) -> optax.GradientTransfor
             for names, bound in bounds.items()
         }
         for value in values.values():
-            if np.ndim(value) != 0:
-                raise ValueError(
-                    f"clip_by_value: c must be a scalar, but the schedule gave shape {np.shape(value)}"
-                )
+            check_scalar("clip_by_value", "c, as the schedule gives it,", value, "a number")
 
         def clip(path: jax.tree_util.KeyPath, g: Any) -> Any:
             bound = values[_bounding(path, bounds)]
@@ -199,14 +197,7 @@ def check_positive(transform: str, name: str, value: Any, help: str = "") -> Non
     """Raises if ``value`` is concrete and not a positive scalar."""
     if isinstance(value, Tracer):
         return
-    if not isinstance(value, (int, float, np.generic, np.ndarray, jax.Array)) or isinstance(
-        value, bool
-    ):
-        raise TypeError(f"{transform}: {name} must be a positive number, got {value!r}{help}")
-    if np.ndim(value) != 0:
-        raise ValueError(
-            f"{transform}: {name} must be a scalar, got an array of shape {np.shape(value)}{help}"
-        )
+    check_scalar(transform, name, value, "a positive number", help)
     if not float(value) > 0:
         raise ValueError(f"{transform}: {name} must be positive, got {value}{help}")
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from optax_clipquant._tree import PyTree, check_state, is_float0
+from optax_clipquant._tree import PyTree, check_scalar, check_state, is_float0
 from optax_clipquant.gradients.clip import check_gradient, check_positive, parts, weak
 
 
@@ -92,6 +92,7 @@ def clip_by_zscore(
     """
     check_positive("clip_by_zscore", "z", z)
     check_positive("clip_by_zscore", "max_norm", max_norm, "; give math.inf for no limit")
+    check_scalar("clip_by_zscore", "decay", decay, "a number in [0, 1)")
     if not isinstance(decay, Tracer) and not 0 <= decay < 1:
         raise ValueError(f"clip_by_zscore: decay must be in [0, 1), got {decay}")
     if not isinstance(warmup_steps, Tracer):

@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from optax_clipquant._tree import PyTree, flatten_with_path, listed, path_of, refuse_abstract
+from optax_clipquant._tree import (
+    NUMBERS,
+    PyTree,
+    flatten_with_path,
+    listed,
+    path_of,
+    refuse_abstract,
+)
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.qarray import QArray, is_qarray
 from optax_clipquant.quant.quantizers.uniform import Uniform
@@ -167,6 +174,8 @@ def weighting_of(
             raise TypeError("importance is a Calibration; give it as calibration=")
         weighting = {path_of(path): leaf for path, leaf in flatten_with_path(importance)[0]}
         for path, leaf in weighting.items():
+            if not isinstance(leaf, NUMBERS):
+                raise TypeError(f"importance leaf {path!r} must be an array, got {leaf!r:.80}")
             if not _is_known_to_fit(leaf):
                 raise ValueError(f"importance leaf {path!r} is negative or not finite somewhere")
     return uses, weighting

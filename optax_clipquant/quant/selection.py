@@ -16,7 +16,7 @@ import numpy as np
 from optax_clipquant._tree import PyTree, flatten_with_path, path_of
 from optax_clipquant.quant.qarray import is_qarray
 from optax_clipquant.quant.quantizers.base import Quantizer
-from optax_clipquant.quant.uses import Use, Uses, names_a_weight
+from optax_clipquant.quant.uses import Calibration, Use, Uses, names_a_weight
 
 Rules = Quantizer | Mapping[str, Quantizer | None]
 Where = Callable[[str, Any], bool]
@@ -30,7 +30,7 @@ def select(
     Leaves that would not become smaller, and leaves of dtypes that hold codes or scales already (float4,
     float6, float8_e8m0fnu), are left out, with a warning.
     """
-    check_rules(quantizer)
+    check_rules(quantizer, where, uses)
     leaves = [
         (path_of(path), leaf)
         for path, leaf in flatten_with_path(params, is_leaf=is_qarray)[0]
@@ -149,8 +149,24 @@ def _check_traced(uses: Uses, leaves: list[tuple[str, Any]]) -> None:
             )
 
 
-def check_rules(quantizer: Any) -> None:
-    """Raises if ``quantizer`` is neither a quantizer nor a mapping to quantizers."""
+def check_where(where: Any) -> None:
+    """Raises if ``where`` cannot be called, such as a tree of booleans."""
+    if where is not None and not callable(where):
+        raise TypeError(
+            f"where must be a function of path and leaf, got {where!r:.80}; for example, "
+            "where=lambda path, leaf: 'kernel' in path"
+        )
+
+
+def check_rules(quantizer: Any, where: Any = None, uses: Any = None) -> None:
+    """Raises if ``quantizer`` is neither a quantizer nor a mapping to quantizers, or the others have other types."""
+    check_where(where)
+    if isinstance(uses, Calibration):
+        raise TypeError("uses is a Calibration; give it as calibration=, or its uses")
+    if uses is not None and not isinstance(uses, Uses):
+        raise TypeError(
+            f"uses must be what trace_weights(fn, params, *args) returns, got {uses!r:.80}"
+        )
     if isinstance(quantizer, Quantizer):
         return
     if not isinstance(quantizer, Mapping):

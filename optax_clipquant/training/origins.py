@@ -18,6 +18,14 @@ _EXACT = (
 )
 
 
+def check_optimizer(transform: str, optimizer: Any) -> None:
+    """Raises if ``optimizer`` is none, such as ``optax.adam`` that was not called."""
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise TypeError(
+            f"{transform}: optimizer must be an optax optimizer, such as optax.adam(1e-3), got {optimizer!r}"
+        )
+
+
 def origins_of(
     optimizer: optax.GradientTransformation, params: PyTree, state: PyTree
 ) -> tuple[PyTree, PyTree]:

@@ -9,6 +9,7 @@ import optax
 from optax_clipquant._tree import PyTree, check_option, check_state, on_shapes
 from optax_clipquant.quant.grid import Grid
 from optax_clipquant.quant.params import leaves_of
+from optax_clipquant.quant.quantizers.base import is_int
 from optax_clipquant.quant.selection import Rules, Where, check_rules, use_of
 from optax_clipquant.quant.uses import Uses
 from optax_clipquant.training.grids import (
@@ -70,7 +71,8 @@ def round_weights(
       A ``GradientTransformation`` with a ``RoundWeightsState``.
 
     Raises:
-      ValueError: as for ``quantize_weights``.
+      ValueError, TypeError: as for ``quantize_weights``; or in ``update``, the state was made with another
+        ``stochastic``.
 
     Examples:
       >>> from optax_clipquant import Uniform
@@ -82,7 +84,10 @@ def round_weights(
              [0.]], dtype=float32)
     """
 
-    check_rules(quantizer)
+    check_rules(quantizer, where, uses)
+    is_integer = is_int(seed) or jnp.issubdtype(getattr(seed, "dtype", bool), jnp.integer)
+    if stochastic and not (is_integer and jnp.ndim(seed) == 0):
+        raise TypeError(f"round_weights: seed must be an integer, got {seed!r}")
 
     @on_shapes
     def init(params: PyTree) -> PyTree:

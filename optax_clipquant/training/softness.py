@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
+from optax_clipquant._tree import check_scalar
+
 
 def softness_schedule(start: int, end: int, steepness: float = 20.0) -> optax.Schedule:
     """A schedule for ``quantize_weights(softness=...)`` that falls from 1 to 0.
@@ -54,12 +56,20 @@ def softness_schedule(start: int, end: int, steepness: float = 20.0) -> optax.Sc
 def check_softness(softness: Any) -> None:
     if isinstance(softness, Tracer) or softness is None:
         return
-    if isinstance(softness, str):
-        raise TypeError(
-            f"quantize_weights: softness must be a number or a schedule, got {softness!r}"
-        )
+    check_scalar("quantize_weights", "softness", softness, "a number or a schedule")
     if not 0 <= float(softness) <= 1:  # fails for NaN too
         raise ValueError(f"quantize_weights: softness must be from 0 to 1, got {softness}")
+
+
+def softness_at(
+    softness: float | optax.Schedule | None, count: jax.typing.ArrayLike
+) -> jax.typing.ArrayLike | None:
+    """The softness after ``count`` updates."""
+    if not callable(softness):
+        return softness
+    value = softness(count)
+    check_scalar("quantize_weights", "softness, as the schedule gives it,", value, "a number")
+    return value
 
 
 def softness_before(
@@ -69,7 +79,7 @@ def softness_before(
 
     It is 1 before the first update, when the params are the latent weights.
     """
-    last = softness(jnp.maximum(count - 1, 0)) if callable(softness) else softness
+    last = softness_at(softness, jnp.maximum(count - 1, 0))
     return jnp.where(
         count == 0, 1.0, jnp.clip(jnp.asarray(0.0 if last is None else last, jnp.float32), 0, 1)
     )

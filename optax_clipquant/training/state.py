@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from optax_clipquant._tree import check_state, is_placeholder, map_with_path, path_of, unboxed
+from optax_clipquant._tree import (
+    check_scalar,
+    check_state,
+    is_placeholder,
+    map_with_path,
+    path_of,
+    unboxed,
+)
 from optax_clipquant.lowering.noise import noise, stream_of
 from optax_clipquant.lowering.outline import opaque, outlined
 from optax_clipquant.quant.companding import (
@@ -22,8 +29,8 @@ from optax_clipquant.quant.companding import (
 )
 from optax_clipquant.quant.params import PyTree, is_quantized
 from optax_clipquant.quant.quantizers.base import is_int
-from optax_clipquant.quant.selection import Where
-from optax_clipquant.training.origins import origins_of
+from optax_clipquant.quant.selection import Where, check_where
+from optax_clipquant.training.origins import check_optimizer, origins_of
 from optax_clipquant.training.weights import weight_states
 
 # From here on, an array whose last block is shorter costs a TPU more than in float: its temporaries, 28 bytes
@@ -95,6 +102,7 @@ def quantize_state(
       ValueError: ``bits`` is neither 4 nor 8, or ``block_size`` is below 16; in ``init``, ``optimizer``
         quantizes weights, or its state holds iterates; in ``update``, the state was made with other
         ``bits`` or another ``block_size``.
+      TypeError: an argument has another type, or in ``update``, the state is that of another transform.
 
     Warns:
       UserWarning: in ``init``, the state holds no array of at least ``min_size`` elements; or large arrays
@@ -120,6 +128,9 @@ def quantize_state(
         raise ValueError(
             f"quantize_state: block_size must be an integer of at least 16, got {block_size!r}"
         )
+    check_scalar("quantize_state", "min_size", min_size, "a number of elements")
+    check_where(where)
+    check_optimizer("quantize_state", optimizer)
     optimizer = optax.with_extra_args_support(optimizer)
 
     def init(params: PyTree) -> PyTree:

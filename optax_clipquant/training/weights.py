@@ -32,8 +32,9 @@ from optax_clipquant.training.grids import (
     start_grids,
 )
 from optax_clipquant.training.latent import adopt, crosses, straight_through
+from optax_clipquant.training.origins import check_optimizer
 from optax_clipquant.training.rounding import RoundWeightsState
-from optax_clipquant.training.softness import check_softness, soften, softness_before
+from optax_clipquant.training.softness import check_softness, soften, softness_at, softness_before
 
 
 class QuantizeWeightsState(NamedTuple):
@@ -138,7 +139,7 @@ def quantize_weights(
       ValueError: ``softness`` is a concrete number outside 0..1, or ``residual_bits`` is neither None
         nor 8, or the quantizer does not keep the grids of ``start``; in ``init``, as for
         ``quantize_params``; in ``update``, no params are given.
-      TypeError: ``quantizer`` or ``softness`` has another type, or ``start`` has no ``QArray``.
+      TypeError: an argument or the state has another type, or ``start`` has no ``QArray``.
 
     References:
       Courbariaux et al., BinaryConnect, 2015 (arXiv:1511.00363). Jin et al., PARQ, 2025
@@ -172,7 +173,7 @@ def quantize_weights(
         tx = optax.chain(optax.adam(1e-5), quantize_weights(quantizer, start=qparams))
         params = dequantize_params(qparams)
     """
-    check_rules(quantizer)
+    check_rules(quantizer, where, uses)
     if not callable(softness):
         check_softness(softness)
     if residual_bits not in (None, 8):
@@ -209,7 +210,7 @@ def quantize_weights(
         check_state("quantize_weights", state, QuantizeWeightsState)
         latents = dict(leaves_of(state.latent))
         index = {path: i for i, path in enumerate(latents)}
-        soft = softness(state.count) if callable(softness) else softness
+        soft = softness_at(softness, state.count)
         before = softness_before(softness, state.count)
 
         def step(path: str, u: jax.Array, p: jax.Array, grid: Grid) -> tuple[Any, Any, Any]:
@@ -303,6 +304,7 @@ def clipquant(
     Examples:
       >>> tx = clipquant(optax.adam(1e-3), c=1.0, quantizer=Uniform(bits=4))
     """
+    check_optimizer("clipquant", optimizer)
     return optax.chain(clip_by_value(c), optimizer, quantize_weights(quantizer, uses=uses))
 
 

@@ -302,6 +302,12 @@ def test_error_of_other_options_or_leaves_is_refused(before, shape, leaf, messag
         average_gradients("data").update({"a": large, "b": large}, state)
 
 
+@pytest.mark.parametrize("axis_name", [None, 0, ["data"], ()])
+def test_axis_that_is_no_name_is_refused(axis_name):
+    with pytest.raises(TypeError, match="axis_name must be the name of a mesh axis, or a tuple"):
+        average_gradients(axis_name)
+
+
 def test_state_with_errors_is_refused_without_error_feedback():
     params = {"a": jnp.zeros((64, 128))}
     state = average_gradients("data").init(params)

@@ -153,6 +153,11 @@ def test_tracking_refuses_a_non_integer_warmup():
         clip_by_zscore(warmup_steps=2.5)  # pyright: ignore[reportArgumentType]
 
 
+def test_tracking_refuses_a_decay_that_is_no_number():
+    with pytest.raises(TypeError, match=r"decay must be a number in \[0, 1\), got None"):
+        clip_by_zscore(decay=None)  # pyright: ignore[reportArgumentType]
+
+
 def test_tracking_refuses_duplicate_paths():
     params = {"a": {"b": jnp.ones(3)}, "a/b": jnp.ones(2)}
     with pytest.raises(ValueError, match="two leaves of params have the same path"):

@@ -1,3 +1,4 @@
+import re
 import warnings
 
 import chex
@@ -17,6 +18,7 @@ from helpers import (
     batch,
     cases,
     make_step,
+    mlp_params,
     optimizer,
     projected,
 )
@@ -193,9 +195,19 @@ def test_schedule_matches_float64_at_any_steepness(steepness):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_text_is_refused():
-    with pytest.raises(TypeError, match=r"must be a number or a schedule, got '0\.5'"):
-        quantize_weights(Uniform(bits=4), softness="0.5")  # pyright: ignore[reportArgumentType]
+@pytest.mark.parametrize("softness", ["0.5", True, [0.5]])
+def test_what_is_no_number_is_refused(softness):
+    with pytest.raises(
+        TypeError, match=f"must be a number or a schedule, got {re.escape(repr(softness))}"
+    ):
+        quantize_weights(Uniform(bits=4), softness=softness)
+
+
+@pytest.mark.parametrize("value", [None, np.full(3, 0.5)])
+def test_schedule_that_gives_no_scalar_is_refused(value):
+    tx, params = quantize_weights(Uniform(bits=4), softness=lambda count: value), mlp_params()
+    with pytest.raises((TypeError, ValueError), match="softness, as the schedule gives it, must"):
+        tx.update(params, tx.init(params), params)
 
 
 @pytest.mark.parametrize(("given", "used"), [(1.5, 1.0), (-0.5, 0.0)])

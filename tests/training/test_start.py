@@ -157,6 +157,7 @@ def test_scales_of_a_start_are_sharded_like_the_params():
 def test_importance_that_weights_nothing_is_refused():
     quantizer, params = Uniform(4, **MSE), {"w": PARAMS["in"]}
     for importance, error, match in [
+        (lambda path: 1.0, TypeError, "importance leaf .* must be an array, got <function"),
         ({"params": {"w": 1.0}}, ValueError, "'params/w', and these are to be quantized: 'w'"),
         ({"w": jnp.full((24, 1), jnp.nan)}, ValueError, "leaf 'w' is negative or not finite"),
         ({"w": -1.0}, ValueError, "leaf 'w' is negative or not finite"),

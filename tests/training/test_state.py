@@ -273,6 +273,23 @@ def test_bad_arguments_are_refused(kwargs, message):
         quantize_state(optax.adam(1e-3), **kwargs)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "kwargs", "message"),
+    [
+        (optax.adam, {}, r"optimizer must be an optax optimizer, such as .*, got <function adam"),
+        (optax.adam(1e-3), {"min_size": None}, "min_size must be a number of elements, got None"),
+        (
+            optax.adam(1e-3),
+            {"where": {"w": True}},
+            "where must be a function of path and leaf, got",
+        ),
+    ],
+)
+def test_arguments_of_other_types_are_refused(optimizer, kwargs, message):
+    with pytest.raises(TypeError, match=message):
+        quantize_state(optimizer, **kwargs)
+
+
 def test_latent_weights_are_refused():
     inner = optax.chain(optax.adam(1e-3), quantize_weights(Uniform(bits=4)))
     with pytest.raises(ValueError, match="put that transform after"):

@@ -323,6 +323,30 @@ def test_update_without_params_is_refused():
             tx.update(params, tx.init(params))
 
 
+@pytest.mark.parametrize("make", [quantize_weights, round_weights])
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"where": "kernel"}, "where must be a function of path and leaf, got 'kernel'"),
+        ({"uses": {}}, r"uses must be what trace_weights\(.* returns, got {}"),
+    ],
+)
+def test_arguments_of_other_types_are_refused_at_once(make, kwargs, message):
+    with pytest.raises(TypeError, match=message):
+        make(Uniform(bits=4), **kwargs)
+
+
+@pytest.mark.parametrize("seed", [jax.random.key(0), jax.random.PRNGKey(0), 1.5, None])
+def test_seed_that_is_no_integer_is_refused(seed):
+    with pytest.raises(TypeError, match="seed must be an integer, got"):
+        round_weights(Uniform(bits=4), stochastic=True, seed=seed)
+
+
+def test_optimizer_that_was_not_called_is_refused():
+    with pytest.raises(TypeError, match=r"clipquant: optimizer must .*optax\.adam\(1e-3\), got"):
+        clipquant(optax.adam)  # pyright: ignore[reportArgumentType]
+
+
 def test_init_refuses_what_quantize_params_refuses():
     with pytest.raises(ValueError, match="no leaf of params is selected"):
         quantize_weights(Uniform()).init({"bias": jnp.ones(3)})
