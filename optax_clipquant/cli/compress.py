@@ -11,6 +11,7 @@ import numpy as np
 
 from optax_clipquant.cli import arguments
 from optax_clipquant.cli.arguments import Commands, add_files, add_json
+from optax_clipquant.cli.contents import described
 from optax_clipquant.cli.numpy_grid import Absmax, Coder, threads
 from optax_clipquant.cli.rules import SAFETENSORS, WIDTHS, Rule, Store, choose, drop_what_grows
 from optax_clipquant.cli.terminal import Progress, check_output, printable, progress, report
@@ -252,8 +253,7 @@ def compress(
         if spoiled:
             _tell_non_finite(source, spoiled, allow_non_finite)
     return [
-        Row(name, leaf.shape, leaf.bits, nbytes(*specs[name]), leaf.nbytes)
-        for name, leaf in leaves.items()
+        described(name, leaf, nbytes(*specs[name]), leaf.nbytes) for name, leaf in leaves.items()
     ]
 
 

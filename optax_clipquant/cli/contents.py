@@ -13,6 +13,19 @@ from optax_clipquant.formats.safetensors import bytes_of
 from optax_clipquant.report.rows import Row
 
 
+def described(path: str, leaf: LeafSpec, bytes_before: int, bytes_after: int) -> Row:
+    """The row of a tensor, without errors."""
+    return Row(
+        path,
+        leaf.shape,
+        leaf.bits,
+        bytes_before,
+        bytes_after,
+        grid=leaf.grid,
+        weights_per_scale=leaf.weights_per_scale,
+    )
+
+
 class Contents:
     """The tensors of a checkpoint by name; in files of ``save``, by path.
 
@@ -38,7 +51,7 @@ class Contents:
     @property
     def rows(self) -> list[Row]:
         return [
-            Row(path, leaf.shape, leaf.bits, nbytes(*leaf.spec), leaf.nbytes)
+            described(path, leaf, nbytes(*leaf.spec), leaf.nbytes)
             for path, leaf in self.leaves.items()
         ]
 

@@ -5,7 +5,6 @@ import contextlib
 import functools
 import math
 import os
-import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from optax_clipquant._atomic import check_new_folder, scratch_folder
 from optax_clipquant.cli import compress
 from optax_clipquant.cli.arguments import Commands, add_json
 from optax_clipquant.cli.rules import Store
-from optax_clipquant.cli.terminal import check_free, print_json, printable, progress
+from optax_clipquant.cli.terminal import check_free, print_json, print_table, printable, progress
 from optax_clipquant.formats.checkpoint import Checkpoint
 from optax_clipquant.formats.compressed_tensors.folder import float_config, read_config, read_object
 from optax_clipquant.formats.gguf.container import GGUFFile
@@ -89,8 +88,6 @@ def run(args: argparse.Namespace) -> None:
         tensors = [_plain(item) for item in written]
         print_json({"input": args.input, "output": args.output, "tensors": tensors})
         return
-    import rich.console
-
     from optax_clipquant._print import Name, compact_table
 
     table = compact_table(show_footer=True)
@@ -105,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
         table.add_row(
             Name(printable(item["name"])), shape, item["in"], item["out"], f"{item['bytes']:,}"
         )
-    rich.console.Console(width=None if sys.stdout.isatty() else 120).print(table)
+    print_table(table)
 
 
 def _plain(item: "Written") -> dict[str, Any]:

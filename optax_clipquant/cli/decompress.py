@@ -5,13 +5,12 @@ import contextlib
 from collections.abc import Iterator
 
 from optax_clipquant.cli.arguments import Commands, add_files, add_json
-from optax_clipquant.cli.contents import Contents
+from optax_clipquant.cli.contents import Contents, described
 from optax_clipquant.cli.numpy_grid import threads
 from optax_clipquant.cli.terminal import Progress, check_output, progress, report
 from optax_clipquant.formats.checkpoint import Checkpoint, writing_checkpoint
 from optax_clipquant.formats.dtypes import nbytes
 from optax_clipquant.formats.safetensors import Writer, writing
-from optax_clipquant.report.rows import Row
 
 _TEXT = """Decompress a file to a plain safetensors file, which any program can read.
 
@@ -41,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
         with progress("decompressing", total) as advance:
             decompress(contents, args.output, args.max_shard_size, advance)
     rows = [
-        Row(path, leaf.shape, leaf.bits, leaf.nbytes, nbytes(*leaf.spec))
+        described(path, leaf, leaf.nbytes, nbytes(*leaf.spec))
         for path, leaf in contents.leaves.items()
     ]
     dtypes = [leaf.dtype.name for leaf in leaves]

@@ -3,18 +3,24 @@
 import argparse
 import dataclasses
 import os
-import sys
 
 from optax_clipquant._atomic import replacing
 from optax_clipquant.cli.arguments import Commands, add_json
 from optax_clipquant.cli.contents import Contents
 from optax_clipquant.cli.numpy_grid import threads
-from optax_clipquant.cli.terminal import check_free, plain_rows, print_json, printable, progress
+from optax_clipquant.cli.terminal import (
+    check_free,
+    plain_rows,
+    print_json,
+    print_table,
+    printable,
+    progress,
+)
 from optax_clipquant.formats.checkpoint import Checkpoint
 from optax_clipquant.formats.dtypes import Opaque
 from optax_clipquant.report.rows import Row, Summary, errors
 
-_TEXT = """Show each tensor of a safetensors file: shape, bits, bytes.
+_TEXT = """Show each tensor of a safetensors file: shape, bits, the number of weights per scale, bytes.
 
 With --against, also the largest error and the signal-to-noise ratio in dB beside a float file."""
 _EXAMPLES = """  optax-clipquant inspect model.safetensors
@@ -60,9 +66,7 @@ def run(args: argparse.Namespace) -> None:
         totals = {"bytes_before": summary.bytes_before, "bytes_after": summary.bytes_after}
         print_json({"file": args.file, **totals, "tensors": plain_rows(rows, dtypes)})
     else:
-        import rich.console
-
-        rich.console.Console(width=None if sys.stdout.isatty() else 120).print(summary)
+        print_table(summary)
 
 
 def _check_plot(args: argparse.Namespace) -> None:

@@ -42,6 +42,14 @@ def progress(text: str, total: int) -> Iterator[Progress]:
         yield lambda count: bar.advance(task, count)
 
 
+def print_table(table: Any) -> None:
+    """Prints what rich can display, as wide as the terminal; elsewhere as the variable COLUMNS says, or 120."""
+    import rich.console
+
+    given = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdecimal()
+    rich.console.Console(width=None if given else 120).print(table)
+
+
 def print_json(content: dict[str, Any]) -> None:
     """Prints strict JSON, which has no numbers that are not finite."""
     print(json.dumps(_strict(content), indent=2, allow_nan=False))

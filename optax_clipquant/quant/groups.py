@@ -105,3 +105,15 @@ def scale_shape(shape: tuple[int, ...], shared: tuple[int, ...], group: Group) -
         axis, size = group
         extents[axis] = math.ceil(shape[axis] / size)
     return tuple(extents)
+
+
+def weights_per_scale(shape: tuple[int, ...], scale_shape: tuple[int, ...], group: Group) -> int:
+    """The number of weights that share a scale; of the whole groups, where the last one is shorter.
+
+    Examples:
+      >>> weights_per_scale((3, 3, 64, 8), (3, 3, 2, 8), (-2, 32))
+      32
+    """
+    shared, group = groups_of(shape, scale_shape, group)
+    run = 1 if group is None else min(group[1], shape[group[0]])
+    return run * math.prod(shape[axis] for axis in shared)

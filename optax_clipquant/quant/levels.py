@@ -63,6 +63,14 @@ class Levels:
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(Levels)}
         )
 
+    def kind(self, zero_point: np.dtype | None) -> str:
+        """The kind of grid in a word, given the dtype of its zero points if it has any."""
+        if self.codebook is not None:
+            return "codebook"
+        if zero_point is not None:
+            return "affine" if zero_point.kind == "i" else "z-score"
+        return {1: "binary", 2: "ternary"}.get(self.upper - self.lower, "uniform")
+
     def packed_size(self, size: int) -> int:
         """Bytes of ``size`` packed codes: ``ceil(size * bits / 8)``; at log2(3) bits, five codes per byte."""
         return math.ceil(size / 5) if self.bits == math.log2(3) else math.ceil(size * self.bits / 8)

@@ -25,6 +25,9 @@ class Row:
       max_error: the largest absolute error; None without an original to compare with.
       snr_db: signal-to-noise ratio, ``10 log10(sum(w**2) / sum((w - w')**2))``; inf without error,
         None without an original to compare with.
+      grid: the kind of its grid: uniform, affine, ternary, binary, codebook (``NormalFloat``) or z-score; None
+        if the leaf is not quantized.
+      weights_per_scale: the number of weights that share a scale; None if the leaf is not quantized.
     """
 
     path: str
@@ -34,6 +37,8 @@ class Row:
     bytes_after: int
     max_error: float | None = None
     snr_db: float | None = None
+    grid: str | None = None
+    weights_per_scale: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +74,11 @@ class Summary(Printed):
         # Where there is no room, digits wrap rather than being cut off.
         table.add_column("leaf", "total", overflow="fold")
         compared = any(row.max_error is not None for row in self.rows)
+        quantized = any(row.grid is not None for row in self.rows)
         for header, footer in (
             ("shape", ""),
             ("bits", ""),
+            *((("per\nscale", ""),) if quantized else ()),
             ("bytes\nbefore", f"{self.bytes_before:,}"),
             ("bytes\nafter", f"{self.bytes_after:,}"),
             ("ratio", f"{self.ratio:.2f}"),
@@ -80,10 +87,12 @@ class Summary(Printed):
             table.add_column(header, footer, justify="right", overflow="fold")
         for row in self.rows:
             errors = (row.max_error, ".2g"), (row.snr_db, ".1f")
+            each = row.weights_per_scale
             table.add_row(
                 Name(row.path),
                 "x".join(map(str, row.shape)),
                 f"{row.bits:.3g}",
+                *(("" if each is None else f"{each:,}",) if quantized else ()),
                 f"{row.bytes_before:,}",
                 f"{row.bytes_after:,}",
                 f"{row.bytes_before / max(row.bytes_after, 1):.2f}",

@@ -1,11 +1,13 @@
 """The size and error of each leaf of a quantized tree, and its bits per weight."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import numpy as np
 
 from optax_clipquant._tree import flatten_with_path, path_of, refuse_abstract
+from optax_clipquant.quant.groups import weights_per_scale
 from optax_clipquant.quant.params import PyTree
 from optax_clipquant.quant.qarray import is_qarray
 from optax_clipquant.report.rows import Row, Summary, row_of
@@ -51,7 +53,13 @@ def summarize(params: PyTree, qparams: PyTree) -> Summary:
         array, leaf = np.asarray(before[path]), after[path]
         if not is_qarray(leaf):
             return row_of(path, array, np.asarray(leaf))
-        return row_of(path, array, np.asarray(leaf), leaf.bits, leaf.nbytes_packed)
+        found = row_of(path, array, np.asarray(leaf), leaf.bits, leaf.nbytes_packed)
+        zero = leaf.zero_point
+        return dataclasses.replace(
+            found,
+            grid=leaf.grid.kind(None if zero is None else zero.dtype),
+            weights_per_scale=weights_per_scale(leaf.shape, leaf.scale.shape, leaf.grid.group),
+        )
 
     return Summary(tuple(row(path) for path in before))
 

@@ -234,21 +234,32 @@ def test_inspect(source, tmp_path, capsys):
     assert rows["layer.0.q.weight"] == {
         "path": "layer.0.q.weight", "shape": [24, 24], "bits": 16, "dtype": "bfloat16",
         "bytes_before": 1152, "bytes_after": 1152, "max_error": None, "snr_db": None,
+        "grid": None, "weights_per_scale": None,
     }  # fmt: skip
     assert run("compress", source, tmp_path / "small", "--bits", 4) == 0
     assert run("inspect", tmp_path / "small") == 0
     text = capsys.readouterr().out
     assert "embed.weight" in text
     assert "SNR" not in text
+    assert "24 " in next(line for line in text.splitlines() if "embed.weight" in line)  # per scale
     report = run_json(capsys, "inspect", tmp_path / "small", "--against", source)
     row = next(row for row in report["tensors"] if row["path"] == "embed.weight")
     w = checkpoint()["embed.weight"]
     error = w - expected(Uniform(4, channel_axis=0))["embed.weight"]
     assert row["bytes_after"] == 40 * 24 // 2 + 2 * 40
+    assert (row["grid"], row["weights_per_scale"]) == ("uniform", 24)
     assert row["max_error"] == pytest.approx(np.abs(error).max())
     assert row["snr_db"] == pytest.approx(10 * np.log10((w**2).sum() / (error**2).sum()), rel=1e-4)
     assert run("inspect", tmp_path / "small", "--against", source) == 0
     assert "SNR" in capsys.readouterr().out
+
+
+def test_tables_are_as_wide_as_columns_says_where_there_is_no_terminal(source, capsys, monkeypatch):
+    for columns, most in ((None, 120), ("60", 60)):
+        if columns is not None:
+            monkeypatch.setenv("COLUMNS", columns)
+        assert run("inspect", source) == 0
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= most
 
 
 def test_inspect_plots(source, tmp_path, capsys, monkeypatch):

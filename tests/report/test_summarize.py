@@ -8,7 +8,16 @@ import pytest
 import rich.console
 from helpers import mlp_params, weights
 
-from optax_clipquant import Ternary, Uniform, bits_per_param, quantize_params, summarize
+from optax_clipquant import (
+    Binary,
+    NormalFloat,
+    Ternary,
+    Uniform,
+    ZScore,
+    bits_per_param,
+    quantize_params,
+    summarize,
+)
 
 
 def test_rows_match_float64():
@@ -34,6 +43,25 @@ def test_rows_match_float64():
     assert summary.bytes_before == 4 * (120 + 10 + 40 + 4)
     assert summary.bytes_after == 60 + 20 + 8 + 8 + 4 * 14
     np.testing.assert_allclose(summary.ratio, summary.bytes_before / summary.bytes_after)
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "kind", "count"),
+    [
+        (Uniform(bits=4, group_size=16), "uniform", 16),
+        (Uniform(bits=4, symmetric=False), "affine", 40),
+        (Uniform(bits=8, channel_axis=None), "uniform", 320),
+        (Ternary(group_size=64), "ternary", 40),
+        (Binary(), "binary", 40),
+        (NormalFloat(bits=3, group_size=16), "codebook", 16),
+        (ZScore(3), "z-score", 320),
+    ],
+)
+def test_rows_tell_the_kind_of_grid_and_how_many_weights_share_a_scale(quantizer, kind, count):
+    params = {"w": jnp.asarray(weights((40, 8))), "b": jnp.ones(8)}
+    b, w = summarize(params, quantize_params(params, quantizer)).rows
+    assert (w.grid, w.weights_per_scale) == (kind, count)
+    assert (b.grid, b.weights_per_scale) == (None, None)
 
 
 def test_summary_prints_as_a_table():

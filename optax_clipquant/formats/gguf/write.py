@@ -234,17 +234,7 @@ def _block_kind(rows: Rows, grid: Grid) -> tuple[str | None, str]:
         for kind, blocks in BLOCKS.items():
             if blocks.lower <= lower and upper <= blocks.upper and rows.run % blocks.size == 0:
                 wrong = _inexact(rows, blocks.size)
-                if wrong is None:
-                    return kind, ""
-                if not np.isfinite(wrong):
-                    return (
-                        None,
-                        f"has a scale of {wrong:g}, since its weights are not finite; mend them",
-                    )
-                return None, (
-                    f"({grid.bits:.3g} bits) has a scale of {wrong:g}, which float16 does not hold exactly (it holds scales of 8 "
-                    "significant bits from 2**-17 to 65280); scale the weights"
-                )
+                return (kind, "") if wrong is None else (None, f"({grid.bits:.3g} bits) {wrong}")
         if grid.group is None:
             shared = "scales that its rows do not share"
         else:
@@ -268,12 +258,19 @@ def _scales(rows: Rows, size: int) -> np.ndarray:
     return scales / 2 if rows.leaf.grid.offset else scales
 
 
-def _inexact(rows: Rows, size: int) -> float | None:
-    """A scale that float16 cannot hold exactly, or None."""
+def _inexact(rows: Rows, size: int) -> str | None:
+    """The reason why float16 cannot hold the scales exactly, or None."""
     scales = _scales(rows, size)
     with np.errstate(over="ignore"):
         wrong = scales[(scales.astype(np.float16) != scales) | ~np.isfinite(scales)]
-    return float(wrong[0]) if wrong.size else None
+    if not wrong.size:
+        return None
+    if not np.isfinite(wrong[0]):
+        return f"has a scale of {wrong[0]:g}, since its weights are not finite; mend them"
+    return (
+        f"has a scale of {wrong[0]:g}, which float16 does not hold exactly (it holds scales of 8 significant "
+        "bits from 2**-17 to 65280); scale the weights"
+    )
 
 
 def _content(rows: Rows, kind: str) -> Iterator[np.ndarray]:

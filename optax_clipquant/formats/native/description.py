@@ -17,6 +17,7 @@ import numpy as np
 from optax_clipquant.formats.dtypes import DType, Spec, bits_of, check_shape, nbytes
 from optax_clipquant.formats.native.grids import checked_levels, is_count, listed, short
 from optax_clipquant.formats.native.names import ROOT, path_of_name
+from optax_clipquant.quant.groups import weights_per_scale
 from optax_clipquant.quant.levels import Levels
 
 VERSION = 1
@@ -60,6 +61,19 @@ class LeafSpec(NamedTuple):
     def bits(self) -> float:
         """Bits per code, or per element of an array."""
         return float(bits_of(self.dtype)) if self.levels is None else self.levels.bits
+
+    @property
+    def grid(self) -> str | None:
+        """The kind of its grid, or None."""
+        zero_point, _ = self.specs.get("z", (None, ()))
+        return None if self.levels is None else self.levels.kind(zero_point)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def weights_per_scale(self) -> int | None:
+        """The number of weights that share a scale, or None."""
+        if self.levels is None:
+            return None
+        return weights_per_scale(self.shape, self.specs["s"][1], self.levels.group)
 
     @property
     def nbytes(self) -> int:
