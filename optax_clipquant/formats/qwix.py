@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from optax_clipquant._tree import map_with_path, path_of
+from optax_clipquant._tree import map_with_path, path_of, refuse_abstract
 from optax_clipquant.quant.params import PyTree
 from optax_clipquant.quant.qarray import QArray, is_qarray
 
@@ -56,6 +56,7 @@ def to_qwix(qparams: PyTree, *, like: PyTree = None) -> PyTree:
     def convert(key: jax.tree_util.KeyPath, leaf: Any) -> Any:
         if not is_qarray(leaf):
             return leaf
+        refuse_abstract(f"leaf {path_of(key)!r}", leaf, "give arrays, or call it in jax.eval_shape")
         codes, scale, zero_point = _parts_of(leaf, path_of(key))
         return qwix.QArray(codes, scale, zero_point, codes.dtype)
 

@@ -10,7 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
+from optax_clipquant._tree import refuse_abstract
 from optax_clipquant.quant.params import PyTree, leaves_of, quantize_params
 from optax_clipquant.quant.quantizers.base import Quantizer
 from optax_clipquant.quant.quantizers.uniform import Uniform
@@ -72,6 +74,7 @@ def allocate_bits(
         of ``sensitivity`` is missing, does not broadcast, or is negative or not finite somewhere; a leaf of
         ``params`` is not finite; ``evaluate`` returns no finite number for any allocation; or as
         ``quantize_params`` does.
+      TypeError: a leaf of ``params`` has no values, or ``evaluate`` returns no number.
 
     References:
       Dong et al., HAWQ-V2, 2020 (arXiv:1911.03852), for the weighted error.
@@ -95,6 +98,10 @@ def allocate_bits(
         uses = calibration.uses if uses is None else uses
     # Leaves that the largest width would not make smaller stay float under all.
     paths = list(select(params, rules[int(np.argmax(choices))], where, uses))
+    for path in paths:
+        refuse_abstract(f"params leaf {path!r}", leaves[path])
+        if isinstance(leaves[path], Tracer):
+            raise TypeError(f"params leaf {path!r} is traced; call allocate_bits outside jax.jit")
     weights = _sensitivities(sensitivity, {path: leaves[path] for path in paths})
     table = _measure(
         {path: leaves[path] for path in paths},
@@ -116,12 +123,19 @@ def allocate_bits(
             qparams = quantize_params(
                 params, rules_of(chosen), where=where, uses=uses, calibration=calibration
             )
-            loss = float(evaluate(qparams))
+            loss = _number(evaluate(qparams))
             tried[tuple(chosen)] = loss if math.isfinite(loss) else math.inf
     best = min(tried, key=tried.__getitem__)
     if tried[best] == math.inf:
         raise ValueError("evaluate returned no finite number for any allocation")
     return rules_of(np.array(best))
+
+
+def _number(found: Any) -> float:
+    try:
+        return float(found)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"evaluate must return a number, got {str(found)[:80]!r}") from error
 
 
 @dataclasses.dataclass(frozen=True)

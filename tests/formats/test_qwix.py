@@ -136,6 +136,13 @@ def test_floats_are_written_where_the_model_expects_them():
     np.testing.assert_allclose(model.apply({"params": filled}, x), wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_leaves_without_values_are_refused():
+    qparams = quantize_params({"w": jnp.ones((4, 4))}, Uniform(4))
+    with pytest.raises(TypeError, match=r"leaf 'w' is a ShapeDtypeStruct.* in jax.eval_shape"):
+        to_qwix(jax.eval_shape(lambda: qparams))
+    assert jax.eval_shape(to_qwix, qparams)["w"].qvalue.dtype == jnp.int4
+
+
 def test_mismatched_like_is_refused():
     _, _, like = ptq_of(weight_qtype=jnp.int8)
     params = mlp_params()

@@ -188,6 +188,17 @@ def test_bad_arguments_are_refused(edit, message):
         allocate_bits(params, arguments.pop("sensitivity"), **arguments)
 
 
+def test_leaves_without_values_and_losses_that_are_no_numbers_are_refused():
+    params, ones = tree(), jax.tree.map(jnp.ones_like, tree())
+    with pytest.raises(TypeError, match=r"leaf 'a/kernel' is a ShapeDtypeStruct"):
+        allocate_bits(jax.eval_shape(lambda: params), ones, bits_per_param=5)
+    with pytest.raises(TypeError, match=r"leaf 'a/kernel' is traced; .* outside jax.jit"):
+        jax.jit(lambda params: allocate_bits(params, ones, bits_per_param=5))(params)
+    for loss in (None, jnp.ones(2), "good"):
+        with pytest.raises(TypeError, match="evaluate must return a number, got"):
+            allocate_bits(params, ones, bits_per_param=5, evaluate=lambda q, loss=loss: loss)
+
+
 def test_missing_batches_are_refused():
     with pytest.raises(ValueError, match="batches is empty"):
         squared_gradients(lambda p, b: 0.0, {"w": jnp.ones(2)}, [])
