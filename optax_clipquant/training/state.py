@@ -81,7 +81,8 @@ def quantize_state(
     Blocks lie along the second-to-last axis if it has at least 64 elements, else along the axis that
     gives the largest blocks. Where that axis has no equal blocks of a multiple of 32 elements, or is far
     longer than the last, as in most embeddings, each block spans the last axis. Arrays keep their rank, and
-    on a mesh their sharding; devices exchange nothing larger than the scales. Numbers that are not finite
+    on a mesh their sharding (but under ``jax.jit``, XLA replicates zeros on Auto axes: there, make the
+    state by ``tx.init(params)``); devices exchange nothing larger than the scales. Numbers that are not finite
     become the largest level of their block.
 
     Args:
