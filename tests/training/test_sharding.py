@@ -254,8 +254,8 @@ OPTIMIZERS = {
 #   leaf: of one number, for each split axis of a leaf;
 #   column: of one number, for each weight whose columns are split;
 #   row: of a number for each column that a device holds, for each weight whose rows are split;
-#   moment: of the largest magnitude in each row, for each moment whose columns are split; and gathered twice, a
-#     scale for each column, for each moment of whose blocks of 16 rows a device holds a part.
+#   moment: of the largest and the smallest number in each row, for each moment whose columns are split; and gathered,
+#     those of each column, for each moment of whose blocks of 16 rows a device holds a part.
 # For rows these are the largest and the smallest weight, or at 1 bit the sums of positive and negative
 # weights; then two sums in each round of least squares; and the same again for the units of residuals. For
 # z-scores, the largest, the smallest and the mean, then the squares and whether any weight differs.
@@ -302,7 +302,7 @@ def allowed(case: str, layout: Layout) -> collections.Counter[str]:
         columns = SIZES[i + 1] // (layout.mesh["xy".index(kernel[1])] if split(kernel, 1) else 1)
         found[f"[{columns}]"] += rule["row"] * split(kernel, 0)
         rows = SIZES[i] // (layout.mesh["xy".index(kernel[0])] if split(kernel, 0) else 1)
-        found[f"[{rows // 16},16]"] += rule["moment"] * split(kernel, 1)
+        found[f"[{rows // 16},16]"] += 2 * rule["moment"] * split(kernel, 1)
         found[f"gathered [1,1,{columns}]"] += 2 * rule["moment"] * (rows < 16)
     return found
 
